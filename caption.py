@@ -1,0 +1,161 @@
+"""Caption pictures: files, folders with their sub-folders, and patterns.
+
+    python caption.py photos/
+    python caption.py a.jpg 'holiday/*.png' --beam-size 5 --num-captions 3
+    python caption.py photos/ --format csv --output captions.csv
+
+Captions go to standard output, progress and complaints to standard error. Exit codes:
+0 all pictures captioned, 1 some could not be read (each is named at the end), 2 the
+command was wrong.
+"""
+
+from __future__ import annotations
+
+import glob
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline.errors import UserError
+
+# The run folders of stages 3 and 2, the better one first.
+DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.argument("images", nargs=-1, required=True)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="A run folder or its best.pt.  [default: runs/joint, or else runs/decoder]",
+    show_default=False,
+)
+@click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since training; checked to be the same. A "
+    "model of finetune_joint.py has them inside.",
+)
+@click.option(
+    "--beam-size",
+    type=click.IntRange(min=1),
+    default=3,
+    help="Hypotheses kept a picture. 1 is quickest; 3 to 5 is best; above 10 captions get "
+    "shorter and blander.",
+)
+@click.option(
+    "--num-captions",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Captions a picture, best first; at most --beam-size.",
+)
+@click.option(
+    "--format",
+    "layout",
+    type=click.Choice(["text", "json", "jsonl", "csv", "coco"]),
+    default="text",
+    help="text: path, tab, caption; coco: the COCO results format.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="File to write instead of standard output.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Pictures at a time.  [default: 8 on a CPU, 64 on a GPU]",
+    show_default=False,
+)
+def main(
+    images: tuple[str, ...],
+    model: Path | None,
+    weights: str | None,
+    beam_size: int,
+    num_captions: int,
+    layout: str,
+    output: Path | None,
+    device: str,
+    batch_size: int | None,
+) -> None:
+    """Caption IMAGES: files, folders (with sub-folders) and patterns such as '*.jpg'.
+
+    \b
+    Examples:
+      python caption.py photos/
+      python caption.py photos/ --format csv --output captions.csv
+      python caption.py a.jpg --beam-size 5 --num-captions 3
+    """
+    if num_captions > beam_size:
+        raise UserError(
+            f"--num-captions {num_captions} needs a --beam-size of at least {num_captions}"
+        )
+    paths = collect(images)
+    model = model or default_model()
+
+    from pipeline.captioner import Captioner
+    from pipeline.output import write_predictions
+    from pipeline.search import SearchConfig
+
+    captioner = Captioner.load(model, device, weights)
+    predictions = captioner.stream(
+        paths, SearchConfig(beam_size=beam_size), num_captions, batch_size
+    )
+    failures = write_predictions(predictions, len(paths), layout, output)
+    for path, reason in failures.items():
+        click.echo(f"failed: {path}: {reason}", err=True)
+    if failures:
+        click.echo(f"{len(failures)} of {len(paths)} pictures could not be read", err=True)
+        sys.exit(1)
+
+
+def collect(arguments: tuple[str, ...]) -> list[str]:
+    """Turn files, folders and patterns into a list of paths, each once, in their order.
+
+    Raises:
+        UserError: an argument names nothing.
+    """
+    from pipeline.images import find_images
+
+    paths: dict[str, None] = {}
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = [str(path / name) for name in find_images(path)]
+            if not found:
+                raise UserError(f"{argument}: no pictures in this folder")
+        elif path.exists():
+            found = [argument]
+        else:
+            # The shell expands patterns, but not on Windows and not in quotes.
+            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
+            if not matches:
+                raise UserError(f"{argument}: no such file, folder or pattern")
+            found = [match for match in matches if Path(match).is_file()]
+        paths.update(dict.fromkeys(found))
+    return list(paths)
+
+
+def default_model() -> Path:
+    """Find the model to use when none is named.
+
+    Raises:
+        UserError: there is none.
+    """
+    for candidate in DEFAULT_MODELS:
+        if Path(candidate).is_file():
+            click.echo(f"model: {candidate}", err=True)
+            return Path(candidate)
+    raise UserError(
+        f"no model: train one (see README.md), or name one with --model; looked for "
+        f"{' and '.join(DEFAULT_MODELS)}"
+    )
+
+
+if __name__ == "__main__":
+    main()

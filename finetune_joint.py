@@ -1,0 +1,178 @@
+"""Stage 3, optional: train encoder and decoder together, on the pictures themselves.
+
+    python finetune_joint.py                            # runs/decoder -> runs/joint
+    python finetune_joint.py --start runs/photos --data photos --run runs/photos-joint
+
+The result, best.pt of the run folder, has the encoder inside and is never worse on val than
+the run it started from. The same command goes on with a run that was stopped. Exit codes:
+0 done, 1 some pictures could not be read (each is named), 2 the command was wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path),
+    default="runs/decoder",
+    help="The run to start from: a folder of train_decoder.py, or a checkpoint.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder with pictures and captions.  [default: that of the starting run]",
+    show_default=False,
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several.",
+)
+@click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since the starting run; checked to be the same.",
+)
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    default="runs/joint",
+    help="Run folder to write or go on with.",
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=5, help="Passes over the pictures.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Pictures a batch, each with all its captions.",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Batches a step: raise it where memory forces a small --batch-size.",
+)
+@click.option(
+    "--encoder-lr",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    help="Highest learning rate of the encoder.",
+)
+@click.option(
+    "--decoder-lr",
+    type=click.FloatRange(min=0),
+    default=2e-4,
+    help="Highest learning rate of the decoder.",
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+@click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+@click.option(
+    "--unfreeze-from",
+    default="Mixed_7a",
+    help="First InceptionV3 block that learns. Earlier blocks (Mixed_6a) learn more, and cost "
+    "time and memory.",
+)
+@click.option(
+    "--smallest-crop",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.7,
+    help="Least share of each side that a random crop keeps; 1 turns cropping off.",
+)
+@click.option(
+    "--flip/--no-flip",
+    default=True,
+    help="Mirror half of the pictures, except those whose captions say left or right.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never.",
+)
+@click.option("--seed", type=int, default=0, help="Of order, augmentation and dropout.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 where the processor has it.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=min(8, os.cpu_count() or 1),
+    help="Threads that decode pictures.  [default: one a core, at most 8]",
+    show_default=False,
+)
+@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+def main(
+    start: Path,
+    data: Path | None,
+    captions: Path | None,
+    weights: str | None,
+    run: Path,
+    device: str,
+    precision: str,
+    workers: int,
+    force: bool,
+    **options: float,
+) -> None:
+    """Fine-tune encoder and decoder together, end to end, on pictures.
+
+    \b
+    Examples:
+      python finetune_joint.py
+      python finetune_joint.py --unfreeze-from Mixed_6e --encoder-lr 5e-5 --run runs/joint-6e
+
+    BatchNorm's statistics stay as they are. Stopped at any moment, the same command goes on
+    after the last finished epoch.
+    """
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.devices import choose_device, choose_training_precision
+    from pipeline.evaluation import evaluate_run
+    from pipeline.joint_training import JointOptions, finetune_joint
+
+    settings = load_checkpoint(start).settings
+    if data is None:
+        data = Path(settings["data"])
+        captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
+    chosen = choose_device(device)
+    joint_options = JointOptions(
+        start=str(start),
+        data=str(data),
+        captions=str(captions) if captions else None,
+        weights=weights,
+        features=settings["features"],
+        precision=choose_training_precision(precision, chosen),
+        **options,  # type: ignore[arg-type]
+    )
+    progress, unreadable = finetune_joint(joint_options, run, chosen, workers, force)
+    click.echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (greedy, val)",
+        err=True,
+    )
+    evaluate_run(run, chosen, java=False)
+    for path, reason in unreadable.items():
+        click.echo(f"failed: {path}: {reason}", err=True)
+    if unreadable:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Show and Tell (Vinyals et al., arXiv 1411.4555) on precomputed InceptionV3 features.
+
+>>> from pipeline import Captioner
+>>> Captioner.load("runs/decoder/best.pt").caption(["a.jpg"])
+['a dog runs through the grass']
+
+Importing this package is cheap: torch loads when the first name that needs it is used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.captioner import Captioner
+
+__version__ = "0.1.0"
+__all__ = ["Captioner", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``Captioner``, and torch with it, at first use (PEP 562)."""
+    if name == "Captioner":
+        from pipeline.captioner import Captioner
+
+        return Captioner
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

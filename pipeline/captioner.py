@@ -1,0 +1,195 @@
+"""The public interface: pictures in, captions out.
+
+>>> captioner = Captioner.load("runs/decoder/best.pt")
+>>> captioner.caption(["a.jpg", "b.jpg"])
+['a dog runs through the grass', 'two children play on a beach']
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.decoder import Decoder
+from pipeline.devices import choose_device, choose_precision
+from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk
+from pipeline.errors import InputError, UserError
+from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.vocabulary import Vocabulary, detokenize
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One caption of a picture.
+
+    Attributes:
+        text: words, lower case, without a period.
+        log_probability: under the model, in nats; nearer to 0 is surer.
+    """
+
+    text: str
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What became of one picture.
+
+    Attributes:
+        path: the picture, as it was given.
+        captions: best first; empty if the picture could not be read.
+        error: why it could not be read, else None.
+    """
+
+    path: str
+    captions: list[Caption]
+    error: str | None = None
+
+
+class Captioner:
+    """An encoder and a decoder that belong together.
+
+    Attributes:
+        encoder: pictures to features; checked to be the one that the decoder was trained on.
+        decoder: features to captions.
+        vocabulary: the decoder's words.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, vocabulary: Vocabulary) -> None:
+        self.encoder = encoder
+        self.decoder = decoder
+        self.vocabulary = vocabulary
+
+    @classmethod
+    def load(
+        cls,
+        model: StrPath,
+        device: str = "auto",
+        weights: str | None = None,
+        precision: str = "auto",
+    ) -> Captioner:
+        """Load a checkpoint, or the best one of a run folder, and its encoder.
+
+        Args:
+            model: ``best.pt`` of a run, or the run's folder.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+            weights: where the encoder's weights are, if not where they were in training;
+                a checkpoint of stage 3 has them inside and needs none.
+            precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+
+        Raises:
+            UserError: no such checkpoint, or the encoder's weights are not those that the
+                decoder was trained with.
+        """
+        checkpoint = load_checkpoint(Path(model))
+        chosen = choose_device(device)
+        encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
+        encoder.for_inference().to(chosen)
+        return cls(encoder, checkpoint.build_decoder().to(chosen), checkpoint.vocabulary)
+
+    def caption(
+        self,
+        images: Sequence[StrPath],
+        beam_size: int = 3,
+        batch_size: int | None = None,
+        max_length: int = 20,
+    ) -> list[str]:
+        """Caption pictures: one text for each, in their order.
+
+        Raises:
+            InputError: a picture cannot be read; ``stream`` reports it and goes on.
+        """
+        config = SearchConfig(beam_size=beam_size, max_length=max_length)
+        texts = []
+        for prediction in self.stream(images, config, batch_size=batch_size):
+            if prediction.error is not None:
+                raise InputError(f"{prediction.path}: {prediction.error}")
+            texts.append(prediction.captions[0].text)
+        return texts
+
+    def stream(
+        self,
+        images: Iterable[StrPath],
+        config: SearchConfig | None = None,
+        num_captions: int = 1,
+        batch_size: int | None = None,
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """Caption pictures as they come, decoding ahead; memory does not grow with their number.
+
+        Args:
+            images: paths.
+            config: how to search.
+            num_captions: captions a picture, at most ``config.beam_size``.
+            batch_size: pictures a batch; by default 8 on a CPU, 64 elsewhere.
+            workers: decoding threads; by default one a core, at most 8.
+
+        Yields:
+            A prediction for every path, in their order, also for those that cannot be read.
+        """
+        config = config or SearchConfig()
+        device = self.decoder.feature_mean.device
+        batch_size = batch_size or (8 if device.type == "cpu" else 64)
+        workers = workers or min(8, os.cpu_count() or 1)
+        paths: dict[int, str] = {}
+
+        def batches() -> Iterator[list[tuple[int, Path]]]:
+            batch: list[tuple[int, Path]] = []
+            for key, image in enumerate(images):
+                paths[key] = os.fspath(image)
+                batch.append((key, Path(image)))
+                if len(batch) == batch_size:
+                    yield batch
+                    batch = []
+            if batch:
+                yield batch
+
+        for encoded in encode_files(self.encoder, batches(), workers, ahead=2 * batch_size):
+            found: dict[int, list[Caption]] = {}
+            if encoded.keys:
+                features = torch.from_numpy(encoded.features).to(device)
+                for key, hypotheses in zip(
+                    encoded.keys, search(self.decoder, features, config), strict=True
+                ):
+                    found[key] = captions_of(hypotheses[:num_captions], self.vocabulary)
+            for key in sorted([*found, *encoded.failures]):
+                yield Prediction(paths.pop(key), found.get(key, []), encoded.failures.get(key))
+
+
+def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
+    """Put hypotheses into words."""
+    return [Caption(detokenize(vocabulary.decode(h.tokens)), h.log_probability) for h in hypotheses]
+
+
+def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> Encoder:
+    """Build the encoder that a checkpoint's decoder was trained on.
+
+    Raises:
+        UserError: its weights cannot be had, or are others than those of the training.
+    """
+    wanted = checkpoint.encoder
+    if checkpoint.encoder_weights is not None:
+        encoder = Encoder(wanted.weights_source, precision)
+        load_trunk(encoder, checkpoint.encoder_weights, "the checkpoint's encoder")
+    else:
+        source = weights or wanted.weights_source
+        if weights is None and source not in ("imagenet", "random") and not Path(source).is_file():
+            raise UserError(
+                f"the encoder's weights are no longer at {source}, where they were in training; "
+                "say where they are: --weights FILE"
+            )
+        encoder = load_encoder(source, precision)
+    mismatch = wanted.mismatch(encoder.identity)
+    if mismatch is not None:
+        raise UserError(
+            f"--weights {encoder.source}: not the encoder that this model was trained with "
+            f"({mismatch}); it was {wanted.weights_source}"
+        )
+    return encoder

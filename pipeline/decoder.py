@@ -1,0 +1,146 @@
+"""The Show-and-Tell decoder: an LSTM that is shown the picture once, then tells.
+
+Equations (10) to (12) of Vinyals et al. (arXiv 1411.4555):
+
+    x_-1 = W_image CNN(I)            the picture is the first input, and seen only then
+    x_t  = W_embed S_t               then every word of the caption, from <start>
+    p_t+1 = softmax(W_project LSTM(x_t))
+
+The feature vector is first standardised by mean and deviation over the training pictures,
+which are kept with the weights: encoders differ in scale, the decoder should not care.
+Dropout stands where the paper's authors put it, on the inputs and on the outputs of the
+LSTM but not on its state (Zaremba et al., arXiv 1409.2329).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.features import FEATURE_SIZE
+from pipeline.vocabulary import PAD_ID
+
+# Hidden and cell state of the LSTM, each (1, B, H).
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder.
+
+    Attributes:
+        vocabulary_size: number of tokens V, the special ones included.
+        embed_size: width E of the image and word embeddings.
+        hidden_size: width H of the LSTM.
+        dropout: probability, on the LSTM's inputs and outputs.
+        feature_size: width of the encoder's features.
+    """
+
+    vocabulary_size: int
+    embed_size: int = 512
+    hidden_size: int = 512
+    dropout: float = 0.5
+    feature_size: int = FEATURE_SIZE
+
+
+class Decoder(nn.Module):
+    """Features (B, 2048) and tokens (B, T) to the log-probabilities of the next tokens."""
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("feature_mean", torch.zeros(config.feature_size))
+        self.register_buffer("feature_scale", torch.ones(config.feature_size))
+        self.image_embedding = nn.Linear(config.feature_size, config.embed_size)
+        self.word_embedding = nn.Embedding(
+            config.vocabulary_size, config.embed_size, padding_idx=PAD_ID
+        )
+        self.lstm = nn.LSTM(config.embed_size, config.hidden_size, batch_first=True)
+        self.projection = nn.Linear(config.hidden_size, config.vocabulary_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Embeddings and image vectors of like size, so that neither drowns the other.
+        nn.init.normal_(self.word_embedding.weight, std=0.1)
+        nn.init.normal_(self.image_embedding.weight, std=0.1 / self.config.feature_size**0.5)
+        nn.init.zeros_(self.image_embedding.bias)
+        nn.init.zeros_(self.projection.bias)
+        with torch.no_grad():
+            self.word_embedding.weight[PAD_ID].zero_()
+            # An open forget gate at the start (Jozefowicz et al., 2015): order i, f, g, o.
+            hidden = self.config.hidden_size
+            dict(self.lstm.named_parameters())["bias_ih_l0"][hidden : 2 * hidden].fill_(1.0)
+
+    def standardise_by(self, mean: Tensor, deviation: Tensor) -> None:
+        """Keep the mean and deviation (2048,) of the training features.
+
+        Dimensions that hardly vary are not blown up: the deviation has a floor of a tenth
+        of its average.
+        """
+        floor = 0.1 * deviation.mean().clamp_min(1e-6)
+        self.feature_mean.copy_(mean)
+        self.feature_scale.copy_(1.0 / torch.maximum(deviation, floor))
+
+    def embed_image(self, features: Tensor) -> Tensor:
+        """Map features (B, 2048) to the LSTM's first input (B, 1, E)."""
+        standard = (features - self.feature_mean) * self.feature_scale
+        return self.image_embedding(standard).unsqueeze(1)
+
+    def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Read captions teacher-forced.
+
+        Args:
+            features: float (B, 2048).
+            tokens: int64 (B, T), each row from <start> on.
+
+        Returns:
+            Outputs of the LSTM after every token, dropout applied: (B, T, H). Position t
+            predicts token t + 1. The output after the picture itself predicts nothing.
+        """
+        inputs = torch.cat([self.embed_image(features), self.word_embedding(tokens)], dim=1)
+        outputs, _ = self.lstm(self.dropout(inputs))  # (B, 1 + T, H)
+        return self.dropout(outputs[:, 1:])
+
+    def loss(
+        self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, int]:
+        """Sum the cross-entropy over the real tokens; padding is never even projected.
+
+        Args:
+            features: float (B, 2048).
+            captions: int64 (B, T), <start> words <end> and then padding.
+            label_smoothing: share of the target spread evenly over the vocabulary.
+
+        Returns:
+            The summed loss in nats, and the number of tokens that it runs over.
+        """
+        outputs = self(features, captions[:, :-1])
+        targets = captions[:, 1:]
+        real = targets != PAD_ID
+        logits = self.projection(outputs[real])  # (tokens, V)
+        loss = F.cross_entropy(
+            logits.float(), targets[real], reduction="sum", label_smoothing=label_smoothing
+        )
+        return loss, int(real.sum())
+
+    def start(self, features: Tensor) -> State:
+        """Show the pictures (B, 2048) to the LSTM; returns its state."""
+        _, state = self.lstm(self.embed_image(features))
+        return state
+
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed one token a sequence, int64 (B,).
+
+        Returns:
+            Log-probabilities of the next token, float32 (B, V), and the new state.
+        """
+        outputs, state = self.lstm(self.word_embedding(tokens).unsqueeze(1), state)
+        logits = self.projection(outputs.squeeze(1))
+        return F.log_softmax(logits.float(), dim=-1), state

@@ -1,0 +1,187 @@
+"""Stage 2: train the decoder on cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.dataset import (
+    EncodedCaptions,
+    bucketed_batches,
+    count_batches,
+    done_names,
+    encode_captions,
+    feature_statistics,
+    load_table,
+    rows_of,
+    tokenised,
+)
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.errors import UserError
+from pipeline.features import EncoderIdentity, FeatureCache
+from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
+from pipeline.validation import Validator
+from pipeline.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """The options of ``train_decoder.py`` that decide the result.
+
+    Attributes are explained by ``python train_decoder.py --help``.
+    """
+
+    data: str
+    captions: str | None
+    features: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    label_smoothing: float
+    embed_size: int
+    hidden_size: int
+    dropout: float
+    min_count: int
+    patience: int
+    seed: int
+    precision: str
+
+
+@dataclass
+class DecoderStage:
+    """The decoder, its captions and features, as ``training.train`` wants them."""
+
+    decoder: Decoder
+    vocabulary: Vocabulary
+    encoder: EncoderIdentity
+    cache: FeatureCache
+    captions: EncodedCaptions
+    validator: Validator
+    val_features: Tensor
+    options: DecoderOptions
+    device: torch.device
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """All weights in one group."""
+        return [
+            {
+                "params": list(self.decoder.parameters()),
+                "lr": self.options.lr,
+                "weight_decay": self.options.weight_decay,
+            }
+        ]
+
+    def batches_per_epoch(self) -> int:
+        """Count the batches of captions."""
+        return count_batches(len(self.captions), self.options.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give features (B, 2048) and captions (B, T), of like length, in a new order."""
+        generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
+        for indices in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
+            # Rows are copied from the mapped file batch by batch: the cache may be larger
+            # than memory.
+            features = torch.from_numpy(self.cache.read(self.captions.rows[indices].numpy()))
+            yield features, self.captions.padded(indices)
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout."""
+        self.decoder.train(training)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        """Cross-entropy of one batch."""
+        features, captions = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        return self.decoder.loss(features, captions, self.options.label_smoothing)
+
+    def validate(self) -> dict[str, float]:
+        """Loss and scores on val."""
+        return self.validator.validate(self.decoder, self.val_features)
+
+    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
+        """Describe the present weights."""
+        return Checkpoint(
+            decoder_config=self.decoder.config,
+            decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
+            vocabulary=self.vocabulary,
+            encoder=self.encoder,
+            epoch=epoch,
+            scores=scores,
+            settings=asdict(self.options),
+        )
+
+
+def train_decoder(
+    options: DecoderOptions, run: Path, device: torch.device, force: bool
+) -> Progress:
+    """Train a decoder in the folder ``run``, or go on with the training there.
+
+    Raises:
+        UserError: captions or features are missing, do not belong together, or leave train
+            or val empty; the run there has other settings.
+    """
+    cache = FeatureCache(Path(options.features))
+    captions_file = Path(options.captions) if options.captions else None
+    table, names = load_table(Path(options.data), captions_file, done_names(cache))
+    train_captions = tokenised(table.of_split("train"))
+    val_captions = tokenised(table.of_split("val"))
+    for split, images in (("train", train_captions), ("val", val_captions)):
+        if not images:
+            raise UserError(f"{table.source}: no picture with features is in the {split} split")
+    open_run(run, asdict(options), force)
+
+    last = run / "last.pt"
+    if last.is_file():
+        saved = load_checkpoint(last)
+        vocabulary = saved.vocabulary
+        mismatch = saved.encoder.mismatch(cache.identity)
+        if mismatch:
+            raise UserError(
+                f"{options.features}: other features than {run} began with ({mismatch})"
+            )
+    else:
+        saved = None
+        vocabulary = Vocabulary.build(
+            (words for group in train_captions.values() for words in group), options.min_count
+        )
+    train_rows = rows_of(cache, [names[name] for name in train_captions])
+    val_rows = rows_of(cache, [names[name] for name in val_captions])
+    torch.manual_seed(options.seed)
+    decoder = Decoder(
+        DecoderConfig(len(vocabulary), options.embed_size, options.hidden_size, options.dropout)
+    )
+    if saved is not None:
+        decoder.load_state_dict(saved.decoder_weights)
+    else:
+        decoder.standardise_by(*feature_statistics(cache, train_rows))
+    captions = encode_captions(train_captions.values(), train_rows, vocabulary)
+    words = sum(parameter.numel() for parameter in decoder.parameters())
+    click.echo(
+        f"{len(captions):,} training captions, {len(vocabulary):,} words in the vocabulary, "
+        f"{words:,} weights, {options.precision} on {device.type}",
+        err=True,
+    )
+    stage = DecoderStage(
+        decoder=decoder.to(device),
+        vocabulary=vocabulary,
+        encoder=cache.identity,
+        cache=cache,
+        captions=captions,
+        validator=Validator(
+            val_captions,
+            encode_captions(val_captions.values(), torch.arange(len(val_captions)), vocabulary),
+            vocabulary,
+        ),
+        val_features=torch.from_numpy(cache.read(val_rows.numpy())),
+        options=options,
+        device=device,
+    )
+    config = TrainingConfig(options.epochs, options.patience, options.seed, options.precision)
+    return train(stage, run, config)

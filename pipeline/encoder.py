@@ -1,0 +1,289 @@
+"""InceptionV3 as a picture encoder: weights, transform and precision as one object.
+
+``load_encoder("imagenet")`` gives an ``Encoder`` that maps 299 x 299 pictures to the
+2048 numbers that InceptionV3 pools before its classifier (Szegedy et al., arXiv
+1512.00567; torchvision's ``inception_v3``). An encoder knows what it is: its ``identity``
+(network, SHA-256 of its weights, transform) is stored in every feature cache and every
+checkpoint, so features of one encoder never reach a decoder of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.inception import BasicConv2d, Inception3
+
+from pipeline.devices import DTYPES, autocast
+from pipeline.errors import UserError
+from pipeline.features import FEATURE_SIZE, EncoderIdentity
+from pipeline.images import IMAGE_SIZE, ImageError, prefetch, read_square
+
+# torchvision's Inception3 from its first layer to its pooling, in the order in which its
+# forward runs them. All are one after the other, so they can be cut anywhere.
+TRUNK_LAYERS = (
+    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
+    *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+    *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
+    *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
+    *("Mixed_7a", "Mixed_7b", "Mixed_7c", "avgpool"),
+)
+
+
+class Encoder(nn.Module):
+    """InceptionV3's trunk: uint8 pictures (B, 299, 299, 3) to float32 features (B, 2048).
+
+    Attributes:
+        source: where the weights came from: ``imagenet``, ``random`` or a file's path.
+        precision: ``fp32``, ``bf16`` or ``fp16``, the arithmetic of the network.
+    """
+
+    transform = f"squeeze-{IMAGE_SIZE}-bilinear"
+
+    def __init__(self, source: str = "random", precision: str = "fp32") -> None:
+        super().__init__()
+        network = Inception3(aux_logits=False, init_weights=False)
+        self.trunk = nn.Sequential(
+            OrderedDict((name, getattr(network, name)) for name in TRUNK_LAYERS)
+        )
+        self.source = source
+        self.precision = precision
+        self._weights_sha256: str | None = None
+        self.eval()
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """What this encoder is, for caches and checkpoints."""
+        if self._weights_sha256 is None:
+            self._weights_sha256 = weights_sha256(self.trunk.state_dict())
+        return EncoderIdentity(
+            encoder="inception_v3",
+            weights_sha256=self._weights_sha256,
+            transform=self.transform,
+            precision=self.precision,
+            weights_source=self.source,
+            torchvision=torchvision.__version__,
+        )
+
+    def forget_identity(self) -> None:
+        """Have the weights hashed anew: to be called after they changed."""
+        self._weights_sha256 = None
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Bring uint8 (B, 299, 299, 3) to floats in [-1, 1], (B, 3, 299, 299) channels-last.
+
+        torchvision normalises with ImageNet's mean and deviation and its network, with
+        ``transform_input=True``, maps the result to the [-1, 1] that Google's weights were
+        trained on. The two together are exactly ``pixel / 127.5 - 1``.
+        """
+        # A channels-last picture is what permuting (B, H, W, C) gives, without a copy.
+        return pixels.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1.0)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode uint8 pictures (B, 299, 299, 3), RGB, to float32 features (B, 2048)."""
+        with autocast(pixels.device, self.precision):
+            return self.trunk(self.normalise(pixels)).flatten(1).float()
+
+    def for_inference(self) -> Encoder:
+        """Fold every BatchNorm into its convolution; afterwards the encoder only encodes.
+
+        The identity is taken first, as folding changes the tensors but not the function.
+        """
+        self._weights_sha256 = self.identity.weights_sha256
+        fold_for_inference(self.trunk, self.precision)
+        return self
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
+        """Encode squares from ``images.to_square``: float32 (len(pictures), 2048)."""
+        device = next(self.parameters()).device
+        pixels = torch.from_numpy(numpy.stack(pictures))
+        if device.type == "cuda":
+            pixels = pixels.pin_memory().to(device, non_blocking=True)
+        return self(pixels.to(device)).cpu().numpy()
+
+
+def fold_for_inference(layers: nn.Module, precision: str) -> None:
+    """Fold BatchNorm into convolutions, round weights to ``precision``, order channels last.
+
+    Rounding once here spares autocast from doing it in every batch.
+    """
+    for module in layers.modules():
+        if isinstance(module, BasicConv2d) and isinstance(module.bn, nn.BatchNorm2d):
+            module.conv = fuse_conv_bn_eval(module.conv, module.bn)
+            module.bn = nn.Identity()
+    layers.requires_grad_(False)
+    layers.to(DTYPES.get(precision, torch.float32))
+    layers.to(memory_format=torch.channels_last)
+
+
+@dataclass
+class EncodedBatch:
+    """One batch of pictures after the encoder.
+
+    Attributes:
+        keys: which pictures were read, in order.
+        features: float32 (len(keys), 2048).
+        failures: key of each picture that could not be read, and why.
+    """
+
+    keys: list[int]
+    features: numpy.ndarray
+    failures: dict[int, str]
+
+
+def encode_files(
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Path]]], workers: int, ahead: int
+) -> Iterator[EncodedBatch]:
+    """Decode and encode files, given in batches of (key, path), decoding ahead.
+
+    Memory holds one batch and ``ahead`` decoded squares more, whatever the number of files.
+    """
+
+    def read(task: tuple[int, Path, bool]) -> tuple[int, numpy.ndarray | str, bool]:
+        key, path, ends_batch = task
+        try:
+            return key, read_square(path), ends_batch
+        except ImageError as error:
+            return key, str(error), ends_batch
+
+    tasks = (
+        (key, path, place == len(batch))
+        for batch in batches
+        for place, (key, path) in enumerate(batch, start=1)
+    )
+    squares: dict[int, numpy.ndarray] = {}
+    failures: dict[int, str] = {}
+    for key, square, ends_batch in prefetch(read, tasks, workers, ahead):
+        if isinstance(square, str):
+            failures[key] = square
+        else:
+            squares[key] = square
+        if ends_batch:
+            features = (
+                encoder.encode(list(squares.values()))
+                if squares
+                else numpy.empty((0, FEATURE_SIZE), numpy.float32)
+            )
+            yield EncodedBatch(list(squares), features, failures)
+            squares, failures = {}, {}
+
+
+def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
+    """Build an encoder with the weights that ``weights`` names.
+
+    Args:
+        weights: ``imagenet`` (torchvision's, downloaded once), ``random`` (seeded and
+            untrained, for demonstrations and tests), or a file: a torchvision
+            ``inception_v3`` state dict, full or trunk only, or a checkpoint of
+            ``finetune_joint.py``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        UserError: the weights cannot be had or do not fit.
+    """
+    encoder = Encoder(weights, precision)
+    if weights == "random":
+        initialise_untrained(encoder)
+    else:
+        state = _imagenet_state() if weights == "imagenet" else _read_state(Path(weights))
+        load_trunk(encoder, state, weights)
+    return encoder
+
+
+def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
+    """Put a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
+
+    The classifier and the auxiliary head are passed over, as is a ``module.`` prefix that
+    DataParallel left.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
+    wanted = encoder.trunk.state_dict()
+    given = {}
+    for key, value in state.items():
+        key = key.removeprefix("module.").removeprefix("trunk.")
+        if not key.startswith(("fc.", "AuxLogits.")):
+            given[key] = value
+    for key, value in wanted.items():
+        if key not in given and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{source}: not an inception_v3 state dict: {key} is missing")
+        if key in given and given[key].shape != value.shape:
+            raise UserError(
+                f"{source}: {key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
+            )
+    unknown = sorted(set(given) - set(wanted))
+    if unknown:
+        raise UserError(f"{source}: not an inception_v3 state dict: {unknown[0]} is unknown")
+    encoder.trunk.load_state_dict({**wanted, **given})
+    encoder.source = source
+    encoder.forget_identity()
+
+
+def _imagenet_state() -> dict[str, Tensor]:
+    """Get torchvision's ImageNet weights from its cache or, once, from the network."""
+    weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        # OSError covers no network and a full disk, RuntimeError a wrong checksum.
+        raise UserError(
+            f"the ImageNet weights of InceptionV3 cannot be downloaded ({error}); give a file of "
+            f"them: --weights FILE (get {weights.url} where there is a network)"
+        ) from error
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Read a state dict, or the encoder inside a checkpoint, without running its pickles."""
+    if not path.is_file():
+        raise UserError(f"--weights {path}: no such file (say imagenet, random or a file's path)")
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"--weights {path}: not a state dict that torch can read") from error
+    if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
+        state = state["encoder_weights"]
+    elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"--weights {path}: holds no InceptionV3 weights")
+    return state
+
+
+def weights_sha256(state: dict[str, Tensor]) -> str:
+    """Hash names, shapes and float32 values, so that the same weights hash alike in any file."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        if key.endswith("num_batches_tracked"):
+            continue
+        value = state[key].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{key} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def initialise_untrained(encoder: Encoder, seed: int = 0) -> None:
+    """Fill the trunk with seeded random weights whose activations keep their scale.
+
+    He initialisation (arXiv 1502.01852); with BatchNorm's statistics at 0 and 1 it alone
+    keeps the variance from layer to layer.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in encoder.trunk.modules():
+            if isinstance(module, nn.Conv2d):
+                inputs = module.weight[0].numel()
+                module.weight.normal_(0.0, math.sqrt(2.0 / inputs), generator=generator)
+    encoder.source = "random"
+    encoder.forget_identity()

@@ -1,0 +1,225 @@
+"""Scores of a run on a split, and the files that keep them.
+
+References and predictions go through the same tokenizer; the references never pass
+through the vocabulary, so its rare words count against the model as they should.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from pipeline.captioner import captions_of, encoder_of
+from pipeline.captions import CaptionTable
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.dataset import done_names, load_table, rows_of, tokenised
+from pipeline.devices import choose_precision
+from pipeline.encoder import encode_files
+from pipeline.errors import UserError
+from pipeline.features import FeatureCache
+from pipeline.files import atomic_write
+from pipeline.images import find_images
+from pipeline.java_metrics import java_metrics
+from pipeline.metrics import Scorer, diversity
+from pipeline.progress import progress_bar
+from pipeline.search import SearchConfig
+from pipeline.validation import search_all
+from pipeline.vocabulary import tokenize
+
+SCORER = "pipeline.metrics (COCO definitions, PTB-style tokens, lower case, no punctuation)"
+
+
+@dataclass
+class Evaluation:
+    """The result of ``evaluate``.
+
+    Attributes:
+        predictions: image name to caption.
+        scores: in percent, with the diversity of the captions.
+        left_out: a sentence for each score that could not be had.
+        facts: what the scores were taken on and how: scorer, split, hash, search.
+    """
+
+    predictions: dict[str, str]
+    scores: dict[str, float]
+    left_out: list[str]
+    facts: dict[str, Any]
+
+
+def evaluate_run(
+    run: Path,
+    device: torch.device,
+    data: Path | None = None,
+    captions: Path | None = None,
+    features: Path | None = None,
+    split: str = "val",
+    search: SearchConfig | None = None,
+    output: Path | None = None,
+    java: bool = True,
+) -> Evaluation:
+    """Score ``best.pt`` of a run, print the table, and write predictions and scores.
+
+    Args:
+        run: a run folder, or a checkpoint.
+        device: where to decode.
+        data, captions, features: by default those of the training.
+        split: ``train``, ``val`` or ``test``.
+        search: how captions are searched.
+        output: where the predictions go, in the COCO results format; by default
+            ``predictions.json`` in the run folder. The scores go to ``scores.json`` beside it.
+        java: whether METEOR and SPICE are wanted, which take Java and some seconds.
+
+    Raises:
+        UserError: checkpoint, captions or features are missing or do not belong together.
+    """
+    checkpoint = load_checkpoint(run)
+    settings = checkpoint.settings
+    data = data or Path(settings["data"])
+    if captions is None and str(data) == settings["data"] and settings["captions"]:
+        captions = Path(settings["captions"])
+    features = features or Path(settings["features"])
+    config = search or SearchConfig()
+    result = evaluate(checkpoint, device, data, captions, features, split, config, java)
+    folder = run if run.is_dir() else run.parent
+    output = output or folder / "predictions.json"
+    _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
+    _write_json(
+        output.with_name("scores.json"),
+        {**result.facts, "scores": result.scores, "left_out": result.left_out},
+    )
+    print_table(result)
+    click.echo(f"predictions: {output}", err=True)
+    return result
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    data: Path,
+    captions: Path | None,
+    features: Path,
+    split: str,
+    config: SearchConfig,
+    java: bool,
+) -> Evaluation:
+    """Caption the pictures of a split and score the captions; see ``evaluate_run``."""
+    available, table, groups, batches = _open_split(
+        checkpoint, device, data, captions, features, split
+    )
+    decoder = checkpoint.build_decoder().to(device)
+    vocabulary = checkpoint.vocabulary
+    bar = progress_bar(
+        search_all(decoder, batches, config), total=len(groups), unit="image", desc="captioning"
+    )
+    texts = [captions_of(hypotheses[:1], vocabulary)[0].text for hypotheses in bar]
+    predictions = dict(zip(groups, texts, strict=True))
+    tokens = {name: tokenize(text) for name, text in predictions.items()}
+    java_scores, left_out = java_metrics(groups, tokens) if java else ({}, [])
+    train = tokenised(table.of_split("train"))
+    scores = {
+        **Scorer(groups).score(tokens),
+        **java_scores,
+        **diversity(tokens, (words for group in train.values() for words in group)),
+    }
+    facts = {
+        "split": split,
+        "split_sha256": table.split_hash(split),
+        "images": len(groups),
+        "references": sum(map(len, groups.values())),
+        "scorer": SCORER,
+        "search": asdict(config),
+        "epoch": checkpoint.epoch,
+        "features": available,
+    }
+    return Evaluation(predictions, scores, left_out, facts)
+
+
+def _open_split(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    data: Path,
+    captions: Path | None,
+    features: Path,
+    split: str,
+) -> tuple[str, CaptionTable, dict[str, list[list[str]]], Iterator[Tensor]]:
+    """Find the features of a split: in the cache if it is the model's encoder's, else anew.
+
+    Returns:
+        What the features are, the caption table, the tokenised references of the split by
+        image name, and its features in batches of (B, 2048) in the same order.
+    """
+    cache = FeatureCache(features) if features.is_file() else None
+    mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
+    if cache is not None and mismatch is None:
+        table, names = load_table(data, captions, done_names(cache))
+        groups = _groups(table, split)
+        rows = rows_of(cache, [names[name] for name in groups])
+        batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
+        return str(features), table, groups, batches
+    if checkpoint.encoder_weights is None and cache is not None:
+        raise UserError(
+            f"--features {features}: not of the encoder that this run was trained with ({mismatch})"
+        )
+    if checkpoint.encoder_weights is None:
+        FeatureCache(features)  # says that it is missing, and what to do
+    table, names = load_table(data, captions, find_images(data))
+    groups = _groups(table, split)
+    encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
+    encoder.for_inference().to(device)
+    size = 8 if device.type == "cpu" else 64
+    files = [(number, data / names[name]) for number, name in enumerate(groups)]
+    chunks = [files[start : start + size] for start in range(0, len(files), size)]
+
+    def encoded() -> Iterator[Tensor]:
+        for batch in encode_files(encoder, chunks, workers=2, ahead=2 * size):
+            if batch.failures:
+                number, reason = next(iter(batch.failures.items()))
+                raise UserError(f"{files[number][1]}: {reason}")
+            yield torch.from_numpy(batch.features)
+
+    return "the checkpoint's own encoder", table, groups, encoded()
+
+
+def _groups(table: CaptionTable, split: str) -> dict[str, list[list[str]]]:
+    groups = tokenised(table.of_split(split))
+    if not groups:
+        raise UserError(
+            f"--split {split}: no picture of that split is here (captions: {table.source})"
+        )
+    return groups
+
+
+def _write_json(path: Path, content: object) -> None:
+    with atomic_write(path) as handle:
+        json.dump(content, handle, ensure_ascii=False, indent=1)
+        handle.write("\n")
+
+
+def print_table(result: Evaluation) -> None:
+    """Print the scores as a Markdown table on standard output."""
+    facts, scores = result.facts, result.scores
+    names = [name for name in scores if name[0].isupper()]
+    beam = facts["search"]["beam_size"]
+    how = "greedy" if beam == 1 else f"beam {beam}"
+    click.echo(
+        f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
+        f"{facts['references']:,} references, {how}"
+    )
+    click.echo("| " + " | ".join(names) + " |")
+    click.echo("|" + "---:|" * len(names))
+    click.echo("| " + " | ".join(f"{scores[name]:.1f}" for name in names) + " |")
+    click.echo(
+        f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} words "
+        f"used, {scores['copied_from_train']:,} captions "
+        f"({scores['copied_from_train_percent']:.1f} %) copied from train, "
+        f"{scores['mean_length']:.1f} words long on average"
+    )
+    for sentence in result.left_out:
+        click.echo(sentence, err=True)

@@ -1,0 +1,320 @@
+"""Stage 3: train encoder and decoder together, on pictures.
+
+Each picture goes through the network once a step, with all of its captions. The layers
+below the first unfrozen one only infer: they run without autograd, with BatchNorm folded.
+Above it convolutions and BatchNorm's scale and shift learn, while its statistics stay
+those of ImageNet: batches are far too small to estimate them anew.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import click
+import numpy
+import torch
+from torch import Tensor
+
+from pipeline.captioner import encoder_of
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
+from pipeline.decoder import Decoder
+from pipeline.devices import choose_precision
+from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_files, fold_for_inference
+from pipeline.errors import UserError
+from pipeline.images import (
+    IMAGE_SIZE,
+    ImageError,
+    augmented_square,
+    find_images,
+    load_image,
+    prefetch,
+)
+from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
+from pipeline.validation import Validator
+from pipeline.vocabulary import Vocabulary
+
+# A picture whose captions tell sides is never flipped.
+SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    """The options of ``finetune_joint.py`` that decide the result.
+
+    Attributes are explained by ``python finetune_joint.py --help``.
+    """
+
+    start: str
+    data: str
+    captions: str | None
+    weights: str | None
+    features: str
+    epochs: int
+    batch_size: int
+    accumulate: int
+    encoder_lr: float
+    decoder_lr: float
+    weight_decay: float
+    label_smoothing: float
+    unfreeze_from: str
+    smallest_crop: float
+    flip: bool
+    patience: int
+    seed: int
+    precision: str
+
+
+@dataclass
+class Picture:
+    """One training picture: where it is, and whether it may be flipped."""
+
+    path: Path
+    flip: bool
+
+
+@dataclass
+class JointBatch:
+    """Pictures with all their captions.
+
+    Attributes:
+        pixels: uint8 (B, 299, 299, 3).
+        picture: int64 (C,): which of the B pictures each caption is of.
+        captions: int64 (C, T), padded.
+    """
+
+    pixels: Tensor
+    picture: Tensor
+    captions: Tensor
+
+
+@dataclass
+class JointStage:
+    """Encoder, decoder, pictures and captions, as ``training.train`` wants them."""
+
+    encoder: Encoder
+    decoder: Decoder
+    vocabulary: Vocabulary
+    pictures: Sequence[Picture]
+    captions: EncodedCaptions
+    val_paths: Sequence[Path]
+    validator: Validator
+    options: JointOptions
+    workers: int
+    device: torch.device
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        cut = TRUNK_LAYERS.index(self.options.unfreeze_from)
+        # The frozen layers are copied before folding: a checkpoint keeps them as they were.
+        self.frozen = copy.deepcopy(self.encoder.trunk[:cut])
+        fold_for_inference(self.frozen, self.options.precision)
+        self.unfrozen = self.encoder.trunk[cut:]
+        self.encoder.requires_grad_(False)
+        self.unfrozen.requires_grad_(True)
+        self.unfrozen.to(memory_format=torch.channels_last)
+        # Captions lie picture by picture, so those of picture i are a range.
+        counts = torch.bincount(self.captions.rows, minlength=len(self.pictures))
+        self.first_caption = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Encoder and decoder, each with its learning rate."""
+        decay = self.options.weight_decay
+        return [
+            {
+                "params": list(self.decoder.parameters()),
+                "lr": self.options.decoder_lr,
+                "weight_decay": decay,
+            },
+            {
+                "params": list(self.unfrozen.parameters()),
+                "lr": self.options.encoder_lr,
+                "weight_decay": decay,
+            },
+        ]
+
+    def batches_per_epoch(self) -> int:
+        """Count the batches of pictures."""
+        return -(-len(self.pictures) // self.options.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[JointBatch]:
+        """Give batches of augmented pictures with their captions, in a new order.
+
+        A picture that cannot be read is left out of its batch and remembered.
+        """
+        seed = self.options.seed * SEED_STRIDE + epoch
+        order = torch.randperm(
+            len(self.pictures), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
+
+        def read(number: int) -> numpy.ndarray | ImageError:
+            picture = self.pictures[number]
+            # Chance belongs to the picture and the epoch, whichever thread reads it.
+            random = Random(seed * len(self.pictures) + number)
+            try:
+                image = load_image(picture.path, 2 * IMAGE_SIZE)
+            except ImageError as error:
+                return error
+            flip = self.options.flip and picture.flip
+            return augmented_square(image, random, flip, self.options.smallest_crop)
+
+        size = self.options.batch_size
+        squares = prefetch(read, order, self.workers, ahead=2 * size)
+        for start in range(0, len(order), size):
+            numbers, pixels = [], []
+            for number in order[start : start + size]:
+                square = next(squares)
+                if isinstance(square, ImageError):
+                    self.unreadable[str(self.pictures[number].path)] = str(square)
+                else:
+                    numbers.append(number)
+                    pixels.append(square)
+            yield self._batch(numbers, pixels)
+
+    def _batch(self, numbers: list[int], pixels: list[numpy.ndarray]) -> JointBatch:
+        if not numbers:
+            raise UserError(f"a whole batch of pictures is unreadable: {list(self.unreadable)[-1]}")
+        ranges = [
+            torch.arange(int(self.first_caption[n]), int(self.first_caption[n + 1]))
+            for n in numbers
+        ]
+        counts = torch.tensor([len(indices) for indices in ranges])
+        return JointBatch(
+            torch.from_numpy(numpy.stack(pixels)),
+            torch.repeat_interleave(torch.arange(len(numbers)), counts),
+            self.captions.padded(torch.cat(ranges)),
+        )
+
+    def set_training(self, training: bool) -> None:
+        """Switch the decoder's dropout; the encoder stays in eval mode, see the module."""
+        self.decoder.train(training)
+
+    def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
+        """Cross-entropy of all captions of the batch's pictures."""
+        pixels = self.encoder.normalise(batch.pixels.to(self.device, non_blocking=True))
+        with torch.no_grad():
+            hidden = self.frozen(pixels)
+        features = self.unfrozen(hidden).flatten(1).float()  # (B, 2048)
+        return self.decoder.loss(
+            features[batch.picture.to(self.device)],
+            batch.captions.to(self.device),
+            self.options.label_smoothing,
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Encode the val pictures with the present encoder, and score the decoder on them."""
+        encoder = self._inference_encoder()
+        size = 8 if self.device.type == "cpu" else 64
+        files = list(enumerate(self.val_paths))
+        chunks = [files[start : start + size] for start in range(0, len(files), size)]
+        features = torch.zeros(len(files), self.decoder.config.feature_size)
+        for batch in encode_files(encoder, chunks, self.workers, ahead=2 * size):
+            if batch.failures:
+                number, reason = next(iter(batch.failures.items()))
+                raise UserError(f"{self.val_paths[number]}: {reason}; remove its captions")
+            features[batch.keys] = torch.from_numpy(batch.features)
+        return self.validator.validate(self.decoder, features)
+
+    def _inference_encoder(self) -> Encoder:
+        encoder = copy.deepcopy(self.encoder)
+        encoder.precision = choose_precision("auto", self.device)
+        return encoder.for_inference()
+
+    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
+        """Describe the present weights, the encoder's among them."""
+        self.encoder.forget_identity()
+        return Checkpoint(
+            decoder_config=self.decoder.config,
+            decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
+            vocabulary=self.vocabulary,
+            encoder=self.encoder.identity,
+            encoder_weights={
+                k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()
+            },
+            epoch=epoch,
+            scores=scores,
+            settings=asdict(self.options),
+        )
+
+
+def may_flip(captions: Sequence[str]) -> bool:
+    """Tell whether a mirrored picture still agrees with its captions."""
+    return not any(SIDES.search(caption) for caption in captions)
+
+
+def finetune_joint(
+    options: JointOptions, run: Path, device: torch.device, workers: int, force: bool
+) -> tuple[Progress, Mapping[str, str]]:
+    """Fine-tune the run ``options.start`` in the folder ``run``, or go on with that.
+
+    Returns:
+        The state at the end, and the training pictures that could not be read, with reasons.
+
+    Raises:
+        UserError: pictures, captions, the starting run or its encoder are missing or do not
+            belong together; the run there has other settings.
+    """
+    if options.unfreeze_from not in TRUNK_LAYERS[:-1]:
+        raise UserError(
+            f"--unfreeze-from {options.unfreeze_from}: no such block; one of "
+            f"{', '.join(TRUNK_LAYERS[:-1])}"
+        )
+    data = Path(options.data)
+    captions_file = Path(options.captions) if options.captions else None
+    start = load_checkpoint(Path(options.start))
+    table, names = load_table(data, captions_file, find_images(data))
+    train_captions = tokenised(table.of_split("train"))
+    val_captions = tokenised(table.of_split("val"))
+    for split, images in (("train", train_captions), ("val", val_captions)):
+        if not images:
+            raise UserError(f"{table.source}: no picture is in the {split} split")
+    last = run / "last.pt"
+    weights = options.weights
+    open_run(run, asdict(options), force)
+    if last.is_file():
+        start, weights = load_checkpoint(last), None
+    encoder = encoder_of(start, weights, "fp32")
+    encoder.source = str(run / "best.pt")
+    raw = {image.name: image.captions for image in table.images}
+    stage = JointStage(
+        encoder=encoder.to(device),
+        decoder=start.build_decoder().to(device),
+        vocabulary=start.vocabulary,
+        pictures=[Picture(data / names[name], may_flip(raw[name])) for name in train_captions],
+        captions=encode_captions(
+            train_captions.values(), torch.arange(len(train_captions)), start.vocabulary
+        ),
+        val_paths=[data / names[name] for name in val_captions],
+        validator=Validator(
+            val_captions,
+            encode_captions(
+                val_captions.values(), torch.arange(len(val_captions)), start.vocabulary
+            ),
+            start.vocabulary,
+        ),
+        options=options,
+        workers=workers,
+        device=device,
+    )
+    learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
+    click.echo(
+        f"{len(stage.pictures):,} training pictures with {len(stage.captions):,} captions; "
+        f"{options.unfreeze_from} and above learn ({learning:,} weights), "
+        f"{options.precision} on {device.type}",
+        err=True,
+    )
+    config = TrainingConfig(
+        options.epochs,
+        options.patience,
+        options.seed,
+        options.precision,
+        accumulate=options.accumulate,
+    )
+    progress = train(stage, run, config, score_start=True)
+    return progress, stage.unreadable

@@ -1,0 +1,281 @@
+"""The training loop that stages 2 and 3 share, and the run folder that it writes.
+
+A run folder holds
+
+    config.json   the options of the run
+    log.jsonl     one line an epoch
+    last.pt       everything needed to go on
+    best.pt       the epoch with the best CIDEr-D on val: the model to use
+
+All randomness of an epoch (order, dropout, augmentation) follows from the seed and the
+epoch's number alone. A run that was killed therefore goes on from ``last.pt`` exactly as if
+it had never stopped; on a CPU the weights are identical to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+import torch
+from torch import Tensor, nn
+
+from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.devices import autocast
+from pipeline.errors import UserError
+from pipeline.files import atomic_write
+from pipeline.progress import progress_bar
+
+# A stride between the seeds of epochs that no one's choice of seeds will cross.
+SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and how fast to train.
+
+    Attributes:
+        epochs: passes over the training captions; the learning rate falls over all of them.
+        patience: stop after so many epochs without a better CIDEr-D; 0 never stops.
+        warmup: share of all steps over which the learning rate rises from zero.
+        clip: largest norm of the gradient.
+        accumulate: batches whose gradients are summed before a step.
+        seed: of everything random.
+        precision: of the network's arithmetic in training: fp32 or bf16.
+    """
+
+    epochs: int
+    patience: int
+    seed: int
+    precision: str
+    warmup: float = 0.02
+    clip: float = 5.0
+    accumulate: int = 1
+
+
+class Stage(Protocol):
+    """What the loop needs to know of a stage."""
+
+    device: torch.device
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Give the optimizer's groups, each with ``params``, ``lr`` and ``weight_decay``."""
+
+    def batches_per_epoch(self) -> int:
+        """Say how many batches ``batches`` gives."""
+
+    def batches(self, epoch: int) -> Iterator[Any]:
+        """Give the batches of an epoch, in an order that depends on seed and epoch alone."""
+
+    def set_training(self, training: bool) -> None:
+        """Switch dropout and the like on or off."""
+
+    def loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Give the summed loss of a batch and the number of its tokens."""
+
+    def validate(self) -> dict[str, float]:
+        """Score the present weights on val; one of the scores is ``CIDEr-D``."""
+
+    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
+        """Describe the present weights, without what is needed to go on training."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands after an epoch; kept in ``last.pt``."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_cider: float = -math.inf
+
+
+def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+    """Give the share of the full learning rate at ``step`` of ``total``, counted from 0.
+
+    A linear rise over the first ``warmup`` share, then half a cosine down to zero
+    (Loshchilov and Hutter, arXiv 1608.03983).
+    """
+    rise = max(1, round(total * warmup))
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
+
+
+def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = False) -> Progress:
+    """Train ``stage`` in the folder ``run``, from its beginning or from where it stopped.
+
+    Args:
+        stage: model, data and loss.
+        run: the run folder.
+        config: how to train.
+        score_start: score the weights before the first epoch too, as epoch 0, so that
+            ``best.pt`` is never worse than what the stage started from.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        UserError: the loss is no longer a number.
+    """
+    optimizer = torch.optim.AdamW(stage.parameter_groups(), betas=(0.9, 0.999))
+    full_rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps_per_epoch = math.ceil(stage.batches_per_epoch() / config.accumulate)
+    total_steps = steps_per_epoch * config.epochs
+    progress = Progress()
+
+    last = run / "last.pt"
+    if last.is_file():
+        saved = load_checkpoint(last).training
+        if saved is None:
+            raise UserError(f"{last}: holds nothing to go on from; --force starts over")
+        optimizer.load_state_dict(saved["optimizer"])
+        progress = Progress(**saved["progress"])
+        if progress.epoch:
+            click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
+    _trim_log(run / "log.jsonl", progress.epoch if last.is_file() else -1)
+
+    def finish_epoch(record: dict[str, float]) -> None:
+        """Score, save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
+        began = time.perf_counter()
+        stage.set_training(False)
+        scores = stage.validate()
+        better = scores["CIDEr-D"] > progress.best_cider
+        if better:
+            progress.best_epoch, progress.best_cider = progress.epoch, scores["CIDEr-D"]
+        checkpoint = stage.checkpoint(progress.epoch, scores)
+        if better:
+            save_checkpoint(run / "best.pt", checkpoint)
+        record = {"epoch": progress.epoch, **record, **scores}
+        record["validation_seconds"] = round(time.perf_counter() - began, 2)
+        _append_log(run / "log.jsonl", record)
+        _write_tensorboard(run, record)
+        checkpoint.training = {
+            "optimizer": optimizer.state_dict(),
+            "progress": asdict(progress),
+        }
+        save_checkpoint(last, checkpoint)
+        click.echo(_epoch_line(record, config.epochs, better), err=True)
+
+    if score_start and not last.is_file():
+        finish_epoch({})
+    while progress.epoch < config.epochs:
+        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
+            click.echo(
+                f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)", err=True
+            )
+            break
+        progress.epoch += 1
+        torch.manual_seed(config.seed * SEED_STRIDE + progress.epoch)
+        stage.set_training(True)
+        began = time.perf_counter()
+        step = (progress.epoch - 1) * steps_per_epoch
+        loss_sum, tokens_sum, pending = 0.0, 0, 0
+        bar = progress_bar(
+            stage.batches(progress.epoch),
+            total=stage.batches_per_epoch(),
+            desc=f"epoch {progress.epoch}",
+            unit="batch",
+            leave=False,
+        )
+        for number, batch in enumerate(bar, start=1):
+            with autocast(stage.device, config.precision):
+                loss, tokens = stage.loss(batch)
+            (loss / tokens).backward()
+            loss_sum += loss.item()
+            tokens_sum += tokens
+            pending += 1
+            if pending == config.accumulate or number == stage.batches_per_epoch():
+                if not math.isfinite(loss_sum):
+                    raise UserError(
+                        f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower --lr "
+                        "may help. What was saved before is kept"
+                    )
+                factor = learning_rate_factor(step, total_steps, config.warmup)
+                for group, rate in zip(optimizer.param_groups, full_rates, strict=True):
+                    group["lr"] = rate * factor
+                for parameter in parameters if pending > 1 else ():
+                    if parameter.grad is not None:
+                        parameter.grad /= pending
+                nn.utils.clip_grad_norm_(parameters, config.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                pending = 0
+                bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
+        finish_epoch(
+            {
+                "train_loss": loss_sum / tokens_sum,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - began, 2),
+            }
+        )
+    return progress
+
+
+def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
+    """Make the run folder and its ``config.json``, or check that the run there is the same one.
+
+    Raises:
+        UserError: the folder holds a run with other settings, and ``force`` is not set.
+    """
+    path = run / "config.json"
+    if force:
+        for name in ("last.pt", "best.pt", "log.jsonl", "config.json"):
+            (run / name).unlink(missing_ok=True)
+    if path.is_file() and (run / "last.pt").is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for option in sorted(before.keys() | settings.keys()):
+            if before.get(option) != settings.get(option):
+                raise UserError(
+                    f"{run} was started with {option} {before.get(option)}, not "
+                    f"{settings.get(option)}: give that to go on with it, another --run for a "
+                    "new one, or --force to start it over"
+                )
+    with atomic_write(path) as handle:
+        json.dump(settings, handle, indent=2)
+        handle.write("\n")
+
+
+def _trim_log(path: Path, epoch: int) -> None:
+    """Drop the lines of epochs after ``epoch``: they were logged, but never saved."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line and json.loads(line)["epoch"] <= epoch]
+        with atomic_write(path) as handle:
+            handle.writelines(line + "\n" for line in kept)
+
+
+def _append_log(path: Path, record: dict[str, float]) -> None:
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with atomic_write(path) as handle:
+        handle.write(before + json.dumps(record) + "\n")
+
+
+def _write_tensorboard(run: Path, record: dict[str, float]) -> None:
+    """Add an epoch to TensorBoard's files where the package is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return
+    with SummaryWriter(run / "tensorboard") as writer:
+        for name, value in record.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, int(record["epoch"]))
+
+
+def _epoch_line(record: dict[str, float], epochs: int, better: bool) -> str:
+    """Sum an epoch up in one line for the terminal."""
+    parts = [f"epoch {record['epoch']:>3.0f}/{epochs}"]
+    if "train_loss" in record:
+        parts.append(f"train loss {record['train_loss']:.3f}")
+    parts.append(f"val loss {record['val_loss']:.3f}")
+    parts += [f"{name} {record[name]:.1f}" for name in ("BLEU-4", "CIDEr-D")]
+    parts.append(f"{record.get('seconds', 0) + record['validation_seconds']:.0f} s")
+    return "  ".join(parts) + ("  best" if better else "")

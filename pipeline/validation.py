@@ -1,0 +1,75 @@
+"""Scoring a decoder on a split: loss teacher-forced, captions decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.dataset import EncodedCaptions
+from pipeline.decoder import Decoder
+from pipeline.metrics import Scorer
+from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.vocabulary import Vocabulary
+
+
+def search_all(
+    decoder: Decoder, features: Iterable[Tensor], config: SearchConfig
+) -> Iterator[list[Hypothesis]]:
+    """Search captions for features that come in batches (B, 2048), on the decoder's device."""
+    device = decoder.feature_mean.device
+    for batch in features:
+        yield from search(decoder, batch.to(device), config)
+
+
+@torch.inference_mode()
+def mean_loss(
+    decoder: Decoder, captions: EncodedCaptions, features: Tensor, batch_size: int = 256
+) -> float:
+    """Mean cross-entropy a token, in nats; ``captions.rows`` index ``features`` (N, 2048)."""
+    device = decoder.feature_mean.device
+    total, tokens = 0.0, 0
+    for indices in torch.argsort(captions.lengths, stable=True).split(batch_size):
+        loss, count = decoder.loss(
+            features[captions.rows[indices]].to(device), captions.padded(indices).to(device)
+        )
+        total += loss.item()
+        tokens += count
+    return total / max(tokens, 1)
+
+
+class Validator:
+    """The val split, prepared once: captions as numbers, references for the scorer."""
+
+    def __init__(
+        self,
+        references: Mapping[str, Sequence[Sequence[str]]],
+        captions: EncodedCaptions,
+        vocabulary: Vocabulary,
+        batch_size: int = 256,
+    ) -> None:
+        self.names = list(references)
+        self.scorer = Scorer(references)
+        self.captions = captions
+        self.vocabulary = vocabulary
+        self.batch_size = batch_size
+        self.search = SearchConfig(beam_size=1)
+
+    def validate(self, decoder: Decoder, features: Tensor) -> dict[str, float]:
+        """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
+
+        Returns:
+            ``val_loss``, the scores of greedily decoded captions, and ``distinct``: how many
+            different captions there are.
+        """
+        found = search_all(decoder, features.split(self.batch_size), self.search)
+        predictions = {
+            name: self.vocabulary.decode(hypotheses[0].tokens)
+            for name, hypotheses in zip(self.names, found, strict=True)
+        }
+        return {
+            "val_loss": mean_loss(decoder, self.captions, features),
+            **self.scorer.score(predictions),
+            "distinct": len({tuple(words) for words in predictions.values()}),
+        }

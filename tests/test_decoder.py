@@ -1,0 +1,178 @@
+"""The decoder: its sizes, its equations step by step, its loss, and that it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.dataset import bucketed_batches, count_batches, encode_captions
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.search import SearchConfig, search
+from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
+
+SMALL = DecoderConfig(vocabulary_size=12, embed_size=6, hidden_size=7, dropout=0.5, feature_size=5)
+
+
+def test_number_of_weights_follows_from_the_sizes() -> None:
+    v, e, h, f = 12, 6, 7, 5
+    expected = f * e + e + v * e + 4 * h * (e + h) + 8 * h + h * v + v
+    assert sum(p.numel() for p in Decoder(SMALL).parameters()) == expected
+
+
+def test_steps_follow_the_equations_of_the_paper() -> None:
+    """Equations (4) to (12) of arXiv 1411.4555 written out, against the batched decoder."""
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).eval()
+    features, tokens = torch.randn(1, 5), torch.tensor([[START_ID, 5, 9]])
+    weights = dict(decoder.named_parameters())
+    inputs = [decoder.image_embedding(features)[0]]
+    inputs += [decoder.word_embedding.weight[t] for t in tokens[0]]
+    hidden, cell = torch.zeros(7), torch.zeros(7)
+    outputs = []
+    for x in inputs:
+        gates = (
+            weights["lstm.weight_ih_l0"] @ x
+            + weights["lstm.bias_ih_l0"]
+            + weights["lstm.weight_hh_l0"] @ hidden
+            + weights["lstm.bias_hh_l0"]
+        )
+        i, f, g, o = gates.split(7)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        hidden = o.sigmoid() * cell.tanh()
+        outputs.append(hidden)
+    assert torch.allclose(decoder(features, tokens)[0], torch.stack(outputs[1:]), atol=1e-5)
+
+
+def test_stepping_equals_teacher_forcing() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).eval()
+    features, tokens = torch.randn(3, 5), torch.tensor([[1, 4, 5], [1, 6, 7], [1, 8, 9]])
+    whole = decoder.projection(decoder(features, tokens)).log_softmax(-1)
+    state = decoder.start(features)
+    for t in range(3):
+        step, state = decoder.step(tokens[:, t], state)
+        assert torch.allclose(step, whole[:, t], atol=1e-5)
+
+
+def test_loss_runs_over_words_and_end_and_ignores_padding() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).eval()
+    features = torch.randn(2, 5)
+    captions = torch.tensor([[1, 4, 5, 2, 0, 0], [1, 6, 7, 8, 9, 2]])
+    loss, tokens = decoder.loss(features, captions)
+    assert tokens == 3 + 5
+    first, _ = decoder.loss(features[:1], captions[:1, :4])
+    second, _ = decoder.loss(features[1:], captions[1:])
+    assert float(loss) == pytest.approx(float(first + second), rel=1e-5)
+    logits = decoder.projection(decoder(features[:1], captions[:1, :3]))[0]
+    assert float(first) == pytest.approx(
+        float(F.cross_entropy(logits, captions[0, 1:4], reduction="sum")), rel=1e-5
+    )
+
+
+def test_gradient_agrees_with_differences() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).double().eval()
+    features = torch.randn(2, 5, dtype=torch.float64)
+    captions = torch.tensor([[1, 4, 5, 2, 0], [1, 6, 7, 8, 2]])
+
+    def loss_of(embedding: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            decoder.image_embedding.weight.copy_(embedding)
+        return decoder.loss(features, captions)[0]
+
+    start = decoder.image_embedding.weight.detach().clone()
+    loss_of(start).backward()
+    gradient = decoder.image_embedding.weight.grad
+    assert gradient is not None
+    # The loss is computed in float32, so differences are wide and compared loosely.
+    for place in [(0, 0), (3, 2), (5, 4)]:
+        nudge = torch.zeros_like(start)
+        nudge[place] = 0.05
+        slope = (loss_of(start + nudge) - loss_of(start - nudge)).item() / 0.1
+        assert slope == pytest.approx(gradient[place].item(), rel=0.02, abs=1e-4)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL)
+    features, tokens = torch.randn(2, 5), torch.tensor([[1, 4], [1, 5]])
+    decoder.eval()
+    assert torch.equal(decoder(features, tokens), decoder(features, tokens))
+    decoder.train()
+    assert not torch.equal(decoder(features, tokens), decoder(features, tokens))
+
+
+def test_standardisation_makes_the_scale_of_features_irrelevant() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(SMALL).eval()
+    features = torch.rand(50, 5)
+    decoder.standardise_by(features.mean(0), features.std(0, correction=0))
+    small = decoder.embed_image(features)
+    decoder.standardise_by(1000 * features.mean(0), 1000 * features.std(0, correction=0))
+    assert torch.allclose(decoder.embed_image(1000 * features), small, atol=1e-3)
+
+
+def test_eight_images_are_learned_by_heart() -> None:
+    """The decoder can say any caption: eight random vectors, eight captions, exactly."""
+    torch.manual_seed(0)
+    captions = [
+        "a red ball lies on the green grass".split(),
+        "two dogs".split(),
+        "a man in a blue shirt flies a kite over the sea at night".split(),
+        "three small children run".split(),
+        "the the the end".split(),
+        "a red ball lies on the sea".split(),
+        "snow".split(),
+        "a woman holds two red balls and a kite".split(),
+    ]
+    vocabulary = Vocabulary.build(captions, min_count=1)
+    features = torch.rand(8, 2048)
+    decoder = Decoder(DecoderConfig(len(vocabulary), 64, 128, dropout=0.0))
+    decoder.standardise_by(features.mean(0), features.std(0))
+    encoded = encode_captions([[c] for c in captions], torch.arange(8), vocabulary)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01, weight_decay=0.0)
+    batch = encoded.padded(torch.arange(8))
+    for _ in range(80):
+        loss, tokens = decoder.loss(features, batch)
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        optimizer.step()
+    decoder.eval()
+    for beam_size in (1, 3):
+        found = search(decoder, features, SearchConfig(beam_size=beam_size))
+        assert [vocabulary.decode(h[0].tokens) for h in found] == captions
+
+
+def test_captions_are_encoded_and_padded() -> None:
+    vocabulary = Vocabulary.build([["a", "dog", "runs"]], min_count=1)
+    encoded = encode_captions(
+        [[["a", "dog"], ["a", "bird", "runs"]], [["runs"]]], torch.tensor([7, 9]), vocabulary
+    )
+    assert encoded.rows.tolist() == [7, 7, 9]
+    assert encoded.lengths.tolist() == [4, 5, 3]
+    a, dog, runs = vocabulary.encode(["a", "dog", "runs"])
+    unknown = vocabulary.encode(["bird"])[0]
+    assert encoded.padded(torch.tensor([2, 1, 0])).tolist() == [
+        [START_ID, runs, END_ID, PAD_ID, PAD_ID],
+        [START_ID, a, unknown, runs, END_ID],
+        [START_ID, a, dog, END_ID, PAD_ID],
+    ]
+
+
+@pytest.mark.parametrize("items", [1, 7, 64, 1000])
+def test_buckets_hold_every_item_once_in_an_order_of_the_seed(items: int) -> None:
+    lengths = torch.randint(3, 20, (items,), generator=torch.Generator().manual_seed(0))
+
+    def batches(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return [b.tolist() for b in bucketed_batches(lengths, 8, generator)]
+
+    assert sorted(i for b in batches(0) for i in b) == list(range(items))
+    assert len(batches(0)) == count_batches(items, 8)
+    assert batches(0) == batches(0)
+    if items == 1000:
+        assert batches(0) != batches(1)
+        padded = sum(len(b) * int(lengths[b].max()) for b in batches(0))
+        assert padded < 1.1 * int(lengths.sum()), "batches hold captions of like length"

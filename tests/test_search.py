@@ -1,0 +1,136 @@
+"""Greedy and beam search: they agree with each other, with the model, and with brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.search import SearchConfig, beam_search, greedy_search, search
+from pipeline.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+
+VOCABULARY = 30
+
+
+def make_decoder(vocabulary: int = VOCABULARY, sharpness: float = 4.0) -> Decoder:
+    """A small decoder with random weights, sharp enough to prefer some words."""
+    torch.manual_seed(3)
+    decoder = Decoder(DecoderConfig(vocabulary, embed_size=16, hidden_size=24, feature_size=8))
+    with torch.no_grad():
+        decoder.projection.weight *= sharpness * 3
+        decoder.word_embedding.weight *= 10
+        decoder.image_embedding.weight *= 50
+    return decoder.eval()
+
+
+def some_features(count: int) -> Tensor:
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(1))
+
+
+def teacher_forced(decoder: Decoder, features: Tensor, words: list[int]) -> float:
+    """Log-probability of the words and the <end>, computed without any search."""
+    tokens = torch.tensor([[START_ID, *words]])
+    with torch.no_grad():
+        outputs = decoder(features.unsqueeze(0), tokens)
+        log_probabilities = decoder.projection(outputs)[0].log_softmax(-1)
+    targets = [*words, END_ID]
+    return float(log_probabilities[torch.arange(len(targets)), targets].sum())
+
+
+@pytest.mark.parametrize("max_length", [1, 3, 12])
+def test_one_beam_is_greedy(max_length: int) -> None:
+    decoder, features = make_decoder(), some_features(40)
+    config = SearchConfig(beam_size=1, max_length=max_length)
+    greedy = greedy_search(decoder, features, config)
+    beams = beam_search(decoder, features, config)
+    assert [b[0].tokens for b in beams] == [g.tokens for g in greedy]
+    assert [b[0].log_probability for b in beams] == pytest.approx(
+        [g.log_probability for g in greedy], abs=1e-4
+    )
+    assert len({tuple(g.tokens) for g in greedy}) > 5, "the decoder should not be constant"
+
+
+@pytest.mark.parametrize("beam_size", [1, 3, 5])
+def test_batched_equals_one_by_one(beam_size: int) -> None:
+    decoder, features = make_decoder(), some_features(17)
+    config = SearchConfig(beam_size=beam_size, max_length=9)
+    together = search(decoder, features, config)
+    alone = [search(decoder, row.unsqueeze(0), config)[0] for row in features]
+    assert [[h.tokens for h in t] for t in together] == [[h.tokens for h in a] for a in alone]
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_returned_score_is_the_teacher_forced_log_probability(beam_size: int) -> None:
+    decoder, features = make_decoder(), some_features(12)
+    config = SearchConfig(beam_size=beam_size, max_length=8, length_penalty=0.7)
+    for row, hypotheses in zip(features, search(decoder, features, config), strict=True):
+        for hypothesis in hypotheses:
+            expected = teacher_forced(decoder, row, hypothesis.tokens)
+            assert hypothesis.log_probability == pytest.approx(expected, abs=1e-4)
+            length = len(hypothesis.tokens) + 1
+            assert hypothesis.score == pytest.approx(expected / length**0.7, abs=1e-4)
+
+
+def test_a_wide_beam_finds_the_best_caption_of_all() -> None:
+    """With as many beams as there are openings, beam search is exhaustive search."""
+    decoder, features = make_decoder(vocabulary=8, sharpness=1.0), some_features(6)
+    words = range(UNKNOWN_ID + 1, 8)
+    config = SearchConfig(beam_size=90, max_length=3, length_penalty=0.0)
+    captions = [c for n in (1, 2, 3) for c in itertools.product(words, repeat=n)]
+    assert len(captions) == 84
+    for row, hypotheses in zip(features, beam_search(decoder, features, config), strict=True):
+        scored = sorted(
+            ((teacher_forced(decoder, row, list(c)), c) for c in captions), reverse=True
+        )
+        assert tuple(hypotheses[0].tokens) == scored[0][1]
+        assert {tuple(h.tokens) for h in hypotheses} == set(captions)
+        assert len(hypotheses) == 84
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_special_tokens_never_come_out(beam_size: int) -> None:
+    decoder = make_decoder()
+    with torch.no_grad():  # a model that wants nothing but the forbidden
+        decoder.projection.bias[[PAD_ID, START_ID, UNKNOWN_ID]] = 100.0
+    config = SearchConfig(beam_size=beam_size, max_length=7)
+    for hypotheses in search(decoder, some_features(9), config):
+        for hypothesis in hypotheses:
+            assert min(hypothesis.tokens) > UNKNOWN_ID
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("bias", [-1e4, 1e4])
+def test_a_model_that_never_or_at_once_ends_still_gives_captions(
+    beam_size: int, bias: float
+) -> None:
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.projection.bias[END_ID] = bias
+    config = SearchConfig(beam_size=beam_size, max_length=6, min_length=2)
+    results = search(decoder, some_features(5), config)
+    assert len(results) == 5
+    for hypotheses in results:
+        assert len(hypotheses) == beam_size
+        assert {len(h.tokens) for h in hypotheses} == ({6} if bias < 0 else {2})
+
+
+def test_hypotheses_differ_and_come_best_first() -> None:
+    config = SearchConfig(beam_size=5, max_length=10)
+    for hypotheses in search(make_decoder(), some_features(20), config):
+        assert len({tuple(h.tokens) for h in hypotheses}) == 5
+        scores = [h.score for h in hypotheses]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_length_penalty_prefers_longer_captions() -> None:
+    decoder, features = make_decoder(sharpness=1.0), some_features(30)
+
+    def mean_length(penalty: float) -> float:
+        config = SearchConfig(beam_size=4, max_length=12, length_penalty=penalty)
+        found = search(decoder, features, config)
+        return sum(len(h[0].tokens) for h in found) / len(found)
+
+    assert mean_length(0.0) < mean_length(1.5)

@@ -1,0 +1,296 @@
+"""The training loop: schedule, saving, resuming to the bit, and the whole command."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_data import IDENTITY, make_small_data
+from torch import Tensor
+
+import train_decoder as command
+from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.errors import UserError
+from pipeline.training import TrainingConfig, learning_rate_factor, open_run, train
+from pipeline.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = Vocabulary.build([["a", "b", "c"]], min_count=1)
+
+
+@dataclass
+class ScriptedStage:
+    """A stage with a tiny decoder, given batches and scripted CIDEr-D scores."""
+
+    ciders: list[float]
+    batch_sizes: tuple[int, ...] = (4, 4)
+    fail_in_epoch: int | None = None
+    spoil_loss: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.decoder = Decoder(DecoderConfig(len(WORDS), 4, 4, dropout=0.3, feature_size=3))
+        self.rates: list[float] = []
+        self.validations = 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.decoder.parameters()), "lr": 0.1, "weight_decay": 0.01}]
+
+    def batches_per_epoch(self) -> int:
+        return len(self.batch_sizes)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(epoch)
+        for number, size in enumerate(self.batch_sizes):
+            if epoch == self.fail_in_epoch and number == 1:
+                raise KeyboardInterrupt
+            features = torch.randn(size, 3, generator=generator)
+            yield features, torch.tensor([[1, 4, 5, 2]] * size)
+
+    def set_training(self, training: bool) -> None:
+        self.decoder.train(training)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        loss, tokens = self.decoder.loss(*batch)
+        return loss * float("nan") if self.spoil_loss else loss, tokens
+
+    def validate(self) -> dict[str, float]:
+        self.validations += 1
+        return {"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}
+
+    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
+        return Checkpoint(
+            self.decoder.config,
+            {k: v.clone() for k, v in self.decoder.state_dict().items()},
+            WORDS,
+            IDENTITY,
+            epoch=epoch,
+            scores=scores,
+        )
+
+
+class ScoringStage(ScriptedStage):
+    """Gives the scripted scores in turn."""
+
+    def validate(self) -> dict[str, float]:
+        score = self.ciders[self.validations]
+        return {**super().validate(), "CIDEr-D": score}
+
+
+def config(epochs: int, patience: int = 0, accumulate: int = 1) -> TrainingConfig:
+    return TrainingConfig(epochs, patience, seed=0, precision="fp32", accumulate=accumulate)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_checkpoint(path).decoder_weights
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
+    assert 0 < factors[-1] < 0.001
+
+
+def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
+    progress = train(ScoringStage([10.0, 30.0, 20.0]), tmp_path, config(3))
+    assert (progress.best_epoch, progress.best_cider) == (2, 30.0)
+    assert load_checkpoint(tmp_path).epoch == 2
+    assert load_checkpoint(tmp_path / "last.pt").epoch == 3
+    assert load_checkpoint(tmp_path / "best.pt").training is None
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["CIDEr-D"]) for line in log] == [(1, 10), (2, 30), (3, 20)]
+    assert log[0]["train_loss"] > log[2]["train_loss"]
+
+
+def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
+    progress = train(ScoringStage([5.0, 9.0, 8.0, 7.0, 99.0]), tmp_path, config(5, patience=2))
+    assert progress.epoch == 4 and progress.best_epoch == 2
+
+
+def test_start_is_scored_when_asked_and_kept_when_better(tmp_path: Path) -> None:
+    stage = ScoringStage([50.0, 40.0, 45.0])
+    start = {k: v.clone() for k, v in stage.decoder.state_dict().items()}
+    progress = train(stage, tmp_path, config(2), score_start=True)
+    assert progress.best_epoch == 0
+    for name, value in weights(tmp_path / "best.pt").items():
+        assert torch.equal(value, start[name])
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path, epoch: int) -> None:
+    scores = [1.0, 4.0, 3.0, 5.0]
+    train(ScoringStage(scores), tmp_path / "whole", config(4))
+    with pytest.raises(KeyboardInterrupt):
+        train(ScoringStage(scores, fail_in_epoch=epoch), tmp_path / "broken", config(4))
+    again = ScoringStage(scores[epoch - 1 :])
+    if epoch > 1:
+        again.decoder.load_state_dict(weights(tmp_path / "broken" / "last.pt"))
+    train(again, tmp_path / "broken", config(4))
+    for name in ("last.pt", "best.pt"):
+        assert_same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
+    lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> None:
+    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text() + json.dumps({"epoch": 3, "CIDEr-D": 0}) + "\n")
+    stage = ScoringStage([])
+    stage.decoder.load_state_dict(weights(tmp_path / "last.pt"))
+    train(stage, tmp_path, config(2))
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    class NoDropout(ScriptedStage):
+        def set_training(self, training: bool) -> None:
+            self.decoder.eval()
+
+    class Halves(NoDropout):
+        def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for features, captions in super().batches(epoch):
+                yield from zip(features.split(4), captions.split(4), strict=True)
+
+        def batches_per_epoch(self) -> int:
+            return 2 * len(self.batch_sizes)
+
+    train(NoDropout([], (8, 8)), tmp_path / "large", config(2))
+    train(Halves([], (8, 8)), tmp_path / "small", config(2, accumulate=2))
+    large, small = weights(tmp_path / "large/last.pt"), weights(tmp_path / "small/last.pt")
+    for name in large:
+        assert torch.allclose(large[name], small[name], atol=1e-5), name
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
+    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
+    before = (tmp_path / "last.pt").read_bytes()
+    stage = ScoringStage([3.0], spoil_loss=True)
+    with pytest.raises(UserError, match="--lr"):
+        train(stage, tmp_path, config(3))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
+    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
+    with pytest.raises(UserError, match=r"seed 0, not 1.*--run.*--force"):
+        open_run(tmp_path, {"epochs": 2, "seed": 1}, force=False)
+    open_run(tmp_path, {"epochs": 2, "seed": 1}, force=True)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def arguments(data: Path, features: Path, run: Path, *more: str) -> list[str]:
+    """A command that trains in a second or two."""
+    options = {
+        "--data": data,
+        "--features": features,
+        "--run": run,
+        "--epochs": 6,
+        "--batch-size": 8,
+        "--lr": 0.01,
+        "--embed-size": 24,
+        "--hidden-size": 24,
+        "--dropout": 0.2,
+        "--min-count": 1,
+        "--device": "cpu",
+    }
+    return [str(part) for pair in options.items() for part in pair] + list(more)
+
+
+def test_the_command_trains_to_good_captions_and_says_when_it_is_done(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    result = CliRunner().invoke(
+        command.main, arguments(data, features, run, "--epochs", "40", "--patience", "0")
+    )
+    assert result.exit_code == 0, result.output
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["split"] == "val" and scores["images"] == 12
+    assert scores["scores"]["BLEU-2"] > 95, "colour and thing should be learned"
+    predictions = json.loads((run / "predictions.json").read_text())
+    assert {p["image_id"] for p in predictions} == {f"{n:04d}.jpg" for n in range(60) if n % 5 == 4}
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["hidden_size"] == 24
+    log = (run / "log.jsonl").read_text()
+    again = CliRunner().invoke(
+        command.main, arguments(data, features, run, "--epochs", "40", "--patience", "0")
+    )
+    assert again.exit_code == 0 and "going on after epoch 40" in again.output
+    assert (run / "log.jsonl").read_text() == log
+    other = CliRunner().invoke(command.main, arguments(data, features, run, "--epochs", "41"))
+    assert other.exit_code == 2 and "epochs 40, not 41" in other.output
+
+
+def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    for changed, message in (
+        (arguments(tmp_path / "none", features, run), "none"),
+        (arguments(data, tmp_path / "none.h5", run), "make it with extract_features.py"),
+        (arguments(data, features, run, "--device", "cuda:9"), "--device"),
+        (arguments(data, features, run, "--min-count", "1000"), "--min-count"),
+    ):
+        result = CliRunner().invoke(command.main, changed)
+        assert result.exit_code == 2, result.output
+        errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and message in errors[0]
+        assert not (run / "last.pt").exists()
+
+
+def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> None:
+    """SIGKILL twice, once in an early and once in a later epoch, against an undisturbed run."""
+    data, features = make_small_data(tmp_path)
+
+    def start(run: Path) -> subprocess.Popen[bytes]:
+        command_line = [sys.executable, "train_decoder.py", *arguments(data, features, run)]
+        command_line += ["--epochs", "40", "--patience", "0"]
+        return subprocess.Popen(
+            command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    killed = tmp_path / "killed"
+    for epochs in (3, 15):
+        process = start(killed)
+        log = killed / "log.jsonl"
+        deadline = time.monotonic() + 60
+        while not log.is_file() or len(log.read_text().splitlines()) < epochs:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start(killed).wait() == 0
+    whole = tmp_path / "whole"
+    assert start(whole).wait() == 0
+    for name in ("last.pt", "best.pt"):
+        assert_same_weights(whole / name, killed / name)
+    optimizers = [load_checkpoint(run / "last.pt").training for run in (whole, killed)]
+    assert optimizers[0] is not None and optimizers[1] is not None
+    torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
+    for name in ("predictions.json", "scores.json"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert len((killed / "log.jsonl").read_text().splitlines()) == 40

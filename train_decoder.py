@@ -1,0 +1,141 @@
+"""Stage 2: train the Show-and-Tell LSTM on cached features.
+
+    python train_decoder.py --epochs 50                       # Flickr8k, into runs/decoder
+    python train_decoder.py --data photos --run runs/photos   # your own captioned pictures
+
+The run folder holds best.pt (the model to use), last.pt, log.jsonl, config.json, and the
+scores and predictions of best.pt on val. The same command goes on with a run that was
+stopped. Exit codes: 0 done, 2 the command was wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default="data/flickr8k",
+    help="Folder with the captions, and the pictures that the features were made of.",
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's "
+    "JSON, CSV or JSON Lines.",
+)
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Feature cache of extract_features.py.  [default: data/features/NAME-OF-DATA.h5]",
+    show_default=False,
+)
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    default="runs/decoder",
+    help="Run folder to write or go on with.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=50,
+    help="Passes over the captions. The learning rate falls to zero over all of them, so more "
+    "epochs is also a slower fall.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=64, help="Captions a batch.")
+@click.option(
+    "--lr", type=click.FloatRange(min=0, min_open=True), default=5e-4, help="Highest learning rate."
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+@click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+@click.option(
+    "--embed-size",
+    type=click.IntRange(min=1),
+    default=512,
+    help="Width of the image and word embeddings.",
+)
+@click.option("--hidden-size", type=click.IntRange(min=1), default=512, help="Width of the LSTM.")
+@click.option(
+    "--dropout",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.5,
+    help="Dropout on the LSTM's inputs and outputs. Raise it when val loss climbs early.",
+)
+@click.option(
+    "--min-count",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Words seen less often in the training captions become <unk>.",
+)
+@click.option("--seed", type=int, default=0, help="Of weights, order and dropout.")
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=10,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 where the processor has it.",
+)
+@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+def main(
+    data: Path,
+    captions: Path | None,
+    features: Path | None,
+    run: Path,
+    device: str,
+    precision: str,
+    force: bool,
+    **numbers: float,
+) -> None:
+    """Train the LSTM decoder on cached features and score it on val after every epoch.
+
+    \b
+    Examples:
+      python train_decoder.py --epochs 50
+      python train_decoder.py --data photos --run runs/photos --min-count 2
+
+    Stopped at any moment, the same command goes on after the last finished epoch. Captions
+    come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV or JSON Lines; data
+    without a split is split by a hash of the image names.
+    """
+    from pipeline.decoder_training import DecoderOptions, train_decoder
+    from pipeline.devices import choose_device, choose_training_precision
+    from pipeline.evaluation import evaluate_run
+
+    chosen = choose_device(device)
+    options = DecoderOptions(
+        data=str(data),
+        captions=str(captions) if captions else None,
+        features=str(features or Path("data/features") / f"{data.resolve().name}.h5"),
+        precision=choose_training_precision(precision, chosen),
+        **numbers,  # type: ignore[arg-type]
+    )
+    progress = train_decoder(options, run, chosen, force)
+    click.echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (greedy, val)",
+        err=True,
+    )
+    evaluate_run(run, chosen, java=False)
+
+
+if __name__ == "__main__":
+    main()
