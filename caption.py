@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UserError
+from pipeline.files import check_writable
 
 # The run folders of stages 3 and 2, the better one first.
 DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
@@ -95,11 +96,13 @@ def main(
         raise UserError(
             f"--num-captions {num_captions} needs a --beam-size of at least {num_captions}"
         )
+    if output is not None:
+        check_writable(output)
     paths = collect(images)
     model = model or default_model()
 
     from pipeline.captioner import Captioner
-    from pipeline.output import write_predictions
+    from pipeline.output import printable, write_predictions
     from pipeline.search import SearchConfig
 
     captioner = Captioner.load(model, device, weights)
@@ -108,7 +111,7 @@ def main(
     )
     failures = write_predictions(predictions, len(paths), layout, output)
     for path, reason in failures.items():
-        click.echo(f"failed: {path}: {reason}", err=True)
+        click.echo(f"failed: {printable(path)}: {reason}", err=True)
     if failures:
         click.echo(f"{len(failures)} of {len(paths)} pictures could not be read", err=True)
         sys.exit(1)
@@ -118,27 +121,33 @@ def collect(arguments: tuple[str, ...]) -> list[str]:
     """Turn files, folders and patterns into a list of paths, each once, in their order.
 
     Raises:
-        UserError: an argument names nothing.
+        UserError: an argument names nothing, or no picture.
     """
-    from pipeline.images import find_images
+    from pipeline.images import IMAGE_EXTENSIONS, find_images
 
     paths: dict[str, None] = {}
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            found = [str(path / name) for name in find_images(path)]
-            if not found:
-                raise UserError(f"{argument}: no pictures in this folder")
-        elif path.exists():
-            found = [argument]
+        if Path(argument).is_file():
+            found = [argument]  # whatever its name says
         else:
             # The shell expands patterns, but not on Windows and not in quotes.
-            matches = sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
+            matches = [argument] if Path(argument).is_dir() else sorted(_matches(argument))
+            found = []
+            for path in map(Path, matches):
+                if path.is_dir():
+                    found += [str(path / name) for name in find_images(path)]
+                elif path.suffix.lower() in IMAGE_EXTENSIONS:
+                    found.append(str(path))
             if not matches:
                 raise UserError(f"{argument}: no such file, folder or pattern")
-            found = [match for match in matches if Path(match).is_file()]
+            if not found:
+                raise UserError(f"{argument}: no pictures there")
         paths.update(dict.fromkeys(found))
     return list(paths)
+
+
+def _matches(pattern: str) -> list[str]:
+    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - also for absolute patterns
 
 
 def default_model() -> Path:

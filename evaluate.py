@@ -5,11 +5,13 @@
     python evaluate.py runs/joint --output predictions.json
 
 The table goes to standard output; predictions.json (COCO results format) and scores.json
-go to the run folder. Exit codes: 0 done, 2 the command was wrong.
+go to the run folder (for test: predictions-test.json). Exit codes: 0 done, 1 some pictures
+could not be read and were left out (each is named), 2 the command was wrong.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -53,7 +55,7 @@ import click
 @click.option(
     "--length-penalty",
     type=click.FloatRange(min=0),
-    default=0.7,
+    default=0.9,
     help="Exponent of the length normalisation: 0 favours short captions, 1 long ones.",
 )
 @click.option(
@@ -62,6 +64,11 @@ import click
     default=None,
     help="Predictions file; scores.json goes beside it.  [default: RUN/predictions.json]",
     show_default=False,
+)
+@click.option(
+    "--java/--no-java",
+    default=True,
+    help="METEOR and SPICE, where Java and pycocoevalcap are there; METEOR takes some seconds.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 def main(
@@ -73,6 +80,7 @@ def main(
     beam_size: int,
     length_penalty: float,
     output: Path | None,
+    java: bool,
     device: str,
 ) -> None:
     """Score the best epoch of RUN (a run folder, or a checkpoint) on a split.
@@ -87,7 +95,11 @@ def main(
     from pipeline.search import SearchConfig
 
     search = SearchConfig(beam_size=beam_size, length_penalty=length_penalty)
-    evaluate_run(run, choose_device(device), data, captions, features, split, search, output)
+    result = evaluate_run(
+        run, choose_device(device), data, captions, features, split, search, output, java
+    )
+    if result.unreadable:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

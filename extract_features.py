@@ -18,9 +18,10 @@ from pathlib import Path
 import click
 
 from pipeline.errors import UserError
+from pipeline.images import find_images
 
 NO_DATA = """{data}: no such folder. Two ways to get Flickr8k:
-  python extract_features.py --download      fetches it (1.1 GB) to {data}
+  python extract_features.py --data {data} --download      fetches it (1.1 GB)
   or unpack the Kaggle archive adityajn105/flickr8k to {data}
 For your own pictures: --data FOLDER"""
 
@@ -107,19 +108,22 @@ def main(
         download_flickr8k(data)
     if not data.is_dir():
         raise UserError(NO_DATA.format(data=data))
-    if output is None:
-        output = Path("data/features") / f"{data.resolve().name}.h5"
-
+    names = find_images(data)
+    if not names:
+        raise UserError(f"--data {data}: no pictures in this folder")
     from pipeline.devices import choose_device, choose_precision
     from pipeline.encoder import load_encoder
     from pipeline.extraction import extract
+    from pipeline.features import default_cache_path
 
+    output = output or default_cache_path(data)
     chosen = choose_device(device)
     encoder = load_encoder(weights, choose_precision(precision, chosen)).to(chosen)
     if weights == "random":
         click.echo("The encoder is untrained (--weights random): captions will be poor.", err=True)
     result = extract(
         data,
+        names,
         output,
         encoder,
         batch_size or (8 if chosen.type == "cpu" else 128),
@@ -132,7 +136,7 @@ def main(
     done = len(result.cache) - len(failures)
     click.echo(
         f"{output}: complete, {done:,} pictures ({result.encoded:,} encoded now, "
-        f"{result.cache.identity.precision})",
+        f"{result.kept:,} before; {result.cache.identity.precision})",
         err=True,
     )
     for name, reason in failures.items():

@@ -3,9 +3,10 @@
     python finetune_joint.py                            # runs/decoder -> runs/joint
     python finetune_joint.py --start runs/photos --data photos --run runs/photos-joint
 
-The result, best.pt of the run folder, has the encoder inside and is never worse on val than
-the run it started from. The same command goes on with a run that was stopped. Exit codes:
-0 done, 1 some pictures could not be read (each is named), 2 the command was wrong.
+The result, best.pt of the run folder, has the encoder inside and is never worse than the run
+it started from, by CIDEr-D on val. The same command goes on
+with a run that was stopped. Exit codes: 0 done, 1 some pictures could not be read (each is
+named), 2 the command was wrong.
 """
 
 from __future__ import annotations
@@ -105,7 +106,12 @@ import click
     default=0,
     help="Stop after so many epochs without a better CIDEr-D on val; 0: never.",
 )
-@click.option("--seed", type=int, default=0, help="Of order, augmentation and dropout.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    help="Of order, augmentation and dropout.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--precision",
@@ -164,7 +170,7 @@ def main(
     )
     progress, unreadable = finetune_joint(joint_options, run, chosen, workers, force)
     click.echo(
-        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (greedy, val)",
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
     evaluate_run(run, chosen, java=False)

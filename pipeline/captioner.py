@@ -16,7 +16,7 @@ import torch
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder
-from pipeline.devices import choose_device, choose_precision
+from pipeline.devices import choose_device, choose_precision, inference_batch_size
 from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk
 from pipeline.errors import InputError, UserError
 from pipeline.search import Hypothesis, SearchConfig, search
@@ -136,7 +136,7 @@ class Captioner:
         """
         config = config or SearchConfig()
         device = self.decoder.feature_mean.device
-        batch_size = batch_size or (8 if device.type == "cpu" else 64)
+        batch_size = batch_size or inference_batch_size(device)
         workers = workers or min(8, os.cpu_count() or 1)
         paths: dict[int, str] = {}
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.captions import CaptionedImage, CaptionTable, read_captions
 from pipeline.errors import UserError
-from pipeline.features import DONE, FeatureCache
+from pipeline.features import FeatureCache
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenize
 
 # Words after which a training caption is cut; the longest of Flickr8k has 37.
@@ -44,9 +44,12 @@ def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
     """Find the rows of pictures, which must be there and whole: int64 (len(names),).
 
     Raises:
+        KeyError: a name is not in the cache.
         UserError: one of these rows is damaged.
     """
     rows = cache.rows(names)
+    if (rows < 0).any():
+        raise KeyError(names[int((rows < 0).argmax())])
     damaged = cache.damaged_rows(rows)
     if len(damaged):
         raise UserError(
@@ -54,11 +57,6 @@ def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
             "one); extract_features.py makes them again"
         )
     return torch.from_numpy(rows)
-
-
-def done_names(cache: FeatureCache) -> list[str]:
-    """List the names of the pictures that have features."""
-    return cache.names(DONE)
 
 
 @dataclass

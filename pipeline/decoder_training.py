@@ -16,7 +16,6 @@ from pipeline.dataset import (
     EncodedCaptions,
     bucketed_batches,
     count_batches,
-    done_names,
     encode_captions,
     feature_statistics,
     load_table,
@@ -25,7 +24,7 @@ from pipeline.dataset import (
 )
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
-from pipeline.features import EncoderIdentity, FeatureCache
+from pipeline.features import DONE, EncoderIdentity, FeatureCache
 from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
 from pipeline.vocabulary import Vocabulary
@@ -129,16 +128,15 @@ def train_decoder(
     """
     cache = FeatureCache(Path(options.features))
     captions_file = Path(options.captions) if options.captions else None
-    table, names = load_table(Path(options.data), captions_file, done_names(cache))
+    table, names = load_table(Path(options.data), captions_file, cache.names(DONE))
     train_captions = tokenised(table.of_split("train"))
     val_captions = tokenised(table.of_split("val"))
     for split, images in (("train", train_captions), ("val", val_captions)):
         if not images:
             raise UserError(f"{table.source}: no picture with features is in the {split} split")
-    open_run(run, asdict(options), force)
-
     last = run / "last.pt"
-    if last.is_file():
+    saved = None
+    if last.is_file() and not force:
         saved = load_checkpoint(last)
         vocabulary = saved.vocabulary
         mismatch = saved.encoder.mismatch(cache.identity)
@@ -147,12 +145,13 @@ def train_decoder(
                 f"{options.features}: other features than {run} began with ({mismatch})"
             )
     else:
-        saved = None
         vocabulary = Vocabulary.build(
             (words for group in train_captions.values() for words in group), options.min_count
         )
     train_rows = rows_of(cache, [names[name] for name in train_captions])
     val_rows = rows_of(cache, [names[name] for name in val_captions])
+    splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
+    open_run(run, {**asdict(options), **splits}, force)
     torch.manual_seed(options.seed)
     decoder = Decoder(
         DecoderConfig(len(vocabulary), options.embed_size, options.hidden_size, options.dropout)
@@ -162,10 +161,10 @@ def train_decoder(
     else:
         decoder.standardise_by(*feature_statistics(cache, train_rows))
     captions = encode_captions(train_captions.values(), train_rows, vocabulary)
-    words = sum(parameter.numel() for parameter in decoder.parameters())
+    weights = sum(parameter.numel() for parameter in decoder.parameters())
     click.echo(
         f"{len(captions):,} training captions, {len(vocabulary):,} words in the vocabulary, "
-        f"{words:,} weights, {options.precision} on {device.type}",
+        f"{weights:,} weights, {options.precision} on {device.type}",
         err=True,
     )
     stage = DecoderStage(
@@ -174,11 +173,7 @@ def train_decoder(
         encoder=cache.identity,
         cache=cache,
         captions=captions,
-        validator=Validator(
-            val_captions,
-            encode_captions(val_captions.values(), torch.arange(len(val_captions)), vocabulary),
-            vocabulary,
-        ),
+        validator=Validator(val_captions, vocabulary),
         val_features=torch.from_numpy(cache.read(val_rows.numpy())),
         options=options,
         device=device,

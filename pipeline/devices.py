@@ -26,14 +26,24 @@ def choose_device(name: str) -> torch.device:
         if torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: torch finds no CUDA device here; use --device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch finds no Apple GPU here; use --device cpu")
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or mps") from error
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch finds no such CUDA device; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {name}: torch finds no Apple GPU here; use --device cpu")
+    return device
+
+
+def inference_batch_size(device: torch.device) -> int:
+    """Give the number of pictures to encode at a time: on a CPU so few that they stay in its
+    cache, which is quickest.
+    """
+    return 8 if device.type == "cpu" else 64
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -32,10 +32,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.progress import progress_bar
 
 RELEASE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 FLICKR8K_MD5 = {  # the small one first: what is wrong with the network shows at once
@@ -62,12 +62,18 @@ class _UnreachableError(_BrokenTransferError):
     """No connection could be made at all."""
 
 
-def download_flickr8k(folder: Path, base_url: str = RELEASE_URL) -> None:
+def download_flickr8k(folder: Path, base_url: str | None = None) -> None:
     """Put Flickr8k into ``folder``: ``Flicker8k_Dataset/*.jpg``, the token file, the splits.
+
+    ``base_url`` is where the archives lie, by default ``RELEASE_URL``.
 
     Raises ``NetworkError`` when the server cannot be reached or refuses, ``UserError`` for a
     wrong MD5, an unusable archive or a full disk. After each, the same call continues.
     """
+    if (folder / "Images").is_dir() and (folder / "captions.txt").is_file():
+        # A second copy of every picture would make their names ambiguous.
+        click.echo(f"{folder} holds Flickr8k as Kaggle gives it: nothing to load.", err=True)
+        return
     marker = folder / MARKER
     unpacked = marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
     missing = [name for name, md5 in FLICKR8K_MD5.items() if f"{md5}  {name}" not in unpacked]
@@ -76,7 +82,7 @@ def download_flickr8k(folder: Path, base_url: str = RELEASE_URL) -> None:
     for name in missing:
         archive = folder / name
         try:
-            fetch(f"{base_url.rstrip('/')}/{name}", archive, FLICKR8K_MD5[name])
+            fetch(f"{(base_url or RELEASE_URL).rstrip('/')}/{name}", archive, FLICKR8K_MD5[name])
         except NetworkError as error:
             raise NetworkError(
                 f"{error.message}; run the same command again later, or unpack the Kaggle "
@@ -126,7 +132,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
     try:
         with _disk_errors(folder), zipfile.ZipFile(archive) as opened:
             members = _checked_members(opened, archive)
-            for name, info in tqdm(members, desc=f"unpacking {archive.name}", unit="file"):
+            for name, info in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 target = folder / name
                 if not (target.is_file() and target.stat().st_size == info.file_size):
                     _unpack_member(opened, info, target)
@@ -215,7 +221,7 @@ def _append(response: Any, part: Path, have: int, total: int | None) -> int:
     size = have
     with (
         part.open("ab" if have else "wb") as handle,
-        tqdm(
+        progress_bar(
             desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, unit_divisor=1024
         ) as bar,
     ):

@@ -14,7 +14,9 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from pipeline.devices import DTYPES, autocast
+from pipeline.devices import DTYPES, autocast, inference_batch_size
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import IMAGE_SIZE, ImageError, prefetch, read_square
@@ -113,6 +115,14 @@ class Encoder(nn.Module):
         return self(pixels.to(device)).cpu().numpy()
 
 
+def encode_all(encoder: Encoder, paths: Sequence[Path], workers: int) -> Iterator[EncodedBatch]:
+    """Encode files in batches that suit the encoder's device; keys are their indices."""
+    size = inference_batch_size(next(encoder.parameters()).device)
+    files = list(enumerate(paths))
+    batches = (files[start : start + size] for start in range(0, len(files), size))
+    yield from encode_files(encoder, batches, workers, ahead=2 * size)
+
+
 def fold_for_inference(layers: nn.Module, precision: str) -> None:
     """Fold BatchNorm into convolutions, round weights to ``precision``, order channels last.
 
@@ -192,12 +202,13 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
     Raises:
         UserError: the weights cannot be had or do not fit.
     """
-    encoder = Encoder(weights, precision)
+    named = weights in ("imagenet", "random")
+    encoder = Encoder(weights if named else str(Path(weights).resolve()), precision)
     if weights == "random":
         initialise_untrained(encoder)
     else:
         state = _imagenet_state() if weights == "imagenet" else _read_state(Path(weights))
-        load_trunk(encoder, state, weights)
+        load_trunk(encoder, state, encoder.source)
     return encoder
 
 
@@ -236,10 +247,11 @@ def _imagenet_state() -> dict[str, Tensor]:
     weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        # OSError covers no network and a full disk, RuntimeError a wrong checksum.
+    except (OSError, RuntimeError, HTTPException, EOFError, UnpicklingError) as error:
+        # No network or a full disk; a wrong checksum; a connection that broke off; a file in
+        # torchvision's cache that was damaged earlier.
         raise UserError(
-            f"the ImageNet weights of InceptionV3 cannot be downloaded ({error}); give a file of "
+            f"the ImageNet weights of InceptionV3 cannot be had ({error}); give a file of "
             f"them: --weights FILE (get {weights.url} where there is a network)"
         ) from error
 
@@ -256,7 +268,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = state["encoder_weights"]
     elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
         raise UserError(f"--weights {path}: holds no InceptionV3 weights")
     return state
 
@@ -274,16 +288,18 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 
 def initialise_untrained(encoder: Encoder, seed: int = 0) -> None:
-    """Fill the trunk with seeded random weights whose activations keep their scale.
+    """Fill the trunk with seeded random weights that still tell pictures apart at the top.
 
-    He initialisation (arXiv 1502.01852); with BatchNorm's statistics at 0 and 1 it alone
-    keeps the variance from layer to layer.
+    He initialisation (arXiv 1502.01852) keeps the variance from layer to layer, as
+    BatchNorm's statistics stay at 0 and 1. Every filter is centred (as in arXiv 1903.10520):
+    what all positive inputs share would otherwise grow with depth and drown the differences.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in encoder.trunk.modules():
             if isinstance(module, nn.Conv2d):
-                inputs = module.weight[0].numel()
-                module.weight.normal_(0.0, math.sqrt(2.0 / inputs), generator=generator)
+                weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
+                weight -= weight.mean(dim=(1, 2, 3), keepdim=True)
+                module.weight.copy_(weight * math.sqrt(2.0 / weight[0].numel()))
     encoder.source = "random"
     encoder.forget_identity()

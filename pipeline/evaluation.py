@@ -7,7 +7,8 @@ through the vocabulary, so its rare words count against the model as they should
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,13 @@ from torch import Tensor
 from pipeline.captioner import captions_of, encoder_of
 from pipeline.captions import CaptionTable
 from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.dataset import done_names, load_table, rows_of, tokenised
+from pipeline.dataset import load_table, rows_of, tokenised
 from pipeline.devices import choose_precision
-from pipeline.encoder import encode_files
+from pipeline.encoder import encode_all
 from pipeline.errors import UserError
-from pipeline.features import FeatureCache
+from pipeline.features import DONE, FeatureCache, default_cache_path
 from pipeline.files import atomic_write
-from pipeline.images import find_images
+from pipeline.images import find_images, unreadable_images
 from pipeline.java_metrics import java_metrics
 from pipeline.metrics import Scorer, diversity
 from pipeline.progress import progress_bar
@@ -45,12 +46,33 @@ class Evaluation:
         scores: in percent, with the diversity of the captions.
         left_out: a sentence for each score that could not be had.
         facts: what the scores were taken on and how: scorer, split, hash, search.
+        unreadable: how many pictures of the split could not be read and were left out.
     """
 
     predictions: dict[str, str]
     scores: dict[str, float]
     left_out: list[str]
     facts: dict[str, Any]
+    unreadable: int
+
+
+@dataclass
+class SplitData:
+    """The pictures of a split as a decoder sees them.
+
+    Attributes:
+        source: where the features come from, in words.
+        table: the captions of all splits.
+        references: tokenised captions by image name.
+        features: batches (B, 2048), in the order of ``references``.
+        unreadable: how many pictures of the split had to be left out.
+    """
+
+    source: str
+    table: CaptionTable
+    references: dict[str, list[list[str]]]
+    features: Iterable[Tensor]
+    unreadable: int
 
 
 def evaluate_run(
@@ -69,11 +91,13 @@ def evaluate_run(
     Args:
         run: a run folder, or a checkpoint.
         device: where to decode.
-        data, captions, features: by default those of the training.
+        data, captions, features: by default those of the training; for other data, features
+            are looked for under their default name.
         split: ``train``, ``val`` or ``test``.
         search: how captions are searched.
         output: where the predictions go, in the COCO results format; by default
-            ``predictions.json`` in the run folder. The scores go to ``scores.json`` beside it.
+            ``predictions.json`` in the run folder, or ``predictions-test.json``. The scores go
+            to ``scores.json`` or ``scores-test.json`` beside it.
         java: whether METEOR and SPICE are wanted, which take Java and some seconds.
 
     Raises:
@@ -84,14 +108,17 @@ def evaluate_run(
     data = data or Path(settings["data"])
     if captions is None and str(data) == settings["data"] and settings["captions"]:
         captions = Path(settings["captions"])
-    features = features or Path(settings["features"])
+    if features is None:
+        own = str(data) == settings["data"]
+        features = Path(settings["features"]) if own else default_cache_path(data)
     config = search or SearchConfig()
     result = evaluate(checkpoint, device, data, captions, features, split, config, java)
     folder = run if run.is_dir() else run.parent
-    output = output or folder / "predictions.json"
+    suffix = "" if split == "val" or output else f"-{split}"
+    output = output or folder / f"predictions{suffix}.json"
     _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
     _write_json(
-        output.with_name("scores.json"),
+        output.with_name(f"scores{suffix}.json"),
         {**result.facts, "scores": result.scores, "left_out": result.left_out},
     )
     print_table(result)
@@ -110,19 +137,21 @@ def evaluate(
     java: bool,
 ) -> Evaluation:
     """Caption the pictures of a split and score the captions; see ``evaluate_run``."""
-    available, table, groups, batches = _open_split(
-        checkpoint, device, data, captions, features, split
-    )
+    opened = _open_split(checkpoint, device, data, captions, features, split)
+    groups = opened.references
     decoder = checkpoint.build_decoder().to(device)
     vocabulary = checkpoint.vocabulary
     bar = progress_bar(
-        search_all(decoder, batches, config), total=len(groups), unit="image", desc="captioning"
+        search_all(decoder, opened.features, config),
+        total=len(groups),
+        unit="image",
+        desc="captioning",
     )
     texts = [captions_of(hypotheses[:1], vocabulary)[0].text for hypotheses in bar]
     predictions = dict(zip(groups, texts, strict=True))
     tokens = {name: tokenize(text) for name, text in predictions.items()}
     java_scores, left_out = java_metrics(groups, tokens) if java else ({}, [])
-    train = tokenised(table.of_split("train"))
+    train = tokenised(opened.table.of_split("train"))
     scores = {
         **Scorer(groups).score(tokens),
         **java_scores,
@@ -130,15 +159,15 @@ def evaluate(
     }
     facts = {
         "split": split,
-        "split_sha256": table.split_hash(split),
+        "split_sha256": opened.table.split_hash(split),
         "images": len(groups),
         "references": sum(map(len, groups.values())),
         "scorer": SCORER,
         "search": asdict(config),
         "epoch": checkpoint.epoch,
-        "features": available,
+        "features": opened.source,
     }
-    return Evaluation(predictions, scores, left_out, facts)
+    return Evaluation(predictions, scores, left_out, facts, opened.unreadable)
 
 
 def _open_split(
@@ -148,21 +177,16 @@ def _open_split(
     captions: Path | None,
     features: Path,
     split: str,
-) -> tuple[str, CaptionTable, dict[str, list[list[str]]], Iterator[Tensor]]:
-    """Find the features of a split: in the cache if it is the model's encoder's, else anew.
-
-    Returns:
-        What the features are, the caption table, the tokenised references of the split by
-        image name, and its features in batches of (B, 2048) in the same order.
-    """
+) -> SplitData:
+    """Find the features of a split: in the cache if it is the model's encoder's, else anew."""
     cache = FeatureCache(features) if features.is_file() else None
     mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
     if cache is not None and mismatch is None:
-        table, names = load_table(data, captions, done_names(cache))
+        table, names = load_table(data, captions, cache.names(DONE))
         groups = _groups(table, split)
         rows = rows_of(cache, [names[name] for name in groups])
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
-        return str(features), table, groups, batches
+        return SplitData(str(features), table, groups, batches, 0)
     if checkpoint.encoder_weights is None and cache is not None:
         raise UserError(
             f"--features {features}: not of the encoder that this run was trained with ({mismatch})"
@@ -170,21 +194,17 @@ def _open_split(
     if checkpoint.encoder_weights is None:
         FeatureCache(features)  # says that it is missing, and what to do
     table, names = load_table(data, captions, find_images(data))
+    workers = min(8, os.cpu_count() or 1)
     groups = _groups(table, split)
+    broken = unreadable_images([data / names[name] for name in groups], workers)
+    for path, reason in broken.items():
+        click.echo(f"failed: {path}: {reason}", err=True)
+    groups = {name: group for name, group in groups.items() if data / names[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
     encoder.for_inference().to(device)
-    size = 8 if device.type == "cpu" else 64
-    files = [(number, data / names[name]) for number, name in enumerate(groups)]
-    chunks = [files[start : start + size] for start in range(0, len(files), size)]
-
-    def encoded() -> Iterator[Tensor]:
-        for batch in encode_files(encoder, chunks, workers=2, ahead=2 * size):
-            if batch.failures:
-                number, reason = next(iter(batch.failures.items()))
-                raise UserError(f"{files[number][1]}: {reason}")
-            yield torch.from_numpy(batch.features)
-
-    return "the checkpoint's own encoder", table, groups, encoded()
+    paths = [data / names[name] for name in groups]
+    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, paths, workers))
+    return SplitData("the checkpoint's own encoder", table, groups, encoded, len(broken))
 
 
 def _groups(table: CaptionTable, split: str) -> dict[str, list[list[str]]]:

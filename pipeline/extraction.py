@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.encoder import Encoder, encode_files
-from pipeline.errors import InputError, UserError
+from pipeline.errors import InputError
 from pipeline.features import PENDING, FeatureCache, open_cache_writer
-from pipeline.images import find_images
 from pipeline.progress import progress_bar
 
 
@@ -29,6 +29,7 @@ class ExtractionResult:
 
 def extract(
     data: Path,
+    names: Sequence[str],
     output: Path,
     encoder: Encoder,
     batch_size: int,
@@ -37,10 +38,11 @@ def extract(
     force: bool = False,
     retry_failed: bool = False,
 ) -> ExtractionResult:
-    """Encode every picture below ``data`` into the cache ``output``; go on where a kill left off.
+    """Encode pictures into the cache ``output``; go on where a kill left off.
 
     Args:
-        data: folder of pictures, searched with its sub-folders.
+        data: folder of pictures.
+        names: the pictures, as paths relative to ``data``: see ``images.find_images``.
         output: the HDF5 file; ``.partial`` is added to its name until it is complete.
         encoder: the network; BatchNorm is folded into its weights here.
         batch_size: pictures a forward pass.
@@ -50,13 +52,12 @@ def extract(
         retry_failed: try the pictures again that an earlier run recorded as failed.
 
     Raises:
-        UserError: no pictures; a cache of another encoder at ``output``.
+        UserError: a cache of another encoder at ``output``.
         InputError: an unreadable picture, with ``on_error="fail"``.
     """
-    names = find_images(data)
-    if not names:
-        raise UserError(f"--data {data}: no pictures found there")
-    writer = open_cache_writer(output, names, encoder.identity, force, retry_failed)
+    writer = open_cache_writer(
+        output, names, encoder.identity, force, retry_failed, str(data.resolve())
+    )
     if writer is None:
         return ExtractionResult(FeatureCache(output), encoded=0, kept=len(names))
     encoder.for_inference()

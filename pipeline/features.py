@@ -9,7 +9,7 @@ Layout (N pictures, in the order of their names' bytes):
     crc       (N,) uint32         CRC-32 of the row's bytes
     complete  (1,) uint8          1 when no row is pending
 
-    attributes: schema_version, encoder, weights_sha256, transform, precision,
+    attributes: schema_version, data (the folder), encoder, weights_sha256, transform, precision,
                 weights_source, torchvision, images_sha256
 
 Every dataset is contiguous and allocated when the file is made. Afterwards nothing but
@@ -32,10 +32,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import click
 import h5py
 import numpy
 
 from pipeline.errors import UserError
+from pipeline.files import temporary_path
 
 SCHEMA_VERSION = 1
 FEATURE_SIZE = 2048
@@ -86,6 +88,7 @@ class FeatureCache:
 
     Attributes:
         identity: what made the features.
+        data: the folder of the pictures when it was made.
         features: float16 (N, 2048), mapped from the file.
         status: uint8 (N,), mapped.
 
@@ -103,7 +106,7 @@ class FeatureCache:
                 else f"{path}: no such feature cache; make it with extract_features.py"
             )
         try:
-            with h5py.File(path, "r") as file:
+            with h5py.File(path, "r", locking=False) as file:
                 if file.attrs.get("schema_version") != SCHEMA_VERSION:
                     raise UserError(
                         f"{path}: not a feature cache of schema version {SCHEMA_VERSION}; "
@@ -113,6 +116,7 @@ class FeatureCache:
                     **{f: str(file.attrs[f]) for f in EncoderIdentity.__dataclass_fields__}
                 )
                 self.images_sha256 = str(file.attrs["images_sha256"])
+                self.data = str(file.attrs["data"])
                 mode: Literal["r", "r+"] = "r+" if writable else "r"
                 self.features = _map(path, file["features"], mode)
                 self._names = _map(path, file["names"], mode)
@@ -120,6 +124,8 @@ class FeatureCache:
                 self._reason = _map(path, file["reason"], mode)
                 self._crc = _map(path, file["crc"], mode)
                 self._complete = _map(path, file["complete"], mode)
+        except PermissionError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(
                 f"{path}: not a readable feature cache ({error}); "
@@ -128,6 +134,11 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def flush(self) -> None:
+        """Force what was written through the maps to disk."""
+        for mapped in (self._names, self.features, self._crc, self._reason, self.status):
+            mapped.flush()
 
     @property
     def complete(self) -> bool:
@@ -229,8 +240,7 @@ class CacheWriter:
 
     def commit(self) -> None:
         """Force what was written to disk, then mark it done."""
-        for mapped in (self.cache.features, self.cache._crc, self.cache._reason):
-            mapped.flush()
+        self.cache.flush()
         for row, status in self._uncommitted.items():
             self.cache.status[row] = status
         self._uncommitted.clear()
@@ -248,19 +258,32 @@ class CacheWriter:
         return FeatureCache(self.final_path)
 
 
+def default_cache_path(data: Path) -> Path:
+    """Give the cache of a data folder where no other is named: data/features/FOLDER.h5."""
+    # Not resolve(), which would take the name of what a symbolic link points to.
+    return Path("data/features") / f"{Path(os.path.abspath(data)).name}.h5"  # noqa: PTH100
+
+
 def open_cache_writer(
-    path: Path, names: Sequence[str], identity: EncoderIdentity, force: bool, retry_failed: bool
+    path: Path,
+    names: Sequence[str],
+    identity: EncoderIdentity,
+    force: bool,
+    retry_failed: bool,
+    data: str = "",
 ) -> CacheWriter | None:
     """Open the cache at ``path`` for the pictures ``names``, keeping all work already done.
 
     A finished or partial cache by the same encoder gives the rows that it has; pictures
-    added since are pending, pictures gone are left out, damaged rows are made again.
+    added since are pending, pictures gone are left out, damaged rows are made again. ``data``
+    is the folder of the pictures: one cache is for one folder, as names recur in others.
 
     Returns:
         A writer, or None when the cache is complete as it stands.
 
     Raises:
-        UserError: the cache there was made by another encoder, and ``force`` is not set.
+        UserError: the cache there was made by another encoder or of another folder, and
+            ``force`` is not set.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; --output names the file to write")
@@ -274,7 +297,7 @@ def open_cache_writer(
             previous = FeatureCache(candidate)
             break
     if previous is None:
-        _create(partial, names, identity, None, retry_failed)
+        _create(partial, names, identity, data, None, retry_failed).replace(partial)
         return CacheWriter(path)
     mismatch = identity.mismatch(previous.identity)
     if mismatch is None and identity.precision != previous.identity.precision:
@@ -284,36 +307,51 @@ def open_cache_writer(
             f"{previous.path} was made by another encoder ({mismatch}); --force makes it anew, "
             "--output FILE keeps both"
         )
+    if data != previous.data:
+        raise UserError(
+            f"{previous.path} is of the pictures in {previous.data}, not of those in {data}; "
+            "--output FILE makes one for these, --force replaces it"
+        )
     same_images = previous.images_sha256 == images_sha256(names)
     retry = retry_failed and bool((previous.status == FAILED).any())
     damaged = len(previous.damaged_rows())
     if previous.complete and previous.path == path and same_images and not (retry or damaged):
         return None
     if previous.path == path or not same_images or retry or damaged:
-        _create(partial, names, identity, previous, retry_failed)
+        gone = len(previous) - int((previous.rows(names) >= 0).sum())
+        if gone:
+            click.echo(f"pictures that are gone, their features dropped: {gone:,}", err=True)
+        temporary = _create(partial, names, identity, data, previous, retry_failed)
+        del previous  # Windows replaces no file that is mapped
+        temporary.replace(partial)
     return CacheWriter(path)
 
 
 def images_sha256(names: Sequence[str]) -> str:
     """Hash a list of names, which is in the order of its bytes."""
-    return hashlib.sha256(b"\n".join(os.fsencode(name) for name in names)).hexdigest()
+    return hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
 
 
 def _create(
     path: Path,
     names: Sequence[str],
     identity: EncoderIdentity,
+    data: str,
     previous: FeatureCache | None,
     retry_failed: bool,
-) -> None:
-    """Lay out a whole cache, take over what ``previous`` holds, and move it to ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+) -> Path:
+    """Lay out a whole cache for ``path`` and take over what ``previous`` holds.
+
+    Returns:
+        The temporary file, to be moved to ``path``.
+    """
+    temporary = temporary_path(path)
     encoded = [os.fsencode(name) for name in names]
     count, longest = len(names), max(map(len, encoded), default=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with h5py.File(temporary, "w") as file:
-            for field, value in asdict(identity).items():
+            for field, value in {**asdict(identity), "data": data}.items():
                 file.attrs[field] = value.encode("utf-8", "replace").decode()
             file.attrs["schema_version"] = SCHEMA_VERSION
             file.attrs["images_sha256"] = images_sha256(names)
@@ -328,15 +366,12 @@ def _create(
         cache._names[:] = encoded
         if previous is not None:
             _take_over(cache, previous, retry_failed)
-        for mapped in (cache._names, cache.features, cache._crc, cache._reason, cache.status):
-            mapped.flush()
-        del cache
-        temporary.replace(path)
+        cache.flush()
+        return temporary
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
         with contextlib.suppress(OSError):  # a path that is no path at all cannot be unlinked
             temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _take_over(cache: FeatureCache, previous: FeatureCache, retry_failed: bool) -> None:

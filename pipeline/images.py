@@ -7,10 +7,11 @@ Python's lock, so plain threads decode beside the network (``prefetch``).
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -92,17 +93,14 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    _quieten_pillow()
     try:
-        with warnings.catch_warnings():
-            # Pillow warns above 89 megapixels, which panoramas reach, and refuses above
-            # twice that; the refusal is enough.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if size is not None and image.format == "JPEG":
-                    image.draft(None, (2 * size, 2 * size))
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                return _to_rgb(image)
+        with Image.open(path) as image:
+            if size is not None and image.format == "JPEG":
+                image.draft(None, (2 * size, 2 * size))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except UnidentifiedImageError as error:
         empty = Path(path).stat().st_size == 0
         raise ImageError("empty file" if empty else "not a picture that Pillow reads") from error
@@ -118,6 +116,20 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
         # Pillow's format plugins let ValueError, SyntaxError, struct.error, IndexError and
         # others through on damaged files; whatever it is, the run must go on.
         raise ImageError(f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _quieten_pillow() -> None:
+    """Keep Pillow's warnings out of the progress bar.
+
+    It warns above 89 megapixels, which panoramas reach, and refuses above twice that: the
+    refusal is enough. It warns of odd metadata too, which says nothing about the pixels. The
+    filters are set once for the process, as Python cannot set them for one thread.
+    """
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -178,6 +190,20 @@ def read_square(path: str | os.PathLike[str], size: int = IMAGE_SIZE) -> numpy.n
         ImageError: see ``load_image``.
     """
     return to_square(load_image(path, size), size)
+
+
+def unreadable_images(paths: Sequence[Path], workers: int) -> dict[Path, str]:
+    """Decode every picture once, and give the reason for each that cannot be."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            load_image(path, IMAGE_SIZE)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    reasons = prefetch(reason, paths, workers, ahead=4 * workers)
+    return {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
 
 
 def augmented_square(

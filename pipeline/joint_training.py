@@ -25,9 +25,8 @@ from pipeline.captioner import encoder_of
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
 from pipeline.decoder import Decoder
-from pipeline.devices import choose_precision
-from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_files, fold_for_inference
-from pipeline.errors import UserError
+from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
+from pipeline.errors import InputError, UserError
 from pipeline.images import (
     IMAGE_SIZE,
     ImageError,
@@ -35,6 +34,7 @@ from pipeline.images import (
     find_images,
     load_image,
     prefetch,
+    unreadable_images,
 )
 from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
@@ -146,7 +146,7 @@ class JointStage:
     def batches(self, epoch: int) -> Iterator[JointBatch]:
         """Give batches of augmented pictures with their captions, in a new order.
 
-        A picture that cannot be read is left out of its batch and remembered.
+        A picture that cannot be read is passed over and remembered.
         """
         seed = self.options.seed * SEED_STRIDE + epoch
         order = torch.randperm(
@@ -165,21 +165,22 @@ class JointStage:
             return augmented_square(image, random, flip, self.options.smallest_crop)
 
         size = self.options.batch_size
-        squares = prefetch(read, order, self.workers, ahead=2 * size)
-        for start in range(0, len(order), size):
-            numbers, pixels = [], []
-            for number in order[start : start + size]:
-                square = next(squares)
-                if isinstance(square, ImageError):
-                    self.unreadable[str(self.pictures[number].path)] = str(square)
-                else:
-                    numbers.append(number)
-                    pixels.append(square)
+        squares = zip(order, prefetch(read, order, self.workers, ahead=2 * size), strict=True)
+        numbers: list[int] = []
+        pixels: list[numpy.ndarray] = []
+        for number, square in squares:
+            if isinstance(square, ImageError):
+                self.unreadable[str(self.pictures[number].path)] = str(square)
+                continue
+            numbers.append(number)
+            pixels.append(square)
+            if len(numbers) == size:
+                yield self._batch(numbers, pixels)
+                numbers, pixels = [], []
+        if numbers:
             yield self._batch(numbers, pixels)
 
     def _batch(self, numbers: list[int], pixels: list[numpy.ndarray]) -> JointBatch:
-        if not numbers:
-            raise UserError(f"a whole batch of pictures is unreadable: {list(self.unreadable)[-1]}")
         ranges = [
             torch.arange(int(self.first_caption[n]), int(self.first_caption[n + 1]))
             for n in numbers
@@ -209,22 +210,16 @@ class JointStage:
 
     def validate(self) -> dict[str, float]:
         """Encode the val pictures with the present encoder, and score the decoder on them."""
-        encoder = self._inference_encoder()
-        size = 8 if self.device.type == "cpu" else 64
-        files = list(enumerate(self.val_paths))
-        chunks = [files[start : start + size] for start in range(0, len(files), size)]
-        features = torch.zeros(len(files), self.decoder.config.feature_size)
-        for batch in encode_files(encoder, chunks, self.workers, ahead=2 * size):
+        encoder = copy.deepcopy(self.encoder)
+        encoder.precision = self.options.precision
+        encoder.for_inference()
+        features = torch.zeros(len(self.val_paths), self.decoder.config.feature_size)
+        for batch in encode_all(encoder, self.val_paths, self.workers):
             if batch.failures:
                 number, reason = next(iter(batch.failures.items()))
-                raise UserError(f"{self.val_paths[number]}: {reason}; remove its captions")
+                raise InputError(f"{self.val_paths[number]}: {reason}, though it was whole before")
             features[batch.keys] = torch.from_numpy(batch.features)
         return self.validator.validate(self.decoder, features)
-
-    def _inference_encoder(self) -> Encoder:
-        encoder = copy.deepcopy(self.encoder)
-        encoder.precision = choose_precision("auto", self.device)
-        return encoder.for_inference()
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights, the encoder's among them."""
@@ -254,7 +249,7 @@ def finetune_joint(
     """Fine-tune the run ``options.start`` in the folder ``run``, or go on with that.
 
     Returns:
-        The state at the end, and the training pictures that could not be read, with reasons.
+        The state at the end, and the pictures that could not be read, with reasons.
 
     Raises:
         UserError: pictures, captions, the starting run or its encoder are missing or do not
@@ -265,22 +260,25 @@ def finetune_joint(
             f"--unfreeze-from {options.unfreeze_from}: no such block; one of "
             f"{', '.join(TRUNK_LAYERS[:-1])}"
         )
+    if run.resolve() in (Path(options.start).resolve(), Path(options.start).resolve().parent):
+        raise UserError(f"--run {run}: is the run that --start names; give another folder")
     data = Path(options.data)
     captions_file = Path(options.captions) if options.captions else None
-    start = load_checkpoint(Path(options.start))
+    last = run / "last.pt"
+    resumed = last.is_file() and not force
+    start = load_checkpoint(last if resumed else Path(options.start))
     table, names = load_table(data, captions_file, find_images(data))
     train_captions = tokenised(table.of_split("train"))
     val_captions = tokenised(table.of_split("val"))
+    broken = unreadable_images([data / names[name] for name in val_captions], workers)
+    val_captions = {n: group for n, group in val_captions.items() if data / names[n] not in broken}
     for split, images in (("train", train_captions), ("val", val_captions)):
         if not images:
             raise UserError(f"{table.source}: no picture is in the {split} split")
-    last = run / "last.pt"
-    weights = options.weights
-    open_run(run, asdict(options), force)
-    if last.is_file():
-        start, weights = load_checkpoint(last), None
-    encoder = encoder_of(start, weights, "fp32")
+    encoder = encoder_of(start, None if resumed else options.weights, "fp32")
     encoder.source = str(run / "best.pt")
+    splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
+    open_run(run, {**asdict(options), **splits}, force)
     raw = {image.name: image.captions for image in table.images}
     stage = JointStage(
         encoder=encoder.to(device),
@@ -291,16 +289,11 @@ def finetune_joint(
             train_captions.values(), torch.arange(len(train_captions)), start.vocabulary
         ),
         val_paths=[data / names[name] for name in val_captions],
-        validator=Validator(
-            val_captions,
-            encode_captions(
-                val_captions.values(), torch.arange(len(val_captions)), start.vocabulary
-            ),
-            start.vocabulary,
-        ),
+        validator=Validator(val_captions, start.vocabulary),
         options=options,
         workers=workers,
         device=device,
+        unreadable={str(path): reason for path, reason in broken.items()},
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
     click.echo(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -49,6 +51,8 @@ def write_predictions(
 @contextmanager
 def _opened(output: Path | None) -> Iterator[IO[str]]:
     if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # not so by itself on Windows
         yield sys.stdout
         sys.stdout.flush()
     else:
@@ -56,21 +60,26 @@ def _opened(output: Path | None) -> Iterator[IO[str]]:
             yield handle
 
 
+def printable(path: str) -> str:
+    """Give a path as text that can be written: bytes that are no UTF-8 become marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 def as_record(prediction: Prediction) -> dict[str, Any]:
     """Describe a prediction as JSON: image and captions, or image and error."""
     if prediction.error is not None:
-        return {"image": prediction.path, "error": prediction.error}
+        return {"image": printable(prediction.path), "error": prediction.error}
     captions = [
         {"caption": c.text, "log_probability": round(c.log_probability, 4)}
         for c in prediction.captions
     ]
-    return {"image": prediction.path, "captions": captions}
+    return {"image": printable(prediction.path), "captions": captions}
 
 
 def _write_text(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     for prediction in predictions:
         for caption in prediction.captions:
-            handle.write(f"{prediction.path}\t{caption.text}\n")
+            handle.write(f"{printable(prediction.path)}\t{caption.text}\n")
         handle.flush()
 
 
@@ -92,15 +101,15 @@ def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     for prediction in predictions:
         for rank, caption in enumerate(prediction.captions, start=1):
             score = round(caption.log_probability, 4)
-            writer.writerow([prediction.path, rank, caption.text, score, ""])
+            writer.writerow([printable(prediction.path), rank, caption.text, score, ""])
         if prediction.error is not None:
-            writer.writerow([prediction.path, "", "", "", prediction.error])
+            writer.writerow([printable(prediction.path), "", "", "", prediction.error])
         handle.flush()
 
 
 def _write_coco(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     results = [
-        {"image_id": prediction.path, "caption": caption.text}
+        {"image_id": printable(prediction.path), "caption": caption.text}
         for prediction in predictions
         for caption in prediction.captions
     ]

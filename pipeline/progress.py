@@ -15,5 +15,6 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     In a terminal it is redrawn twice a second; in a file or a pipe it prints a state every
     30 seconds, and nothing at all for what takes less, so that logs stay readable.
     """
-    pace = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
-    return tqdm(iterable, dynamic_ncols=True, **pace, **options)
+    terminal = sys.stderr.isatty()
+    options |= {"mininterval": 0.5} if terminal else {"mininterval": 30.0, "delay": 30.0}
+    return tqdm(iterable, dynamic_ncols=True, **options)

@@ -33,7 +33,7 @@ class SearchConfig:
     beam_size: int = 3
     max_length: int = 20
     min_length: int = 1
-    length_penalty: float = 0.7
+    length_penalty: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
     pool = torch.full((batch, beams), -torch.inf, device=device)
     pool_total = torch.full((batch, beams), -torch.inf, device=device)
     pool_words = torch.full_like(words, PAD_ID)
-    candidates = min(2 * beams, beams * vocabulary)
+    candidates = 2 * beams  # enough: at most one candidate of each beam ends
 
     for length in range(config.max_length + 1):
         log_probabilities, state = decoder.step(token, state)
@@ -144,7 +144,7 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
         if bool((pool > -torch.inf).all()):
             break
 
-        live, kept = total.masked_fill(ends, -torch.inf).topk(min(beams, candidates), dim=1)
+        live, kept = total.masked_fill(ends, -torch.inf).topk(beams, dim=1)
         words = words_2k.gather(1, kept.unsqueeze(2).expand(-1, -1, words.shape[2]))
         token = token_2k.gather(1, kept).flatten()
         chosen = (first_beam + parent.gather(1, kept)).flatten()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -34,6 +35,10 @@ from pipeline.progress import progress_bar
 
 # A stride between the seeds of epochs that no one's choice of seeds will cross.
 SEED_STRIDE = 1_000_003
+
+
+RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "config.json", "predictions.json", "scores.json")
+PATH_OPTIONS = {"data", "captions", "features", "weights"}
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,14 @@ class Progress:
     epoch: int = 0
     best_epoch: int = 0
     best_cider: float = -math.inf
+    best_loss: float = math.inf
+
+    def improved_by(self, scores: dict[str, float]) -> bool:
+        """Tell whether scores are better: by CIDEr-D, and by val loss where that is equal.
+
+        With a single val picture CIDEr-D is always 0, as no word is rarer than another.
+        """
+        return (scores["CIDEr-D"], -scores["val_loss"]) > (self.best_cider, -self.best_loss)
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
@@ -146,9 +159,10 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         began = time.perf_counter()
         stage.set_training(False)
         scores = stage.validate()
-        better = scores["CIDEr-D"] > progress.best_cider
+        better = progress.improved_by(scores)
         if better:
-            progress.best_epoch, progress.best_cider = progress.epoch, scores["CIDEr-D"]
+            progress.best_epoch = progress.epoch
+            progress.best_cider, progress.best_loss = scores["CIDEr-D"], scores["val_loss"]
         checkpoint = stage.checkpoint(progress.epoch, scores)
         if better:
             save_checkpoint(run / "best.pt", checkpoint)
@@ -162,6 +176,18 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         }
         save_checkpoint(last, checkpoint)
         click.echo(_epoch_line(record, config.epochs, better), err=True)
+
+    def update(step: int, batches: int) -> None:
+        """Take one step with the gradients of so many batches."""
+        factor = learning_rate_factor(step, total_steps, config.warmup)
+        for group, rate in zip(optimizer.param_groups, full_rates, strict=True):
+            group["lr"] = rate * factor
+        for parameter in parameters if batches > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad /= batches
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     if score_start and not last.is_file():
         finish_epoch({})
@@ -184,31 +210,26 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
             unit="batch",
             leave=False,
         )
-        for number, batch in enumerate(bar, start=1):
+        for batch in bar:
             with autocast(stage.device, config.precision):
                 loss, tokens = stage.loss(batch)
             (loss / tokens).backward()
             loss_sum += loss.item()
             tokens_sum += tokens
             pending += 1
-            if pending == config.accumulate or number == stage.batches_per_epoch():
+            if pending == config.accumulate:
+                update(step, pending)
+                step, pending = step + 1, 0
+                bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
                 if not math.isfinite(loss_sum):
                     raise UserError(
-                        f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower --lr "
-                        "may help. What was saved before is kept"
+                        f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower "
+                        "learning rate may help. What was saved before is kept"
                     )
-                factor = learning_rate_factor(step, total_steps, config.warmup)
-                for group, rate in zip(optimizer.param_groups, full_rates, strict=True):
-                    group["lr"] = rate * factor
-                for parameter in parameters if pending > 1 else ():
-                    if parameter.grad is not None:
-                        parameter.grad /= pending
-                nn.utils.clip_grad_norm_(parameters, config.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                step += 1
-                pending = 0
-                bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
+        if pending:
+            update(step, pending)
+        if not tokens_sum:
+            raise UserError(f"{run}: no training picture could be read")
         finish_epoch(
             {
                 "train_loss": loss_sum / tokens_sum,
@@ -222,16 +243,20 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
 def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
     """Make the run folder and its ``config.json``, or check that the run there is the same one.
 
+    To be called when all inputs are known to be good: ``force`` deletes the run there.
+    Paths are not compared, as data may move; the hashes of the splits are.
+
     Raises:
         UserError: the folder holds a run with other settings, and ``force`` is not set.
     """
     path = run / "config.json"
     if force:
-        for name in ("last.pt", "best.pt", "log.jsonl", "config.json"):
+        for name in RUN_FILES:
             (run / name).unlink(missing_ok=True)
+        shutil.rmtree(run / "tensorboard", ignore_errors=True)
     if path.is_file() and (run / "last.pt").is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for option in sorted(before.keys() | settings.keys()):
+        for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
             if before.get(option) != settings.get(option):
                 raise UserError(
                     f"{run} was started with {option} {before.get(option)}, not "

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.dataset import EncodedCaptions
+from pipeline.dataset import EncodedCaptions, encode_captions
 from pipeline.decoder import Decoder
 from pipeline.metrics import Scorer
 from pipeline.search import Hypothesis, SearchConfig, search
@@ -40,28 +40,32 @@ def mean_loss(
 
 
 class Validator:
-    """The val split, prepared once: captions as numbers, references for the scorer."""
+    """The val split, prepared once: captions as numbers, references for the scorer.
+
+    Captions are searched with the default beam, not greedily: greedy scores rank epochs
+    otherwise than the search that people use, and were seen to favour early ones.
+    """
 
     def __init__(
         self,
         references: Mapping[str, Sequence[Sequence[str]]],
-        captions: EncodedCaptions,
         vocabulary: Vocabulary,
         batch_size: int = 256,
     ) -> None:
         self.names = list(references)
         self.scorer = Scorer(references)
-        self.captions = captions
+        pictures = torch.arange(len(self.names))
+        self.captions = encode_captions(references.values(), pictures, vocabulary)
         self.vocabulary = vocabulary
         self.batch_size = batch_size
-        self.search = SearchConfig(beam_size=1)
+        self.search = SearchConfig()
 
     def validate(self, decoder: Decoder, features: Tensor) -> dict[str, float]:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
         Returns:
-            ``val_loss``, the scores of greedily decoded captions, and ``distinct``: how many
-            different captions there are.
+            ``val_loss``, the scores of captions searched as caption.py does, and ``distinct``,
+            the number of different captions.
         """
         found = search_all(decoder, features.split(self.batch_size), self.search)
         predictions = {

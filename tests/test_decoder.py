@@ -64,10 +64,10 @@ def test_loss_runs_over_words_and_end_and_ignores_padding() -> None:
     assert tokens == 3 + 5
     first, _ = decoder.loss(features[:1], captions[:1, :4])
     second, _ = decoder.loss(features[1:], captions[1:])
-    assert float(loss) == pytest.approx(float(first + second), rel=1e-5)
+    assert loss.item() == pytest.approx((first + second).item(), rel=1e-5)
     logits = decoder.projection(decoder(features[:1], captions[:1, :3]))[0]
-    assert float(first) == pytest.approx(
-        float(F.cross_entropy(logits, captions[0, 1:4], reduction="sum")), rel=1e-5
+    assert first.item() == pytest.approx(
+        F.cross_entropy(logits, captions[0, 1:4], reduction="sum").item(), rel=1e-5
     )
 
 

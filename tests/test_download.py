@@ -16,10 +16,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from PIL import Image
 
+import extract_features
 from pipeline import download
 from pipeline.download import NetworkError, download_flickr8k, fetch, unpack_zip
 from pipeline.errors import UserError
+from pipeline.features import FeatureCache
 
 BODY = random.Random(0).randbytes(300_000)
 BODY_MD5 = hashlib.md5(BODY).hexdigest()
@@ -148,6 +152,33 @@ def test_whole_flickr8k_and_a_second_call_that_asks_nothing(
     assert len(flickr8k.requests) == 2
     assert "is complete" in capsys.readouterr().err
     assert files_under(folder) == everything
+
+
+def test_the_command_downloads_and_goes_on_to_extract(
+    flickr8k: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), "orange").save(picture, "JPEG")
+    name = "Flicker8k_Dataset/1000268201_693b08cb0e.jpg"
+    flickr8k.files["Flickr8k_Dataset.zip"] = make_zip({name: picture.getvalue()})
+    sums = {name: hashlib.md5(flickr8k.files[name]).hexdigest() for name in download.FLICKR8K_MD5}
+    monkeypatch.setattr(download, "FLICKR8K_MD5", sums)
+    monkeypatch.setattr(download, "RELEASE_URL", flickr8k.url)
+    data, output = tmp_path / "flickr8k", tmp_path / "flickr8k.h5"
+    options = f"--download --data {data} --output {output} --weights random --device cpu"
+    result = CliRunner().invoke(extract_features.main, options.split())
+    assert result.exit_code == 0, result.output
+    assert FeatureCache(output).names() == [name]
+
+
+def test_a_second_copy_beside_that_of_kaggle_is_never_loaded(
+    flickr8k: Web, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "captions.txt").touch()
+    download_flickr8k(tmp_path, flickr8k.url)
+    assert flickr8k.requests == []
+    assert "Kaggle" in capsys.readouterr().err
 
 
 def test_only_the_archive_that_is_missing_is_loaded(flickr8k: Web, tmp_path: Path) -> None:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import random
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import draw_scenes as scenes
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-
-SCRIPT = Path(__file__).parents[1] / "data" / "draw_scenes.py"
-
-
-def load_script() -> ModuleType:
-    """data/ is no package: the script is loaded from its path."""
-    spec = importlib.util.spec_from_file_location("draw_scenes", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["draw_scenes"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-scenes = load_script()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -140,6 +123,7 @@ def test_subject_is_drawn_in_its_colour_where_the_captions_put_it() -> None:
     def middle_of(colour: str) -> float:
         wanted = scenes.ImageColor.getrgb(scenes.COLOURS[colour])
         pixels = image.load()
+        assert pixels is not None
         hits = [x for x in range(320) for y in range(240) if pixels[x, y] == wanted]
         assert len(hits) > 200
         return sum(hits) / len(hits)

@@ -125,6 +125,16 @@ def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
     assert log[0]["train_loss"] > log[2]["train_loss"]
 
 
+def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
+    """With one val picture CIDEr-D is 0 for every caption; the first epoch is not the best."""
+
+    class FallingLoss(ScriptedStage):
+        def validate(self) -> dict[str, float]:
+            return {**super().validate(), "val_loss": 5.0 - self.validations}
+
+    assert train(FallingLoss([]), tmp_path, config(3)).best_epoch == 3
+
+
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     progress = train(ScoringStage([5.0, 9.0, 8.0, 7.0, 99.0]), tmp_path, config(5, patience=2))
     assert progress.epoch == 4 and progress.best_epoch == 2
@@ -189,7 +199,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_pat
     train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
     before = (tmp_path / "last.pt").read_bytes()
     stage = ScoringStage([3.0], spoil_loss=True)
-    with pytest.raises(UserError, match="--lr"):
+    with pytest.raises(UserError, match="lower learning rate"):
         train(stage, tmp_path, config(3))
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -294,3 +304,13 @@ def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> Non
     for name in ("predictions.json", "scores.json"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert len((killed / "log.jsonl").read_text().splitlines()) == 40
+
+
+def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(ScoringStage([10.0, 30.0]), tmp_path, config(2))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("CIDEr-D")] == [(1, 10.0), (2, 30.0)]

@@ -1,0 +1,87 @@
+"""What several test files share: drawn pictures, and an encoder that takes no time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import pytest
+from PIL import Image, ImageDraw
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
+
+from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
+
+from pipeline.features import FEATURE_SIZE, EncoderIdentity  # noqa: E402
+
+
+class StubEncoder:
+    """An encoder for ``extract``: quick, and a function of the pixels.
+
+    As with a real network, a feature depends a little on the picture's place in its batch.
+
+    Attributes:
+        batches: how many pictures each call of ``encode`` had.
+        stop_after: calls of ``encode`` that succeed before one raises ``error``; None: all.
+    """
+
+    def __init__(
+        self,
+        weights: str = "0" * 64,
+        precision: str = "fp32",
+        stop_after: int | None = None,
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
+        self.identity = EncoderIdentity(
+            "stub", weights, "squeeze-299-bilinear", precision, "random", "0"
+        )
+        self.batches: list[int] = []
+        self.stop_after = stop_after
+        self.error = error
+        self.folded = False
+
+    def for_inference(self) -> StubEncoder:
+        self.folded = True
+        return self
+
+    def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
+        assert self.folded
+        if len(self.batches) == self.stop_after:
+            raise self.error
+        self.batches.append(len(pictures))
+        features = [
+            numpy.resize(picture[::37, ::37] / 255 + 0.01 * place, FEATURE_SIZE)
+            for place, picture in enumerate(pictures)
+        ]
+        return numpy.stack(features).astype(numpy.float32)
+
+
+def draw(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
+    """Draw a small picture that no other seed gives; the suffix says in which format."""
+    random = numpy.random.default_rng(seed)
+    colours = [tuple(int(value) for value in random.integers(0, 256, 3)) for _ in range(4)]
+    image = Image.new("RGB", size, colours[0])
+    pen = ImageDraw.Draw(image)
+    for colour in colours[1:]:
+        left, top = (int(random.integers(0, side)) for side in size)
+        pen.ellipse((left - 15, top - 10, left + 15, top + 10), fill=colour)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Make a folder of ten pictures: 0.png to 9.png."""
+    for number in range(10):
+        draw(tmp_path / "pictures" / f"{number}.png", number)
+    return tmp_path / "pictures"
+
+
+@pytest.fixture(scope="session")
+def drawn_run(tmp_path_factory: pytest.TempPathFactory) -> DrawnRun:
+    """Draw 30 scenes, extract their features and train a decoder on them, once for all tests."""
+    return make_drawn_run(tmp_path_factory.mktemp("drawn"))
