@@ -65,14 +65,14 @@ import click
 @click.option(
     "--encoder-lr",
     type=click.FloatRange(min=0),
-    default=1e-4,
+    default=3e-4,
     help="Highest learning rate of the encoder.",
 )
 @click.option(
     "--decoder-lr",
     type=click.FloatRange(min=0),
-    default=2e-4,
-    help="Highest learning rate of the decoder.",
+    default=1e-4,
+    help="Highest learning rate of the decoder, which is trained already.",
 )
 @click.option(
     "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
@@ -92,7 +92,7 @@ import click
 @click.option(
     "--smallest-crop",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    default=0.7,
+    default=0.85,
     help="Least share of each side that a random crop keeps; 1 turns cropping off.",
 )
 @click.option(
