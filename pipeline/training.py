@@ -213,19 +213,19 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         for batch in bar:
             with autocast(stage.device, config.precision):
                 loss, tokens = stage.loss(batch)
-            (loss / tokens).backward()
             loss_sum += loss.item()
             tokens_sum += tokens
+            if not math.isfinite(loss_sum):
+                raise UserError(
+                    f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower "
+                    "learning rate may help. What was saved before is kept"
+                )
+            (loss / tokens).backward()
             pending += 1
             if pending == config.accumulate:
                 update(step, pending)
                 step, pending = step + 1, 0
                 bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
-                if not math.isfinite(loss_sum):
-                    raise UserError(
-                        f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower "
-                        "learning rate may help. What was saved before is kept"
-                    )
         if pending:
             update(step, pending)
         if not tokens_sum:

@@ -195,12 +195,15 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
         assert torch.allclose(large[name], small[name], atol=1e-5), name
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 3])  # 3: more than an epoch has batches
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
+    tmp_path: Path, accumulate: int
+) -> None:
     train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
     before = (tmp_path / "last.pt").read_bytes()
     stage = ScoringStage([3.0], spoil_loss=True)
     with pytest.raises(UserError, match="lower learning rate"):
-        train(stage, tmp_path, config(3))
+        train(stage, tmp_path, config(3, accumulate=accumulate))
     assert (tmp_path / "last.pt").read_bytes() == before
 
 
