@@ -70,7 +70,7 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     "--batch-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Pictures at a time.  [default: 8 on a CPU, 64 on a GPU]",
+    help="Pictures at a time.  [default: 4 on a CPU, 64 on a GPU]",
     show_default=False,
 )
 def main(
@@ -102,10 +102,12 @@ def main(
     model = model or default_model()
 
     from pipeline.captioner import Captioner
+    from pipeline.openvino_engine import WORTH_COMPILING
     from pipeline.output import printable, write_predictions
     from pipeline.search import SearchConfig
 
-    captioner = Captioner.load(model, device, weights)
+    engine = "auto" if len(paths) >= WORTH_COMPILING else "torch"
+    captioner = Captioner.load(model, device, weights, engine=engine)
     predictions = captioner.stream(
         paths, SearchConfig(beam_size=beam_size), num_captions, batch_size
     )

@@ -11,7 +11,6 @@ named), 2 the command was wrong.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -122,8 +121,8 @@ import click
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=min(8, os.cpu_count() or 1),
-    help="Threads that decode pictures.  [default: one a core, at most 8]",
+    default=None,
+    help="Threads that decode pictures.  [default: one a core, at most 8, or 16 with a GPU]",
     show_default=False,
 )
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
@@ -135,7 +134,7 @@ def main(
     run: Path,
     device: str,
     precision: str,
-    workers: int,
+    workers: int | None,
     force: bool,
     **options: float,
 ) -> None:
@@ -150,7 +149,7 @@ def main(
     after the last finished epoch.
     """
     from pipeline.checkpoint import load_checkpoint
-    from pipeline.devices import choose_device, choose_training_precision
+    from pipeline.devices import choose_device, choose_training_precision, default_workers
     from pipeline.evaluation import evaluate_run
     from pipeline.joint_training import JointOptions, finetune_joint
 
@@ -168,7 +167,9 @@ def main(
         precision=choose_training_precision(precision, chosen),
         **options,  # type: ignore[arg-type]
     )
-    progress, unreadable = finetune_joint(joint_options, run, chosen, workers, force)
+    progress, unreadable = finetune_joint(
+        joint_options, run, chosen, workers or default_workers(chosen), force
+    )
     click.echo(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,

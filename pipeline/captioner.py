@@ -12,17 +12,27 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder
-from pipeline.devices import choose_device, choose_precision, inference_batch_size
-from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk
+from pipeline.devices import (
+    choose_device,
+    choose_precision,
+    default_workers,
+    inference_batch_size,
+)
+from pipeline.encoder import EncodedBatch, Encoder, encode_files, load_encoder, load_trunk
 from pipeline.errors import InputError, UserError
+from pipeline.openvino_engine import choose_engine
 from pipeline.search import Hypothesis, SearchConfig, search
 from pipeline.vocabulary import Vocabulary, detokenize
 
 StrPath = str | os.PathLike[str]
+# The encoder likes small batches, the decoder, whose weights pass through the cache for every
+# word, large ones: this many pictures wait for one search.
+SEARCHED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,7 @@ class Captioner:
         device: str = "auto",
         weights: str | None = None,
         precision: str = "auto",
+        engine: str = "torch",
     ) -> Captioner:
         """Load a checkpoint, or the best one of a run folder, and its encoder.
 
@@ -83,6 +94,8 @@ class Captioner:
             weights: where the encoder's weights are, if not where they were in training;
                 a checkpoint of stage 3 has them inside and needs none.
             precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+            engine: ``torch``, which is ready at once, or ``auto``, which takes OpenVINO on a CPU
+                where it is installed: some seconds to start, for hundreds of pictures.
 
         Raises:
             UserError: no such checkpoint, or the encoder's weights are not those that the
@@ -91,7 +104,7 @@ class Captioner:
         checkpoint = load_checkpoint(Path(model))
         chosen = choose_device(device)
         encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
-        encoder.for_inference().to(chosen)
+        encoder.for_inference(choose_engine(engine, chosen)).to(chosen)
         return cls(encoder, checkpoint.build_decoder().to(chosen), checkpoint.vocabulary)
 
     def caption(
@@ -129,7 +142,7 @@ class Captioner:
             config: how to search.
             num_captions: captions a picture, at most ``config.beam_size``.
             batch_size: pictures a batch; by default 8 on a CPU, 64 elsewhere.
-            workers: decoding threads; by default one a core, at most 8.
+            workers: threads that decode and encode; by default ``devices.default_workers``.
 
         Yields:
             A prediction for every path, in their order, also for those that cannot be read.
@@ -137,7 +150,6 @@ class Captioner:
         config = config or SearchConfig()
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
-        workers = workers or min(8, os.cpu_count() or 1)
         paths: dict[int, str] = {}
 
         def batches() -> Iterator[list[tuple[int, Path]]]:
@@ -151,16 +163,25 @@ class Captioner:
             if batch:
                 yield batch
 
-        for encoded in encode_files(self.encoder, batches(), workers, ahead=2 * batch_size):
+        def predictions(group: Sequence[EncodedBatch]) -> Iterator[Prediction]:
             found: dict[int, list[Caption]] = {}
-            if encoded.keys:
-                features = torch.from_numpy(encoded.features).to(device)
-                for key, hypotheses in zip(
-                    encoded.keys, search(self.decoder, features, config), strict=True
-                ):
-                    found[key] = captions_of(hypotheses[:num_captions], self.vocabulary)
-            for key in sorted([*found, *encoded.failures]):
-                yield Prediction(paths.pop(key), found.get(key, []), encoded.failures.get(key))
+            keys = [key for encoded in group for key in encoded.keys]
+            if keys:
+                features = numpy.concatenate([encoded.features for encoded in group])
+                hypotheses = search(self.decoder, torch.from_numpy(features).to(device), config)
+                for key, best in zip(keys, hypotheses, strict=True):
+                    found[key] = captions_of(best[:num_captions], self.vocabulary)
+            failures = {key: why for encoded in group for key, why in encoded.failures.items()}
+            for key in sorted([*found, *failures]):
+                yield Prediction(paths.pop(key), found.get(key, []), failures.get(key))
+
+        group: list[EncodedBatch] = []
+        for encoded in encode_files(self.encoder, batches(), workers or default_workers(device)):
+            group.append(encoded)
+            if sum(len(member.keys) + len(member.failures) for member in group) >= SEARCHED_AT_ONCE:
+                yield from predictions(group)
+                group = []
+        yield from predictions(group)
 
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:

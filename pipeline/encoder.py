@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from pipeline.devices import DTYPES, autocast, inference_batch_size
+from pipeline.devices import DTYPES, autocast, inference_batch_size, threads_per_worker
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import IMAGE_SIZE, ImageError, prefetch, read_square
@@ -41,6 +42,9 @@ TRUNK_LAYERS = (
     *("Mixed_7a", "Mixed_7b", "Mixed_7c", "avgpool"),
 )
 
+# Several threads decode for one GPU; what lies between two layers should lie there only once.
+ONE_AT_A_TIME = threading.Lock()
+
 
 class Encoder(nn.Module):
     """InceptionV3's trunk: uint8 pictures (B, 299, 299, 3) to float32 features (B, 2048).
@@ -48,6 +52,7 @@ class Encoder(nn.Module):
     Attributes:
         source: where the weights came from: ``imagenet``, ``random`` or a file's path.
         precision: ``fp32``, ``bf16`` or ``fp16``, the arithmetic of the network.
+        engine: what runs the network: ``torch`` or ``openvino``.
     """
 
     transform = f"squeeze-{IMAGE_SIZE}-bilinear"
@@ -60,6 +65,8 @@ class Encoder(nn.Module):
         )
         self.source = source
         self.precision = precision
+        self.engine = "torch"
+        self._compiled: Callable[[numpy.ndarray], numpy.ndarray] | None = None
         self._weights_sha256: str | None = None
         self.eval()
 
@@ -75,6 +82,7 @@ class Encoder(nn.Module):
             precision=self.precision,
             weights_source=self.source,
             torchvision=torchvision.__version__,
+            engine=self.engine,
         )
 
     def forget_identity(self) -> None:
@@ -96,31 +104,41 @@ class Encoder(nn.Module):
         with autocast(pixels.device, self.precision):
             return self.trunk(self.normalise(pixels)).flatten(1).float()
 
-    def for_inference(self) -> Encoder:
+    def for_inference(self, engine: str = "torch") -> Encoder:
         """Fold every BatchNorm into its convolution; afterwards the encoder only encodes.
 
         The identity is taken first, as folding changes the tensors but not the function.
+
+        Args:
+            engine: ``torch``, or ``openvino`` (see ``openvino_engine``).
         """
         self._weights_sha256 = self.identity.weights_sha256
-        fold_for_inference(self.trunk, self.precision)
+        self.engine = engine
+        fold_for_inference(self.trunk, "fp32" if engine == "openvino" else self.precision)
+        if engine == "openvino":
+            from pipeline.openvino_engine import compile_trunk
+
+            self._compiled = compile_trunk(self.normalise, self.trunk, self.precision)
         return self
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
-        """Encode squares from ``images.to_square``: float32 (len(pictures), 2048)."""
+        """Encode squares from ``images.to_square``: float32 (len(pictures), 2048).
+
+        May be called from several threads side by side.
+        """
+        squares = numpy.stack(pictures)
+        if self._compiled is not None:
+            return self._compiled(squares)
         device = next(self.parameters()).device
-        pixels = torch.from_numpy(numpy.stack(pictures))
+        pixels = torch.from_numpy(squares)
+        if device.type == "cpu":
+            return self(pixels).numpy()
         if device.type == "cuda":
-            pixels = pixels.pin_memory().to(device, non_blocking=True)
-        return self(pixels.to(device)).cpu().numpy()
-
-
-def encode_all(encoder: Encoder, paths: Sequence[Path], workers: int) -> Iterator[EncodedBatch]:
-    """Encode files in batches that suit the encoder's device; keys are their indices."""
-    size = inference_batch_size(next(encoder.parameters()).device)
-    files = list(enumerate(paths))
-    batches = (files[start : start + size] for start in range(0, len(files), size))
-    yield from encode_files(encoder, batches, workers, ahead=2 * size)
+            pixels = pixels.pin_memory()
+        with ONE_AT_A_TIME:
+            features = self(pixels.to(device, non_blocking=True))
+        return features.cpu().numpy()
 
 
 def fold_for_inference(layers: nn.Module, precision: str) -> None:
@@ -153,40 +171,43 @@ class EncodedBatch:
 
 
 def encode_files(
-    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Path]]], workers: int, ahead: int
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Path]]], workers: int
 ) -> Iterator[EncodedBatch]:
-    """Decode and encode files, given in batches of (key, path), decoding ahead.
+    """Decode and encode files, given in batches of (key, path); batches come in their order.
 
-    Memory holds one batch and ``ahead`` decoded squares more, whatever the number of files.
+    Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
+    share of the cores to itself, so that none waits for another in the middle of the network;
+    on a GPU one encodes while the others decode. Memory holds a few batches a worker,
+    whatever the number of files.
     """
 
-    def read(task: tuple[int, Path, bool]) -> tuple[int, numpy.ndarray | str, bool]:
-        key, path, ends_batch = task
-        try:
-            return key, read_square(path), ends_batch
-        except ImageError as error:
-            return key, str(error), ends_batch
+    def encode(batch: Sequence[tuple[int, Path]]) -> EncodedBatch:
+        squares: dict[int, numpy.ndarray] = {}
+        failures: dict[int, str] = {}
+        for key, path in batch:
+            try:
+                squares[key] = read_square(path)
+            except ImageError as error:
+                failures[key] = str(error)
+        features = (
+            encoder.encode(list(squares.values()))
+            if squares
+            else numpy.empty((0, FEATURE_SIZE), numpy.float32)
+        )
+        return EncodedBatch(list(squares), features, failures)
 
-    tasks = (
-        (key, path, place == len(batch))
-        for batch in batches
-        for place, (key, path) in enumerate(batch, start=1)
-    )
-    squares: dict[int, numpy.ndarray] = {}
-    failures: dict[int, str] = {}
-    for key, square, ends_batch in prefetch(read, tasks, workers, ahead):
-        if isinstance(square, str):
-            failures[key] = square
-        else:
-            squares[key] = square
-        if ends_batch:
-            features = (
-                encoder.encode(list(squares.values()))
-                if squares
-                else numpy.empty((0, FEATURE_SIZE), numpy.float32)
-            )
-            yield EncodedBatch(list(squares), features, failures)
-            squares, failures = {}, {}
+    with threads_per_worker(workers) as share:
+        yield from prefetch(
+            encode, batches, workers, ahead=workers, start=lambda: torch.set_num_threads(share)
+        )
+
+
+def encode_all(encoder: Encoder, paths: Sequence[Path], workers: int) -> Iterator[EncodedBatch]:
+    """Encode files in batches that suit the encoder's device; keys are their indices."""
+    size = inference_batch_size(next(encoder.parameters()).device)
+    files = list(enumerate(paths))
+    batches = (files[start : start + size] for start in range(0, len(files), size))
+    yield from encode_files(encoder, batches, workers)
 
 
 def load_encoder(weights: str, precision: str = "fp32") -> Encoder:

@@ -7,7 +7,6 @@ through the vocabulary, so its rare words count against the model as they should
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from pipeline.captioner import captions_of, encoder_of
 from pipeline.captions import CaptionTable
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.dataset import load_table, rows_of, tokenised
-from pipeline.devices import choose_precision
+from pipeline.devices import choose_precision, default_workers
 from pipeline.encoder import encode_all
 from pipeline.errors import UserError
 from pipeline.features import DONE, FeatureCache, default_cache_path
@@ -29,6 +28,7 @@ from pipeline.files import atomic_write
 from pipeline.images import find_images, unreadable_images
 from pipeline.java_metrics import java_metrics
 from pipeline.metrics import Scorer, diversity
+from pipeline.openvino_engine import choose_engine
 from pipeline.progress import progress_bar
 from pipeline.search import SearchConfig
 from pipeline.validation import search_all
@@ -194,14 +194,14 @@ def _open_split(
     if checkpoint.encoder_weights is None:
         FeatureCache(features)  # says that it is missing, and what to do
     table, names = load_table(data, captions, find_images(data))
-    workers = min(8, os.cpu_count() or 1)
+    workers = default_workers(device)
     groups = _groups(table, split)
     broken = unreadable_images([data / names[name] for name in groups], workers)
     for path, reason in broken.items():
         click.echo(f"failed: {path}: {reason}", err=True)
     groups = {name: group for name, group in groups.items() if data / names[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
-    encoder.for_inference().to(device)
+    encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
     paths = [data / names[name] for name in groups]
     encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, paths, workers))
     return SplitData("the checkpoint's own encoder", table, groups, encoded, len(broken))

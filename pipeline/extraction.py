@@ -34,6 +34,7 @@ def extract(
     encoder: Encoder,
     batch_size: int,
     workers: int,
+    engine: str = "torch",
     on_error: str = "skip",
     force: bool = False,
     retry_failed: bool = False,
@@ -46,7 +47,8 @@ def extract(
         output: the HDF5 file; ``.partial`` is added to its name until it is complete.
         encoder: the network; BatchNorm is folded into its weights here.
         batch_size: pictures a forward pass.
-        workers: decoding threads.
+        workers: threads that decode and encode.
+        engine: what runs the network: ``torch`` or ``openvino``.
         on_error: ``skip`` records an unreadable picture as failed, ``fail`` stops at it.
         force: begin anew whatever is there.
         retry_failed: try the pictures again that an earlier run recorded as failed.
@@ -55,12 +57,13 @@ def extract(
         UserError: a cache of another encoder at ``output``.
         InputError: an unreadable picture, with ``on_error="fail"``.
     """
+    encoder.engine = engine
     writer = open_cache_writer(
         output, names, encoder.identity, force, retry_failed, str(data.resolve())
     )
     if writer is None:
         return ExtractionResult(FeatureCache(output), encoded=0, kept=len(names))
-    encoder.for_inference()
+    encoder.for_inference(engine)
     finished = int((writer.cache.status != PENDING).sum())
     batches = (
         [(row, data / writer.cache.name(row)) for row in rows]
@@ -71,7 +74,7 @@ def extract(
         total=len(names), initial=finished, unit="image", smoothing=0.05, desc="extracting"
     )
     with bar:
-        for batch in encode_files(encoder, batches, workers, ahead=2 * batch_size):
+        for batch in encode_files(encoder, batches, workers):
             if batch.failures and on_error == "fail":
                 writer.write(batch.keys, batch.features, {})
                 writer.commit()

@@ -10,7 +10,7 @@ Layout (N pictures, in the order of their names' bytes):
     complete  (1,) uint8          1 when no row is pending
 
     attributes: schema_version, data (the folder), encoder, weights_sha256, transform, precision,
-                weights_source, torchvision, images_sha256
+                weights_source, torchvision, engine, images_sha256
 
 Every dataset is contiguous and allocated when the file is made. Afterwards nothing but
 raw values changes, at offsets that are known, so rows are written and read past the HDF5
@@ -60,6 +60,7 @@ class EncoderIdentity:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         weights_source: ``imagenet``, ``random`` or the path of a file; where to look again.
         torchvision: the version that built the network.
+        engine: what ran it: ``torch`` or ``openvino``.
     """
 
     encoder: str
@@ -68,6 +69,7 @@ class EncoderIdentity:
     precision: str
     weights_source: str
     torchvision: str
+    engine: str = "torch"
 
     def mismatch(self, other: EncoderIdentity) -> str | None:
         """Say how two encoders differ in what decides features but for rounding, or None."""
@@ -112,9 +114,8 @@ class FeatureCache:
                         f"{path}: not a feature cache of schema version {SCHEMA_VERSION}; "
                         "make it anew: extract_features.py --force"
                     )
-                self.identity = EncoderIdentity(
-                    **{f: str(file.attrs[f]) for f in EncoderIdentity.__dataclass_fields__}
-                )
+                fields = EncoderIdentity.__dataclass_fields__.keys() & file.attrs.keys()
+                self.identity = EncoderIdentity(**{f: str(file.attrs[f]) for f in fields})
                 self.images_sha256 = str(file.attrs["images_sha256"])
                 self.data = str(file.attrs["data"])
                 mode: Literal["r", "r+"] = "r+" if writable else "r"
@@ -264,6 +265,14 @@ def default_cache_path(data: Path) -> Path:
     return Path("data/features") / f"{Path(os.path.abspath(data)).name}.h5"  # noqa: PTH100
 
 
+def begun_identity(path: Path) -> EncoderIdentity | None:
+    """Tell by which encoder a partial or finished cache at ``path`` was begun, if there is one."""
+    for candidate in (partial_path(path), path):
+        if candidate.is_file():
+            return FeatureCache(candidate).identity
+    return None
+
+
 def open_cache_writer(
     path: Path,
     names: Sequence[str],
@@ -300,8 +309,6 @@ def open_cache_writer(
         _create(partial, names, identity, data, None, retry_failed).replace(partial)
         return CacheWriter(path)
     mismatch = identity.mismatch(previous.identity)
-    if mismatch is None and identity.precision != previous.identity.precision:
-        mismatch = f"precision {identity.precision} against {previous.identity.precision}"
     if mismatch is not None:
         raise UserError(
             f"{previous.path} was made by another encoder ({mismatch}); --force makes it anew, "
@@ -317,6 +324,7 @@ def open_cache_writer(
     damaged = len(previous.damaged_rows())
     if previous.complete and previous.path == path and same_images and not (retry or damaged):
         return None
+    _check_rounding(previous, identity)
     if previous.path == path or not same_images or retry or damaged:
         gone = len(previous) - int((previous.rows(names) >= 0).sum())
         if gone:
@@ -325,6 +333,17 @@ def open_cache_writer(
         del previous  # Windows replaces no file that is mapped
         temporary.replace(partial)
     return CacheWriter(path)
+
+
+def _check_rounding(previous: FeatureCache, identity: EncoderIdentity) -> None:
+    """Refuse to go on with a cache in another precision or by another engine than before."""
+    for option in ("precision", "engine"):
+        before, now = getattr(previous.identity, option), getattr(identity, option)
+        if before != now:
+            raise UserError(
+                f"{previous.path} was begun with --{option} {before}, not {now}: give that to go "
+                "on with it; --force makes it anew, --output FILE keeps both"
+            )
 
 
 def images_sha256(names: Sequence[str]) -> str:

@@ -235,14 +235,19 @@ def augmented_square(
 
 
 def prefetch(
-    function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int,
+    start: Callable[[], None] | None = None,
 ) -> Iterator[Result]:
     """Map ``function`` over ``items`` in order, ``workers`` threads working in advance.
 
     At most ``ahead`` results wait to be taken, so memory does not grow with the number of
-    items. An exception of ``function`` is raised where its result would have come.
+    items. An exception of ``function`` is raised where its result would have come. Every
+    thread first calls ``start``.
     """
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=start) as pool:
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:

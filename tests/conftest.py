@@ -35,15 +35,22 @@ class StubEncoder:
         stop_after: int | None = None,
         error: type[BaseException] = KeyboardInterrupt,
     ) -> None:
-        self.identity = EncoderIdentity(
-            "stub", weights, "squeeze-299-bilinear", precision, "random", "0"
-        )
+        self.weights = weights
+        self.precision = precision
+        self.engine = "torch"
         self.batches: list[int] = []
         self.stop_after = stop_after
         self.error = error
         self.folded = False
 
-    def for_inference(self) -> StubEncoder:
+    @property
+    def identity(self) -> EncoderIdentity:
+        return EncoderIdentity(
+            *("stub", self.weights, "squeeze-299-bilinear", self.precision, "random", "0"),
+            engine=self.engine,
+        )
+
+    def for_inference(self, engine: str = "torch") -> StubEncoder:
         self.folded = True
         return self
 

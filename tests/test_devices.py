@@ -31,7 +31,7 @@ def test_a_device_that_is_not_there_is_one_line(name: str, monkeypatch: pytest.M
 def test_cpu_takes_bf16_only_where_it_has_the_units(
     units: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "cpu_has_bf16", lambda: units)
+    monkeypatch.setattr(devices, "cpu_has_amx", lambda: units)
     assert devices.choose_precision("auto", CPU) == expected
     assert devices.choose_training_precision("auto", CPU) == expected
     assert devices.choose_precision("fp32", CPU) == "fp32"

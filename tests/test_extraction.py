@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -21,11 +22,12 @@ from conftest import REPOSITORY, StubEncoder, draw
 from torch import Tensor, nn
 
 import extract_features
-from pipeline.encoder import Encoder, load_encoder, load_trunk, weights_sha256
+from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk, weights_sha256
 from pipeline.errors import InputError, UserError
 from pipeline.extraction import ExtractionResult, extract
 from pipeline.features import FEATURE_SIZE, PENDING, FeatureCache, partial_path
 from pipeline.images import IMAGE_SIZE, find_images, read_square
+from pipeline.openvino_engine import choose_engine
 
 STANDIN = REPOSITORY.parent / "shared" / "weights" / "inception_v3_standin.pth"
 FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k" / "Images"
@@ -36,8 +38,8 @@ def sha256(path: Path) -> str:
 
 
 def run(data: Path, output: Path, encoder: StubEncoder, **options: Any) -> ExtractionResult:
-    """Extract with a stub encoder, four pictures a batch."""
-    options = {"batch_size": 4, "workers": 2, **options}
+    """Extract with a stub encoder, four pictures a batch, one batch after the other."""
+    options = {"batch_size": 4, "workers": 1, **options}
     return extract(data, find_images(data), output, cast(Encoder, encoder), **options)
 
 
@@ -76,7 +78,8 @@ def test_any_batches_and_threads(
     result = run(pictures, tmp_path / "x.h5", encoder, batch_size=batch_size, workers=workers)
     assert sum(encoder.batches) == 10
     assert max(encoder.batches) == min(batch_size, 10)
-    assert result.cache.complete
+    alone = run(pictures, tmp_path / "y.h5", StubEncoder(), batch_size=batch_size, workers=1)
+    assert sha256(result.cache.path) == sha256(alone.cache.path)
 
 
 def test_broken_pictures_are_recorded(pictures: Path, tmp_path: Path) -> None:
@@ -164,10 +167,10 @@ def test_pictures_added_later(pictures: Path, tmp_path: Path) -> None:
 
 def test_another_encoder_is_refused(pictures: Path, tmp_path: Path) -> None:
     run(pictures, tmp_path / "x.h5", StubEncoder())
-    for other in (StubEncoder(weights="1" * 64), StubEncoder(precision="bf16")):
-        with pytest.raises(UserError, match=r"another encoder.*--force.*--output FILE"):
-            run(pictures, tmp_path / "x.h5", other)
-        assert other.batches == []
+    other = StubEncoder(weights="1" * 64)
+    with pytest.raises(UserError, match=r"another encoder.*--force.*--output FILE"):
+        run(pictures, tmp_path / "x.h5", other)
+    assert other.batches == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -327,6 +330,45 @@ def test_bf16_is_close(state: dict[str, Tensor], squares: list[numpy.ndarray]) -
     assert features.dtype == numpy.float32
     assert cosines(exact, features).min() > 0.999
     assert (exact != features).any()
+
+
+def test_openvino_is_close(state: dict[str, Tensor], squares: list[numpy.ndarray]) -> None:
+    pytest.importorskip("openvino")
+    exact = encoder_with(state).encode(squares)
+    encoder = encoder_with(state).for_inference("openvino")
+    assert encoder.identity.engine == "openvino"
+    features = encoder.encode(squares)
+    assert features.dtype == numpy.float32
+    assert cosines(exact, features).min() > 0.9999
+    assert numpy.allclose(encoder.encode(squares[2:]), features[2:], rtol=1e-3, atol=1e-3)
+
+
+def test_the_engine_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_engine("auto", cpu, 199) == "torch"
+    assert choose_engine("auto", cpu, 200) == "openvino"
+    assert choose_engine("auto", cuda, 200) == "torch"
+    assert choose_engine("torch", cpu, 200) == "torch"
+    with pytest.raises(UserError, match="only for --device cpu"):
+        choose_engine("openvino", cuda)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_engine("auto", cpu, 200) == "torch"
+    with pytest.raises(UserError, match="not installed"):
+        choose_engine("openvino", cpu)
+
+
+def test_threads_are_as_before_afterwards(
+    state: dict[str, Tensor], squares: list[numpy.ndarray], tmp_path: Path
+) -> None:
+    """Workers take a share of torch's threads; the rest of the program keeps all of them."""
+    before = torch.get_num_threads()
+    draw(tmp_path / "a.png")
+    batches = list(encode_files(encoder_with(state), [[(0, tmp_path / "a.png")]], workers=2))
+    assert batches[0].keys == [0]
+    assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
 
 
 @pytest.mark.skipif(not STANDIN.is_file(), reason="../shared/weights is missing")
@@ -500,7 +542,7 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path) -> None:
     result = invoke(*options)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "x.h5: complete, 1 pictures (1 encoded now, 0 before; fp32)" in result.stderr
+    assert "x.h5: complete, 1 pictures (1 encoded now, 0 before; fp32, torch)" in result.stderr
     assert "failed: sub/bad.png: empty file" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("1 could not be read; --retry-failed")
 
@@ -512,8 +554,18 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path) -> None:
     assert retried.exit_code == 0
     assert "complete, 2 pictures" in retried.stderr
     assert "failed" not in retried.stderr
+
+    draw(data / "more.png", 2)
     message = refusal(*options, "--precision", "bf16")
-    assert "made by another encoder (precision bf16 against fp32)" in message
+    assert "begun with --precision fp32, not bf16" in message
+
+    # Begun on a machine with bf16, it goes on so on one that would choose fp32.
+    other = tmp_path / "other.h5"
+    options = ("--data", data, "--output", other, "--weights", "random")
+    assert invoke(*options, "--precision", "bf16").exit_code == 0
+    draw(data / "still more.png", 3)
+    assert "bf16, torch)" in invoke(*options, "--precision", "auto").stderr
+    options = ("--data", data, "--output", output, "--weights", "random")
 
     spoil(data / "good.png")
     stopped = invoke(*options, "--force", "--on-error", "fail")

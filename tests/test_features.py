@@ -392,7 +392,23 @@ def test_force_begins_anew(tmp_path: Path) -> None:
     assert fill(writer_of(path, NAMES, force=True)) == len(NAMES)
 
 
-@pytest.mark.parametrize("field", ["encoder", "weights_sha256", "transform", "precision"])
+@pytest.mark.parametrize("option", ["precision", "engine"])
+def test_other_rounding_is_refused_only_where_rows_are_to_be_made(
+    tmp_path: Path, option: str
+) -> None:
+    path = tmp_path / "x.h5"
+    writer = writer_of(path, NAMES)
+    other = dataclasses.replace(IDENTITY, **{option: "other"})
+    with pytest.raises(UserError, match=rf"begun with --{option} {getattr(IDENTITY, option)}, not"):
+        open_cache_writer(path, NAMES, other, False, False)
+    fill(writer)
+    writer.finish()
+    assert open_cache_writer(path, NAMES, other, False, False) is None
+    with pytest.raises(UserError, match=rf"--{option}"):
+        open_cache_writer(path, [*NAMES, "more.jpg"], other, False, False)
+
+
+@pytest.mark.parametrize("field", ["encoder", "weights_sha256", "transform"])
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_encoder_is_refused(tmp_path: Path, field: str, finished: bool) -> None:
     path = tmp_path / "x.h5"
