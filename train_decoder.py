@@ -98,6 +98,13 @@ import click
     default="auto",
     help="auto takes bf16 where the processor has it.",
 )
+@click.option(
+    "--feature-memory",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    help="GB that features may take in memory (a million pictures: 4.1 GB); larger caches are "
+    "read from the file batch by batch.",
+)
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 def main(
     data: Path,
@@ -106,6 +113,7 @@ def main(
     run: Path,
     device: str,
     precision: str,
+    feature_memory: float,
     force: bool,
     **numbers: float,
 ) -> None:
@@ -133,7 +141,7 @@ def main(
         precision=choose_training_precision(precision, chosen),
         **numbers,  # type: ignore[arg-type]
     )
-    progress = train_decoder(options, run, chosen, force)
+    progress = train_decoder(options, run, chosen, feature_memory * 1e9, force)
     click.echo(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,

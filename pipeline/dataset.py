@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pipeline.captions import CaptionedImage, CaptionTable, read_captions
 from pipeline.errors import UserError
-from pipeline.features import FeatureCache
+from pipeline.features import FEATURE_SIZE, FeatureCache
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenize
 
 # Words after which a training caption is cut; the longest of Flickr8k has 37.
@@ -64,17 +65,17 @@ class EncodedCaptions:
     """Captions as token ids, one after the other in one array, whatever their number.
 
     Attributes:
-        rows: int64 (M,): the picture of each caption, as a row of the cache or an index.
+        pictures: int64 (M,): the number of each caption's picture, from 0 in their order.
         tokens: int32: all captions behind each other, each <start> words <end>.
         offsets: int64 (M + 1,): where each caption begins.
     """
 
-    rows: Tensor
+    pictures: Tensor
     tokens: Tensor
     offsets: Tensor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pictures)
 
     @property
     def lengths(self) -> Tensor:
@@ -91,9 +92,9 @@ class EncodedCaptions:
 
 
 def encode_captions(
-    captions: Iterable[Sequence[Sequence[str]]], rows: Tensor, vocabulary: Vocabulary
+    captions: Iterable[Sequence[Sequence[str]]], vocabulary: Vocabulary
 ) -> EncodedCaptions:
-    """Turn tokenised captions, grouped by image, into numbers; ``rows[i]`` is for group i."""
+    """Turn tokenised captions, grouped by picture, into numbers."""
     tokens: list[numpy.ndarray] = []
     counts = []
     for group in captions:
@@ -105,7 +106,7 @@ def encode_captions(
     numpy.cumsum([len(ids) for ids in tokens], out=offsets[1:])
     flat = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype=numpy.int32)
     return EncodedCaptions(
-        torch.repeat_interleave(rows, torch.tensor(counts)),
+        torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64)),
         torch.from_numpy(flat),
         torch.from_numpy(offsets),
     )
@@ -116,7 +117,11 @@ def tokenised(images: Sequence[CaptionedImage]) -> dict[str, list[list[str]]]:
 
     Captions without any word are left out, and images without any caption then left.
     """
-    groups = {i.name: [words for words in map(tokenize, i.captions) if words] for i in images}
+    groups = {
+        # A word is kept once, however often it comes: millions of captions fit that way.
+        i.name: [[*map(sys.intern, words)] for words in map(tokenize, i.captions) if words]
+        for i in images
+    }
     return {name: group for name, group in groups.items() if group}
 
 
@@ -150,20 +155,52 @@ def count_batches(items: int, batch_size: int) -> int:
     return full * 50 + -(-rest // batch_size)
 
 
-def feature_statistics(
-    cache: FeatureCache, rows: Tensor, sample: int = 20_000
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of features over ``rows``, float32 (2048,) each.
+class PictureFeatures:
+    """The features of some pictures, by their number, whatever the size of the cache.
 
-    Of more than ``sample`` rows an evenly spaced sample is taken.
+    They are held in memory as float16 where that takes no more than ``memory`` bytes, and
+    otherwise read from the file batch by batch.
     """
-    chosen = rows[:: max(1, len(rows) // sample)].numpy()
-    total = numpy.zeros(cache.features.shape[1])
-    squares = numpy.zeros_like(total)
-    for start in range(0, len(chosen), 4096):
-        values = cache.read(chosen[start : start + 4096]).astype(numpy.float64)
+
+    def __init__(self, cache: FeatureCache, rows: Tensor, memory: float) -> None:
+        self._cache = cache
+        self._rows = rows
+        self._held: Tensor | None = None
+        if len(rows) * FEATURE_SIZE * 2 <= memory:
+            self._held = torch.empty(len(rows), FEATURE_SIZE, dtype=torch.float16)
+            for pictures in torch.arange(len(rows)).split(4096):
+                self._held[pictures] = self._read(pictures)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def size(self) -> int:
+        """Bytes held in memory."""
+        return 0 if self._held is None else self._held.nbytes
+
+    def _read(self, pictures: Tensor) -> Tensor:
+        return torch.from_numpy(self._cache.features[self._rows[pictures].numpy()])
+
+    def __getitem__(self, pictures: Tensor) -> Tensor:
+        """Give the features of pictures, int64 (B,), as float32 (B, 2048)."""
+        if self._held is None:
+            return self._read(pictures).float()
+        return self._held.index_select(0, pictures).float()
+
+
+def feature_statistics(features: PictureFeatures, sample: int = 20_000) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of features, float32 (2048,) each.
+
+    Of more than ``sample`` pictures an evenly spaced sample is taken.
+    """
+    chosen = torch.arange(0, len(features), max(1, len(features) // sample))
+    total = torch.zeros(FEATURE_SIZE, dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for pictures in chosen.split(4096):
+        values = features[pictures].double()
         total += values.sum(0)
         squares += (values**2).sum(0)
     mean = total / len(chosen)
-    deviation = numpy.sqrt(numpy.maximum(squares / len(chosen) - mean**2, 0.0))
-    return torch.from_numpy(mean).float(), torch.from_numpy(deviation).float()
+    deviation = (squares / len(chosen) - mean**2).clamp_min(0.0).sqrt()
+    return mean.float(), deviation.float()

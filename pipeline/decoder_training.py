@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.dataset import (
     EncodedCaptions,
+    PictureFeatures,
     bucketed_batches,
     count_batches,
     encode_captions,
@@ -61,10 +62,10 @@ class DecoderStage:
     decoder: Decoder
     vocabulary: Vocabulary
     encoder: EncoderIdentity
-    cache: FeatureCache
+    features: PictureFeatures
     captions: EncodedCaptions
     validator: Validator
-    val_features: Tensor
+    val_features: PictureFeatures
     options: DecoderOptions
     device: torch.device
 
@@ -86,10 +87,7 @@ class DecoderStage:
         """Give features (B, 2048) and captions (B, T), of like length, in a new order."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
         for indices in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
-            # Rows are copied from the mapped file batch by batch: the cache may be larger
-            # than memory.
-            features = torch.from_numpy(self.cache.read(self.captions.rows[indices].numpy()))
-            yield features, self.captions.padded(indices)
+            yield self.features[self.captions.pictures[indices]], self.captions.padded(indices)
 
     def set_training(self, training: bool) -> None:
         """Switch dropout."""
@@ -118,13 +116,32 @@ class DecoderStage:
 
 
 def train_decoder(
-    options: DecoderOptions, run: Path, device: torch.device, force: bool
+    options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
 ) -> Progress:
     """Train a decoder in the folder ``run``, or go on with the training there.
+
+    Args:
+        options: what decides the result.
+        run: the run folder.
+        device: where to train.
+        memory: bytes that features may take; more are read from the cache batch by batch.
+        force: start over, whatever the folder holds.
 
     Raises:
         UserError: captions or features are missing, do not belong together, or leave train
             or val empty; the run there has other settings.
+    """
+    stage = prepare_stage(options, run, device, memory, force)
+    config = TrainingConfig(options.epochs, options.patience, options.seed, options.precision)
+    return train(stage, run, config)
+
+
+def prepare_stage(
+    options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
+) -> DecoderStage:
+    """Read captions and features, open the run folder, and build the decoder.
+
+    See ``train_decoder``. Of the captions' text only that of val is kept.
     """
     cache = FeatureCache(Path(options.features))
     captions_file = Path(options.captions) if options.captions else None
@@ -152,6 +169,8 @@ def train_decoder(
     val_rows = rows_of(cache, [names[name] for name in val_captions])
     splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
     open_run(run, {**asdict(options), **splits}, force)
+    features = PictureFeatures(cache, train_rows, memory)
+    val_features = PictureFeatures(cache, val_rows, memory - features.size)
     torch.manual_seed(options.seed)
     decoder = Decoder(
         DecoderConfig(len(vocabulary), options.embed_size, options.hidden_size, options.dropout)
@@ -159,24 +178,22 @@ def train_decoder(
     if saved is not None:
         decoder.load_state_dict(saved.decoder_weights)
     else:
-        decoder.standardise_by(*feature_statistics(cache, train_rows))
-    captions = encode_captions(train_captions.values(), train_rows, vocabulary)
+        decoder.standardise_by(*feature_statistics(features))
+    captions = encode_captions(train_captions.values(), vocabulary)
     weights = sum(parameter.numel() for parameter in decoder.parameters())
     click.echo(
         f"{len(captions):,} training captions, {len(vocabulary):,} words in the vocabulary, "
         f"{weights:,} weights, {options.precision} on {device.type}",
         err=True,
     )
-    stage = DecoderStage(
+    return DecoderStage(
         decoder=decoder.to(device),
         vocabulary=vocabulary,
         encoder=cache.identity,
-        cache=cache,
+        features=features,
         captions=captions,
         validator=Validator(val_captions, vocabulary),
-        val_features=torch.from_numpy(cache.read(val_rows.numpy())),
+        val_features=val_features,
         options=options,
         device=device,
     )
-    config = TrainingConfig(options.epochs, options.patience, options.seed, options.precision)
-    return train(stage, run, config)

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import time
@@ -119,12 +120,13 @@ class FeatureCache:
                 self.images_sha256 = str(file.attrs["images_sha256"])
                 self.data = str(file.attrs["data"])
                 mode: Literal["r", "r+"] = "r+" if writable else "r"
-                self.features = _map(path, file["features"], mode)
-                self._names = _map(path, file["names"], mode)
-                self.status = _map(path, file["status"], mode)
-                self._reason = _map(path, file["reason"], mode)
-                self._crc = _map(path, file["crc"], mode)
-                self._complete = _map(path, file["complete"], mode)
+                self._open_features = functools.partial(_map, path, *_place(file["features"]), mode)
+                self._open_features()
+                self._names = _map(path, *_place(file["names"]), mode)
+                self.status = _map(path, *_place(file["status"]), mode)
+                self._reason = _map(path, *_place(file["reason"]), mode)
+                self._crc = _map(path, *_place(file["crc"]), mode)
+                self._complete = _map(path, *_place(file["complete"]), mode)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -140,6 +142,15 @@ class FeatureCache:
         """Force what was written through the maps to disk."""
         for mapped in (self._names, self.features, self._crc, self._reason, self.status):
             mapped.flush()
+
+    @property
+    def features(self) -> numpy.memmap:
+        """The features, float16 (N, 2048), mapped anew.
+
+        The pages that are read or written through a map count as this process's memory for
+        as long as the map lives; so none is kept.
+        """
+        return self._open_features()
 
     @property
     def complete(self) -> bool:
@@ -225,9 +236,9 @@ class CacheWriter:
         """
         touched = [*rows, *failures]
         news = int((self.cache.status[touched] == PENDING).sum())
-        values = features.astype("<f2")
+        values, mapped = features.astype("<f2"), self.cache.features
         for row, value in zip(rows, values, strict=True):
-            self.cache.features[row] = value
+            mapped[row] = value
             self.cache._crc[row] = zlib.crc32(value.tobytes())
             self.cache._reason[row] = b""
             self._uncommitted[row] = DONE
@@ -443,12 +454,23 @@ def _reserve(path: Path) -> None:
                 raise
 
 
-def _map(path: Path, dataset: h5py.Dataset, mode: Literal["r", "r+"]) -> numpy.memmap:
-    """Map a contiguous dataset's bytes as an array."""
+def _place(dataset: h5py.Dataset) -> tuple[numpy.dtype, int, tuple[int, ...]]:
+    """Tell dtype, offset in the file and shape of a contiguous dataset."""
     dtype: numpy.dtype = dataset.dtype
     if h5py.check_string_dtype(dtype) is not None:
         dtype = numpy.dtype(f"S{dtype.itemsize}")
     offset = dataset.id.get_offset()
     if offset is None:
         raise ValueError(f"{dataset.name} is not contiguous")
-    return numpy.memmap(path, dtype, mode, offset, dataset.shape)
+    return dtype, offset, dataset.shape
+
+
+def _map(
+    path: Path,
+    dtype: numpy.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    mode: Literal["r", "r+"],
+) -> numpy.memmap:
+    """Map a dataset's bytes as an array."""
+    return numpy.memmap(path, dtype, mode, offset, shape)

@@ -120,7 +120,7 @@ class JointStage:
         self.unfrozen.requires_grad_(True)
         self.unfrozen.to(memory_format=torch.channels_last)
         # Captions lie picture by picture, so those of picture i are a range.
-        counts = torch.bincount(self.captions.rows, minlength=len(self.pictures))
+        counts = torch.bincount(self.captions.pictures, minlength=len(self.pictures))
         self.first_caption = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -285,9 +285,7 @@ def finetune_joint(
         decoder=start.build_decoder().to(device),
         vocabulary=start.vocabulary,
         pictures=[Picture(data / names[name], may_flip(raw[name])) for name in train_captions],
-        captions=encode_captions(
-            train_captions.values(), torch.arange(len(train_captions)), start.vocabulary
-        ),
+        captions=encode_captions(train_captions.values(), start.vocabulary),
         val_paths=[data / names[name] for name in val_captions],
         validator=Validator(val_captions, start.vocabulary),
         options=options,

@@ -61,16 +61,31 @@ def search(decoder: Decoder, features: Tensor, config: SearchConfig) -> list[lis
     return beam_search(decoder, features, config)
 
 
-def _restrict(log_probabilities: Tensor, length: int, config: SearchConfig) -> Tensor:
-    """Give -inf to the tokens that may not come after ``length`` words."""
+def _best_tokens(
+    logits: Tensor, length: int, count: int, config: SearchConfig
+) -> tuple[Tensor, Tensor]:
+    """Choose the likeliest tokens that may come after ``length`` words.
+
+    Args:
+        logits: float32 (R, V); overwritten.
+        length: words so far.
+        count: tokens wanted.
+        config: how to search.
+
+    Returns:
+        Log-probabilities, (R, min(count, V)), best first, -inf for forbidden ones, and tokens.
+    """
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
     if length >= config.max_length:
-        only_end = torch.full_like(log_probabilities, -torch.inf)
-        only_end[:, END_ID] = log_probabilities[:, END_ID]
-        return only_end
-    log_probabilities[:, FORBIDDEN] = -torch.inf
-    if length < config.min_length:
-        log_probabilities[:, END_ID] = -torch.inf
-    return log_probabilities
+        end = logits[:, END_ID].clone()
+        logits.fill_(-torch.inf)
+        logits[:, END_ID] = end
+    else:
+        logits[:, FORBIDDEN] = -torch.inf
+        if length < config.min_length:
+            logits[:, END_ID] = -torch.inf
+    best, tokens = logits.topk(min(count, logits.shape[1]), dim=-1)
+    return best - normaliser, tokens
 
 
 @torch.inference_mode()
@@ -83,10 +98,10 @@ def greedy_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> l
     finished = torch.zeros(batch, dtype=torch.bool, device=features.device)
     steps: list[Tensor] = []
     for length in range(config.max_length + 1):
-        log_probabilities, state = decoder.step(token, state)
-        best, token = _restrict(log_probabilities, length, config).max(dim=-1)
-        total += best.masked_fill(finished, 0.0)
-        token = token.masked_fill(finished, PAD_ID)
+        logits, state = decoder.step(token, state)
+        best, tokens = _best_tokens(logits, length, 1, config)
+        total += best[:, 0].masked_fill(finished, 0.0)
+        token = tokens[:, 0].masked_fill(finished, PAD_ID)
         steps.append(token)
         finished |= token == END_ID
         if bool(finished.all()):
@@ -105,60 +120,80 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
 
     An opening that ends among the best ``beam_size`` continuations is a finished
     hypothesis; its place is taken by the next best that goes on. A picture is done when it
-    has ``beam_size`` finished hypotheses. With one beam this is greedy search.
+    has ``beam_size`` finished hypotheses, and then leaves the batch. With one beam this is
+    greedy search.
     """
-    batch, beams, device = len(features), config.beam_size, features.device
-    vocabulary = decoder.config.vocabulary_size
-    first_beam = torch.arange(batch, device=device).unsqueeze(1) * beams  # (B, 1)
-
-    hidden, cell = decoder.start(features)
-    state = (hidden.repeat_interleave(beams, 1), cell.repeat_interleave(beams, 1))
-    token = torch.full((batch * beams,), START_ID, device=device)
+    beams, device = config.beam_size, features.device
+    results: list[list[Hypothesis]] = [[] for _ in features]
+    # Which pictures are still being searched; all that follows has a row for each of them.
+    pictures = torch.arange(len(features), device=device)
+    hidden, cell = (part.repeat_interleave(beams, 0) for part in decoder.start(features))
+    token = torch.full((len(features) * beams,), START_ID, device=device)
     # All beams of a picture start alike, so only the first may grow in the first step.
-    live = torch.full((batch, beams), -torch.inf, device=device)
+    live = torch.full((len(features), beams), -torch.inf, device=device)
     live[:, 0] = 0.0
-    words = torch.full((batch, beams, config.max_length + 1), PAD_ID, device=device)
-    pool = torch.full((batch, beams), -torch.inf, device=device)
-    pool_total = torch.full((batch, beams), -torch.inf, device=device)
+    words = torch.full((len(features), beams, config.max_length + 1), PAD_ID, device=device)
+    pool = torch.full_like(live, -torch.inf)
+    pool_total = torch.full_like(pool, -torch.inf)
     pool_words = torch.full_like(words, PAD_ID)
     candidates = 2 * beams  # enough: at most one candidate of each beam ends
 
     for length in range(config.max_length + 1):
-        log_probabilities, state = decoder.step(token, state)
-        log_probabilities = _restrict(log_probabilities, length, config)
-        totals = live.unsqueeze(2) + log_probabilities.view(batch, beams, vocabulary)
-        total, index = totals.flatten(1).topk(candidates, dim=1)  # (B, 2K), best first
-        parent, token_2k = index // vocabulary, index % vocabulary
-        words_2k = words.gather(1, parent.unsqueeze(2).expand(-1, -1, words.shape[2])).clone()
+        batch = len(pictures)
+        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        best, tokens = _best_tokens(logits, length, candidates, config)  # (B * K, 2K)
+        each = best.shape[1]
+        totals = (live.view(-1, 1) + best).view(batch, beams * each)
+        total, index = totals.topk(min(candidates, beams * each), dim=1)  # (B, 2K), best first
+        parent, token_2k = index // each, tokens.view(batch, -1).gather(1, index)
+        words_2k = _gather(words, parent)
         words_2k[:, :, length] = token_2k
 
         ends = token_2k == END_ID
-        enters = ends & (torch.arange(candidates, device=device) < beams)
-        enters &= ~(pool > -torch.inf).all(dim=1, keepdim=True)  # a done picture stays as it is
+        enters = ends & (torch.arange(total.shape[1], device=device) < beams)
         score = (total / (length + 1) ** config.length_penalty).masked_fill(~enters, -torch.inf)
         pool, kept = torch.cat([pool, score], 1).topk(beams, dim=1)
         pool_total = torch.cat([pool_total, total], 1).gather(1, kept)
-        pool_words = torch.cat([pool_words, words_2k], 1).gather(
-            1, kept.unsqueeze(2).expand(-1, -1, words.shape[2])
-        )
-        if bool((pool > -torch.inf).all()):
-            break
+        pool_words = _gather(torch.cat([pool_words, words_2k], 1), kept)
 
         live, kept = total.masked_fill(ends, -torch.inf).topk(beams, dim=1)
-        words = words_2k.gather(1, kept.unsqueeze(2).expand(-1, -1, words.shape[2]))
-        token = token_2k.gather(1, kept).flatten()
-        chosen = (first_beam + parent.gather(1, kept)).flatten()
-        state = (state[0].index_select(1, chosen), state[1].index_select(1, chosen))
+        words, token = _gather(words_2k, kept), token_2k.gather(1, kept)
+        chosen = torch.arange(batch, device=device).unsqueeze(1) * beams + parent.gather(1, kept)
 
-    results = []
-    for scores, log_ps, rows in zip(
-        pool.tolist(), pool_total.tolist(), pool_words.tolist(), strict=True
-    ):
-        results.append(
-            [
-                Hypothesis(row[: row.index(END_ID)], log_p, score)
-                for score, log_p, row in zip(scores, log_ps, rows, strict=True)
-                if score > -torch.inf
-            ]
-        )
+        done = (pool > -torch.inf).all(dim=1)
+        if length == config.max_length:
+            done = torch.ones_like(done)
+        if bool(done.any()):
+            for picture, *found in zip(
+                pictures[done].tolist(),
+                pool_words[done].tolist(),
+                pool_total[done].tolist(),
+                pool[done].tolist(),
+                strict=True,
+            ):
+                results[picture] = _hypotheses(*found)
+            going = ~done
+            pictures, live, words = pictures[going], live[going], words[going]
+            pool, pool_total, pool_words = pool[going], pool_total[going], pool_words[going]
+            token, chosen = token[going], chosen[going]
+            if not len(pictures):
+                break
+        token, chosen = token.flatten(), chosen.flatten()
+        hidden, cell = hidden.index_select(0, chosen), cell.index_select(0, chosen)
     return results
+
+
+def _gather(sequences: Tensor, which: Tensor) -> Tensor:
+    """Choose sequences of each picture: (B, N, T) by (B, M) gives (B, M, T)."""
+    return sequences.gather(1, which.unsqueeze(2).expand(-1, -1, sequences.shape[2]))
+
+
+def _hypotheses(
+    words: list[list[int]], totals: list[float], scores: list[float]
+) -> list[Hypothesis]:
+    """Make hypotheses of one picture's pool, which is in the order of the scores."""
+    return [
+        Hypothesis(row[: row.index(END_ID)], total, score)
+        for row, total, score in zip(words, totals, scores, strict=True)
+        if score > -torch.inf
+    ]

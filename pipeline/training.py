@@ -136,7 +136,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
     Raises:
         UserError: the loss is no longer a number.
     """
-    optimizer = torch.optim.AdamW(stage.parameter_groups(), betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(stage.parameter_groups(), betas=(0.9, 0.999), fused=True)
     full_rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps_per_epoch = math.ceil(stage.batches_per_epoch() / config.accumulate)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.dataset import EncodedCaptions, encode_captions
+from pipeline.dataset import EncodedCaptions, PictureFeatures, encode_captions
 from pipeline.decoder import Decoder
 from pipeline.metrics import Scorer
 from pipeline.search import Hypothesis, SearchConfig, search
@@ -25,14 +25,17 @@ def search_all(
 
 @torch.inference_mode()
 def mean_loss(
-    decoder: Decoder, captions: EncodedCaptions, features: Tensor, batch_size: int = 256
+    decoder: Decoder,
+    captions: EncodedCaptions,
+    features: Tensor | PictureFeatures,
+    batch_size: int = 256,
 ) -> float:
-    """Mean cross-entropy a token, in nats; ``captions.rows`` index ``features`` (N, 2048)."""
+    """Mean cross-entropy a token, in nats; ``captions.pictures`` index ``features``."""
     device = decoder.feature_mean.device
     total, tokens = 0.0, 0
     for indices in torch.argsort(captions.lengths, stable=True).split(batch_size):
         loss, count = decoder.loss(
-            features[captions.rows[indices]].to(device), captions.padded(indices).to(device)
+            features[captions.pictures[indices]].to(device), captions.padded(indices).to(device)
         )
         total += loss.item()
         tokens += count
@@ -54,20 +57,20 @@ class Validator:
     ) -> None:
         self.names = list(references)
         self.scorer = Scorer(references)
-        pictures = torch.arange(len(self.names))
-        self.captions = encode_captions(references.values(), pictures, vocabulary)
+        self.captions = encode_captions(references.values(), vocabulary)
         self.vocabulary = vocabulary
         self.batch_size = batch_size
         self.search = SearchConfig()
 
-    def validate(self, decoder: Decoder, features: Tensor) -> dict[str, float]:
+    def validate(self, decoder: Decoder, features: Tensor | PictureFeatures) -> dict[str, float]:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
         Returns:
             ``val_loss``, the scores of captions searched as caption.py does, and ``distinct``,
             the number of different captions.
         """
-        found = search_all(decoder, features.split(self.batch_size), self.search)
+        batches = torch.arange(len(self.names)).split(self.batch_size)
+        found = search_all(decoder, (features[pictures] for pictures in batches), self.search)
         predictions = {
             name: self.vocabulary.decode(hypotheses[0].tokens)
             for name, hypotheses in zip(self.names, found, strict=True)

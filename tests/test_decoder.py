@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from small_data import IDENTITY
+from torch import Tensor
 
-from pipeline.dataset import bucketed_batches, count_batches, encode_captions
-from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.dataset import (
+    PictureFeatures,
+    bucketed_batches,
+    count_batches,
+    encode_captions,
+    feature_statistics,
+)
+from pipeline.decoder import Decoder, DecoderConfig, dropout
+from pipeline.features import FEATURE_SIZE, open_cache_writer
 from pipeline.search import SearchConfig, search
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 
@@ -44,15 +56,28 @@ def test_steps_follow_the_equations_of_the_paper() -> None:
     assert torch.allclose(decoder(features, tokens)[0], torch.stack(outputs[1:]), atol=1e-5)
 
 
-def test_stepping_equals_teacher_forcing() -> None:
+def test_stepping_equals_teacher_forcing_also_after_the_weights_changed() -> None:
     torch.manual_seed(0)
     decoder = Decoder(SMALL).eval()
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.1, fused=True)
     features, tokens = torch.randn(3, 5), torch.tensor([[1, 4, 5], [1, 6, 7], [1, 8, 9]])
-    whole = decoder.projection(decoder(features, tokens)).log_softmax(-1)
-    state = decoder.start(features)
-    for t in range(3):
-        step, state = decoder.step(tokens[:, t], state)
-        assert torch.allclose(step, whole[:, t], atol=1e-5)
+
+    def check() -> Tensor:
+        whole = decoder.projection(decoder(features, tokens))
+        state = decoder.start(features)
+        for t in range(3):
+            logits, state = decoder.step(tokens[:, t], state)
+            assert torch.allclose(logits, whole[:, t], atol=1e-5)
+        return whole
+
+    first = check()
+    decoder.train()
+    first.sum().backward()
+    optimizer.step()
+    decoder.eval()
+    assert not torch.allclose(check(), first.detach(), atol=0.1)
+    decoder.load_state_dict(Decoder(SMALL).state_dict())
+    check()
 
 
 def test_loss_runs_over_words_and_end_and_ignores_padding() -> None:
@@ -131,7 +156,7 @@ def test_eight_images_are_learned_by_heart() -> None:
     features = torch.rand(8, 2048)
     decoder = Decoder(DecoderConfig(len(vocabulary), 64, 128, dropout=0.0))
     decoder.standardise_by(features.mean(0), features.std(0))
-    encoded = encode_captions([[c] for c in captions], torch.arange(8), vocabulary)
+    encoded = encode_captions([[c] for c in captions], vocabulary)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01, weight_decay=0.0)
     batch = encoded.padded(torch.arange(8))
     for _ in range(80):
@@ -147,10 +172,8 @@ def test_eight_images_are_learned_by_heart() -> None:
 
 def test_captions_are_encoded_and_padded() -> None:
     vocabulary = Vocabulary.build([["a", "dog", "runs"]], min_count=1)
-    encoded = encode_captions(
-        [[["a", "dog"], ["a", "bird", "runs"]], [["runs"]]], torch.tensor([7, 9]), vocabulary
-    )
-    assert encoded.rows.tolist() == [7, 7, 9]
+    encoded = encode_captions([[["a", "dog"], ["a", "bird", "runs"]], [["runs"]]], vocabulary)
+    assert encoded.pictures.tolist() == [0, 0, 1]
     assert encoded.lengths.tolist() == [4, 5, 3]
     a, dog, runs = vocabulary.encode(["a", "dog", "runs"])
     unknown = vocabulary.encode(["bird"])[0]
@@ -159,6 +182,49 @@ def test_captions_are_encoded_and_padded() -> None:
         [START_ID, a, unknown, runs, END_ID],
         [START_ID, a, dog, END_ID, PAD_ID],
     ]
+
+
+def test_features_are_the_same_from_memory_and_from_the_file(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(5)]
+    writer = open_cache_writer(tmp_path / "x.h5", names, IDENTITY, False, False)
+    assert writer is not None
+    values = numpy.random.default_rng(0).standard_normal((5, FEATURE_SIZE)).astype("f4")
+    writer.write(range(5), values, {})
+    cache = writer.finish()
+    rows = torch.tensor([4, 0, 2])
+    size = 3 * FEATURE_SIZE * 2
+    held, read = (PictureFeatures(cache, rows, memory) for memory in (size, size - 1))
+    assert (held.size, read.size) == (size, 0)
+    pictures = torch.tensor([2, 0, 2])
+    expected = torch.from_numpy(values[[2, 4, 2]]).half().float()
+    for features in (held, read):
+        assert len(features) == 3
+        assert features[pictures].dtype == torch.float32
+        assert torch.equal(features[pictures], expected)
+        mean, deviation = feature_statistics(features)
+        assert torch.allclose(mean, torch.from_numpy(values[[4, 0, 2]].mean(0)), atol=1e-2)
+        assert torch.allclose(deviation, torch.from_numpy(values[[4, 0, 2]].std(0)), atol=1e-2)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.1, 0.3, 0.5, 0.9])
+def test_dropout_zeroes_its_share_and_keeps_the_mean(probability: float) -> None:
+    torch.manual_seed(0)
+    ones = torch.ones(1001, 1003, requires_grad=True)
+    dropped = dropout(ones, probability)
+    assert float((dropped.detach() == 0).float().mean()) == pytest.approx(probability, abs=0.003)
+    assert float(dropped.detach().mean()) == pytest.approx(1.0, abs=0.005)
+    assert len(dropped.unique()) == (1 if probability == 0 else 2)
+    dropped.sum().backward()
+    assert ones.grad is not None
+    assert torch.equal(ones.grad, dropped.detach())
+    # No value follows another's: rows and neighbours are as good as independent.
+    centred = (dropped.detach() > 0).double() - (1 - probability)
+    if probability:
+        for shift in (1, 2, 8, 1003):
+            both = (centred.flatten()[shift:] * centred.flatten()[:-shift]).mean()
+            assert abs(float(both)) < 0.002
+    torch.manual_seed(0)
+    assert torch.equal(dropout(ones, probability), dropped)
 
 
 @pytest.mark.parametrize("items", [1, 7, 64, 1000])
