@@ -64,6 +64,10 @@ class TrainingConfig:
     accumulate: int = 1
 
 
+class LossError(Exception):
+    """A loss that cannot be trained with; the text says why."""
+
+
 class Stage(Protocol):
     """What the loop needs to know of a stage."""
 
@@ -136,11 +140,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
     Raises:
         UserError: the loss is no longer a number.
     """
-    optimizer = torch.optim.AdamW(stage.parameter_groups(), betas=(0.9, 0.999), fused=True)
-    full_rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps_per_epoch = math.ceil(stage.batches_per_epoch() / config.accumulate)
-    total_steps = steps_per_epoch * config.epochs
+    optimizer = make_optimizer(stage)
     progress = Progress()
 
     last = run / "last.pt"
@@ -177,18 +177,6 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         save_checkpoint(last, checkpoint)
         click.echo(_epoch_line(record, config.epochs, better), err=True)
 
-    def update(step: int, batches: int) -> None:
-        """Take one step with the gradients of so many batches."""
-        factor = learning_rate_factor(step, total_steps, config.warmup)
-        for group, rate in zip(optimizer.param_groups, full_rates, strict=True):
-            group["lr"] = rate * factor
-        for parameter in parameters if batches > 1 else ():
-            if parameter.grad is not None:
-                parameter.grad /= batches
-        nn.utils.clip_grad_norm_(parameters, config.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
     if score_start and not last.is_file():
         finish_epoch({})
     while progress.epoch < config.epochs:
@@ -198,46 +186,81 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
             )
             break
         progress.epoch += 1
-        torch.manual_seed(config.seed * SEED_STRIDE + progress.epoch)
-        stage.set_training(True)
         began = time.perf_counter()
-        step = (progress.epoch - 1) * steps_per_epoch
-        loss_sum, tokens_sum, pending = 0.0, 0, 0
-        bar = progress_bar(
-            stage.batches(progress.epoch),
-            total=stage.batches_per_epoch(),
-            desc=f"epoch {progress.epoch}",
-            unit="batch",
-            leave=False,
-        )
-        for batch in bar:
-            with autocast(stage.device, config.precision):
-                loss, tokens = stage.loss(batch)
-            loss_sum += loss.item()
-            tokens_sum += tokens
-            if not math.isfinite(loss_sum):
-                raise UserError(
-                    f"{run}: the loss is {loss_sum} in epoch {progress.epoch}; a lower "
-                    "learning rate may help. What was saved before is kept"
-                )
-            (loss / tokens).backward()
-            pending += 1
-            if pending == config.accumulate:
-                update(step, pending)
-                step, pending = step + 1, 0
-                bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
-        if pending:
-            update(step, pending)
-        if not tokens_sum:
-            raise UserError(f"{run}: no training picture could be read")
+        try:
+            train_loss = train_epoch(stage, optimizer, config, progress.epoch)
+        except LossError as error:
+            raise UserError(f"{run}: {error}. What was saved before is kept") from error
         finish_epoch(
             {
-                "train_loss": loss_sum / tokens_sum,
+                "train_loss": train_loss,
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - began, 2),
             }
         )
     return progress
+
+
+def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
+    """Make AdamW for a stage; each group keeps its full learning rate as ``initial_lr``."""
+    groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+
+
+def train_epoch(
+    stage: Stage, optimizer: torch.optim.Optimizer, config: TrainingConfig, epoch: int
+) -> float:
+    """Pass once over the training captions; returns the mean loss a token, in nats.
+
+    Raises:
+        LossError: the loss is no longer a number, or there was nothing to train on.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    steps = math.ceil(stage.batches_per_epoch() / config.accumulate)
+    step = (epoch - 1) * steps
+    torch.manual_seed(config.seed * SEED_STRIDE + epoch)
+    stage.set_training(True)
+
+    def update(batches: int) -> None:
+        """Take one step with the gradients of so many batches."""
+        factor = learning_rate_factor(step, steps * config.epochs, config.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        for parameter in parameters if batches > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad /= batches
+        nn.utils.clip_grad_norm_(parameters, config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    loss_sum, tokens_sum, pending = 0.0, 0, 0
+    bar = progress_bar(
+        stage.batches(epoch),
+        total=stage.batches_per_epoch(),
+        desc=f"epoch {epoch}",
+        unit="batch",
+        leave=False,
+    )
+    for batch in bar:
+        with autocast(stage.device, config.precision):
+            loss, tokens = stage.loss(batch)
+        loss_sum += loss.item()
+        tokens_sum += tokens
+        if not math.isfinite(loss_sum):
+            raise LossError(
+                f"the loss is {loss_sum} in epoch {epoch}; a lower learning rate may help"
+            )
+        (loss / tokens).backward()
+        pending += 1
+        if pending == config.accumulate:
+            update(pending)
+            step, pending = step + 1, 0
+            bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
+    if pending:
+        update(pending)
+    if not tokens_sum:
+        raise LossError("no training picture could be read")
+    return loss_sum / tokens_sum
 
 
 def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
