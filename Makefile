@@ -1,5 +1,6 @@
-# make demo   set up, then run every stage on drawn scenes (a few minutes)
-# make test   set up, then run the tests
+# make demo        set up, then run every stage on drawn scenes (a few minutes)
+# make test        set up, then run the tests
+# make benchmark   set up, then measure every stage against what people do (10 to 15 minutes)
 #
 # Set-up makes .venv with everything in it; it is done once, and again when setup.cfg,
 # pyproject.toml or constraints.txt change. "make PYTHON=python3.12 demo" takes another Python.
@@ -13,7 +14,7 @@ BIN = $(VENV)/bin
 endif
 READY = $(VENV)/ready
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow benchmark lint clean
 
 demo: $(READY)
 	$(BIN)/python data/demo.py
@@ -24,6 +25,11 @@ test: $(READY)
 # What needs time, and Flickr8k in ../shared.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# With the machine to itself: other work beside it spoils the figures.
+benchmark: $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[benchmark]" --constraint constraints.txt
+	$(BIN)/python benchmarks/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -96,7 +96,7 @@ import click
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
-    help="auto takes bf16 where the processor has it.",
+    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
 )
 @click.option(
     "--feature-memory",

@@ -84,7 +84,8 @@ class EncodedCaptions:
 
     def padded(self, indices: Tensor) -> Tensor:
         """Collect captions into int64 (len(indices), longest), padded with ``<pad>``."""
-        starts, lengths = self.offsets[indices], self.lengths[indices]
+        starts = self.offsets[indices]
+        lengths = self.offsets[indices + 1] - starts
         columns = torch.arange(int(lengths.max()))
         inside = columns < lengths.unsqueeze(1)
         places = (starts.unsqueeze(1) + columns).masked_fill(~inside, 0)

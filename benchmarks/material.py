@@ -1,0 +1,153 @@
+"""What the benchmark works on: pictures, captions, weights and features.
+
+Photographs and captions of Flickr8k are taken where ``../shared`` has them; elsewhere drawn
+scenes do: speed hardly depends on what a picture shows. Features to train on are made up:
+each picture's are the sum of a random vector for every word of its captions, and noise, so
+that there is something to learn.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from measure import ROOT
+from PIL import Image
+
+from pipeline.captions import read_captions
+from pipeline.dataset import tokenised
+from pipeline.encoder import load_encoder
+from pipeline.features import FEATURE_SIZE, EncoderIdentity, FeatureCache, open_cache_writer
+from pipeline.vocabulary import Vocabulary
+
+SHARED = ROOT.parent / "shared"
+PHOTOGRAPHS = SHARED / "flickr8k_fullres"
+STANDIN = SHARED / "weights" / "inception_v3_standin.pth"
+FLICKR8K = SHARED / "flickr8k"
+TRAIN_PICTURES, VAL_PICTURES = 6_000, 1_000
+
+
+@dataclass
+class Material:
+    """Everything that the comparisons share.
+
+    Attributes:
+        pictures: a folder of pictures of about 500 x 375.
+        weights: what ``--weights`` of extract_features.py takes.
+        train, val: tokenised captions by picture.
+        vocabulary: the words seen five times in ``train``.
+        train_cache, val_cache: made-up features, a row a picture in their order.
+        description: what was there, in a line.
+    """
+
+    pictures: Path
+    weights: str
+    train: list[list[list[str]]]
+    val: list[list[list[str]]]
+    vocabulary: Vocabulary
+    train_cache: FeatureCache
+    val_cache: FeatureCache
+    description: str
+
+
+def prepare(folder: Path, count: int) -> Material:
+    """Collect or make everything; ``count`` pictures, some more than once if there are fewer."""
+    pictures = folder / "pictures"
+    originals = sorted(PHOTOGRAPHS.glob("*.jpg")) or draw_pictures(folder / "drawn")
+    pictures.mkdir()
+    for number in range(count):
+        original = originals[number % len(originals)]
+        (pictures / f"{number:05d}.jpg").write_bytes(original.read_bytes())
+    train, val, captions_from = collect_captions()
+    vocabulary = Vocabulary.build((words for group in train for words in group), 5)
+    train_cache, val_cache = (
+        write_cache(folder / f"{split}.h5", made_up_features(groups))
+        for split, groups in (("train", train), ("val", val))
+    )
+    return Material(
+        pictures,
+        str(STANDIN) if STANDIN.is_file() else "random",
+        train,
+        val,
+        vocabulary,
+        train_cache,
+        val_cache,
+        f"{len(originals)} {'photographs' if PHOTOGRAPHS.is_dir() else 'drawn pictures'} of about "
+        f"500 x 375, {captions_from}, vocabulary {len(vocabulary):,}",
+    )
+
+
+def draw_pictures(folder: Path) -> list[Path]:
+    """Draw scenes in the size of Flickr8k's photographs."""
+    sys.path.insert(0, str(ROOT / "data"))
+    from draw_scenes import draw_scenes
+
+    draw_scenes(folder, 40, 0)
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".png", ".jpg")]
+    for path in paths:
+        with Image.open(path) as image:
+            larger = image.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC)
+        path.unlink()
+        larger.save(path.with_suffix(".jpg"), quality=90)
+    return [path.with_suffix(".jpg") for path in paths]
+
+
+def collect_captions() -> tuple[list[list[list[str]]], list[list[list[str]]], str]:
+    """Tokenised captions of train and val pictures, and where they are from."""
+    if FLICKR8K.is_dir():
+        table = read_captions(FLICKR8K, None)
+        splits = [list(tokenised(table.of_split(split)).values()) for split in ("train", "val")]
+        return splits[0], splits[1], "captions of Flickr8k"
+    sys.path.insert(0, str(ROOT / "data"))
+    from draw_scenes import compose, write_captions
+
+    lots = random.Random(0)
+    groups = [
+        [caption.lower().split() for caption in write_captions(compose(lots), lots)]
+        for _ in range(TRAIN_PICTURES + VAL_PICTURES)
+    ]
+    return groups[:TRAIN_PICTURES], groups[TRAIN_PICTURES:], "captions of drawn scenes"
+
+
+def made_up_features(groups: list[list[list[str]]]) -> numpy.ndarray:
+    """Give float32 (len(groups), 2048): a direction for every word, summed, and noise."""
+    lots = numpy.random.default_rng(0)
+    directions: dict[str, numpy.ndarray] = {}
+    rows = lots.standard_normal((len(groups), FEATURE_SIZE), dtype=numpy.float32)
+    for row, group in zip(rows, groups, strict=True):
+        for word in sorted({word for words in group for word in words}):
+            if word not in directions:
+                own = numpy.random.default_rng(list(word.encode()))
+                directions[word] = own.standard_normal(FEATURE_SIZE, dtype=numpy.float32)
+            row += 0.5 * directions[word]
+    return rows
+
+
+def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) -> FeatureCache:
+    """Write a cache of ``rows`` pictures, the features over and over again."""
+    identity = EncoderIdentity("inception_v3", "0" * 64, "made up", "fp32", "random", "0")
+    count = rows or len(features)
+    names = [f"{number:07d}.jpg" for number in range(count)]
+    writer = open_cache_writer(path, names, identity, force=True, retry_failed=False)
+    assert writer is not None
+    for start in range(0, count, len(features)):
+        writer.cache.features[start : start + len(features)] = features[: count - start]
+    return writer.finish()
+
+
+def inception_weights(weights: str) -> dict[str, torch.Tensor]:
+    """Give the trunk as a torchvision state dict in fp32."""
+    return load_encoder(weights).trunk.state_dict()
+
+
+def hard_links(original: Path, folder: Path, count: int) -> None:
+    """Fill a folder with ``count`` names for the pictures of another."""
+    originals = sorted(original.iterdir())
+    folder.mkdir()
+    for number in range(count):
+        os.link(originals[number % len(originals)], folder / f"{number:06d}.jpg")
