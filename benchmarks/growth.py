@@ -150,7 +150,7 @@ def plot_growth(lines: list[dict[str, Any]], path: Path) -> None:
         right.plot(sizes, [line["peak_gb"] for line in own], "o-", label=label)
     left.set(xscale="log", yscale="log", xlabel="pictures", ylabel="milliseconds", title="Time")
     right.set(xscale="log", ylim=(0, None), xlabel="pictures", ylabel="GB", title="Peak memory")
-    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,6 +150,9 @@ class Captioner:
         config = config or SearchConfig()
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
+        workers = workers or default_workers(device)
+        if isinstance(images, Sized):  # a single batch gets all cores
+            workers = max(1, min(workers, -(-len(images) // batch_size)))
         paths: dict[int, str] = {}
 
         def batches() -> Iterator[list[tuple[int, Path]]]:
@@ -176,7 +179,7 @@ class Captioner:
                 yield Prediction(paths.pop(key), found.get(key, []), failures.get(key))
 
         group: list[EncodedBatch] = []
-        for encoded in encode_files(self.encoder, batches(), workers or default_workers(device)):
+        for encoded in encode_files(self.encoder, batches(), workers):
             group.append(encoded)
             if sum(len(member.keys) + len(member.failures) for member in group) >= SEARCHED_AT_ONCE:
                 yield from predictions(group)

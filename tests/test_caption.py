@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -136,6 +137,30 @@ def test_captions_do_not_depend_on_the_batch(drawn_run: DrawnRun) -> None:
             [c.log_probability for c in together], abs=1e-3
         )
     assert len({c[0].text for c in one}) > 1, "different pictures, different captions"
+
+
+def test_one_batch_has_all_threads_and_many_share_them(
+    drawn_run: DrawnRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
+    encode, threads = captioner.encoder.encode, []
+
+    def spy(pictures: list[numpy.ndarray]) -> numpy.ndarray:
+        threads.append(torch.get_num_threads())
+        return encode(pictures)
+
+    monkeypatch.setattr(captioner.encoder, "encode", spy)
+    monkeypatch.setattr("pipeline.captioner.default_workers", lambda device: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:4]
+        assert len(captioner.caption(paths)) == 4
+        assert threads == [2]
+        captioner.caption(paths, batch_size=2)
+        assert threads == [2, 1, 1]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_python_interface(drawn_run: DrawnRun, album: Path) -> None:
