@@ -136,7 +136,7 @@ def plot_growth(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["svg.hashsalt"] = "growth"
+    matplotlib.rcParams.update({"svg.hashsalt": "growth", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     labels = {
         "extraction": "extraction, a picture (network left out)",

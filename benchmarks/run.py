@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import click
-import comparisons
 import growth
 import torch
 import torchvision
+from compare_captioning import compare_captioning, compare_search, compare_start
+from compare_extraction import compare_extraction
+from compare_training import compare_decoder_training, compare_joint, compare_whole_job
 from material import prepare
 from measure import ROOT, Comparison, say
+from memory import measure_memory
 
 from pipeline.devices import cpu_has_amx
 from pipeline.files import atomic_write
@@ -75,29 +78,27 @@ def measure(folder: Path, wanted: set[str], rounds: int) -> dict[str, Any]:
     say(material.description)
     found: list[Comparison] = []
     if "extraction" in wanted:
-        extraction = comparisons.compare_extraction(material, folder, rounds)
+        extraction = compare_extraction(material, folder, rounds)
         found.append(extraction)
     if "decoder" in wanted:
-        training, trained = comparisons.compare_decoder_training(material, rounds)
+        training, trained = compare_decoder_training(material, rounds)
         found.append(training)
     if "whole-job" in wanted:
-        found.append(comparisons.compare_whole_job(material, extraction, trained, rounds))
+        found.append(compare_whole_job(material, extraction, trained, rounds))
     if "search" in wanted:
-        found.append(comparisons.compare_search(material, trained, rounds))
+        found.append(compare_search(material, trained, rounds))
     if "captioning" in wanted:
-        found.append(comparisons.compare_captioning(material, trained, folder, rounds))
+        found.append(compare_captioning(material, trained, folder, rounds))
     if "start" in wanted:
-        found.append(comparisons.compare_start(material, folder, rounds))
+        found.append(compare_start(material, folder, rounds))
     if "joint" in wanted:
-        found.append(comparisons.compare_joint(material, rounds))
+        found.append(compare_joint(material, rounds))
     return {
         "machine": describe_machine(),
         "material": material.description,
         "rounds": rounds,
         "comparisons": [asdict(comparison) for comparison in found],
-        "peak_memory_gb": (
-            comparisons.measure_memory(material, folder) if "memory" in wanted else {}
-        ),
+        "peak_memory_gb": (measure_memory(material, folder) if "memory" in wanted else {}),
         "growth": growth.measure_growth(folder) if "growth" in wanted else [],
     }
 

@@ -204,7 +204,8 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
 def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     """Make AdamW for a stage; each group keeps its full learning rate as ``initial_lr``."""
     groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+    fused = stage.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
 def train_epoch(

@@ -1,0 +1,120 @@
+"""Stage 1 against the loop that everybody writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import baselines
+import numpy
+import torch
+from material import Material, inception_weights
+from measure import Comparison, interleave
+
+from pipeline.devices import (
+    choose_precision,
+    default_workers,
+    inference_batch_size,
+    threads_per_worker,
+)
+from pipeline.encoder import Encoder, load_encoder
+from pipeline.extraction import extract
+from pipeline.features import EncoderIdentity
+from pipeline.images import find_images, prefetch, read_square
+from pipeline.openvino_engine import choose_engine
+
+CPU = torch.device("cpu")
+
+
+def compare_extraction(material: Material, folder: Path, rounds: int) -> Comparison:
+    """JPEG files to a finished cache; and how near the network alone and decoding alone are."""
+    weights = inception_weights(material.weights)
+    network = baselines.plain_inception(weights)
+    names = find_images(material.pictures)
+    paths = [material.pictures / name for name in names]
+    precision = choose_precision("auto", CPU)
+    workers, batch = default_workers(CPU), inference_batch_size(CPU)
+    squares = [read_square(path) for path in paths[:40]]
+    found: dict[str, numpy.ndarray] = {}
+
+    def baseline() -> int:
+        found["baseline"] = baselines.extract(network, paths, folder / "baseline.h5")
+        return len(paths)
+
+    sides: dict[str, Callable[[], int]] = {"baseline": baseline}
+    engines = ["torch"]
+    if choose_engine("auto", CPU) == "openvino":
+        engines.append("openvino")
+    for engine in engines:
+        ready = load_encoder(material.weights, precision).for_inference(engine)
+
+        def ours(engine: str = engine, ready: Encoder = ready) -> int:
+            output = folder / f"{engine}.h5"
+            result = extract(
+                *(material.pictures, names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
+                *(batch, workers, engine),
+                force=True,
+            )
+            found[engine] = result.cache.read(result.cache.rows(names))
+            return len(names)
+
+        def network_alone(ready: Encoder = ready) -> int:
+            groups = [squares[start : start + batch] for start in range(0, len(squares), batch)]
+            run_side_by_side(ready.encode, groups, workers)
+            return len(squares)
+
+        sides[engine] = ours
+        sides[f"{engine}, network alone"] = network_alone
+
+    def decoding_alone() -> int:
+        run_side_by_side(read_square, paths, workers)
+        return len(paths)
+
+    sides["decoding alone"] = decoding_alone
+    result = interleave("extraction", "image", sides, rounds)
+    for engine in engines:
+        alone, decoding = result.rates[f"{engine}, network alone"], result.rates["decoding alone"]
+        ceiling = [1 / (1 / a + 1 / d) for a, d in zip(alone, decoding, strict=True)]
+        result.rates[f"{engine}, ceiling"] = ceiling
+        goal = {"fp32": 2.0}.get(precision, 5.0 if engine == "torch" else 10.0)
+        result.compare(f"extraction, {engine} {precision}", engine, "baseline", goal)
+        result.compare(
+            f"of what network and decoding allow together, {engine}",
+            engine,
+            f"{engine}, ceiling",
+            0.85,
+        )
+        reference, features = found["baseline"], found[engine]
+        norms = numpy.linalg.norm(reference, axis=1) * numpy.linalg.norm(features, axis=1)
+        cosines = (reference * features).sum(axis=1) / norms
+        result.facts[f"lowest cosine to the baseline's features, {engine}"] = round(
+            float(cosines.min()), 6
+        )
+    return result
+
+
+class ReadyEncoder:
+    """An encoder that is folded and compiled already, so that no round pays for it."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.engine = encoder.engine
+        self.encode = encoder.encode
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """Give that of the encoder."""
+        return self.encoder.identity
+
+    def for_inference(self, engine: str) -> ReadyEncoder:
+        """Do nothing: it is ready."""
+        return self
+
+
+def run_side_by_side(function: Callable, items: list, workers: int) -> None:
+    """Call a function on every item, on the threads that extraction has."""
+    with threads_per_worker(workers) as share:
+        for _ in prefetch(
+            function, items, workers, workers, start=lambda: torch.set_num_threads(share)
+        ):
+            pass

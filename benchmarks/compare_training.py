@@ -1,0 +1,312 @@
+"""Stages 2 and 3, and the whole job, against the ordinary loops and the program replaced."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from dataclasses import dataclass
+
+import baselines
+import torch
+from material import Material, inception_weights
+from measure import Comparison, interleave, say
+from torch import Tensor
+
+from pipeline.dataset import (
+    EncodedCaptions,
+    PictureFeatures,
+    encode_captions,
+    feature_statistics,
+)
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.decoder_training import DecoderOptions, DecoderStage
+from pipeline.devices import (
+    choose_training_precision,
+    default_workers,
+)
+from pipeline.encoder import load_encoder
+from pipeline.joint_training import JointOptions, JointStage, Picture
+from pipeline.search import SearchConfig, search
+from pipeline.training import (
+    TrainingConfig,
+    learning_rate_factor,
+    make_optimizer,
+    train_epoch,
+)
+from pipeline.validation import Validator, mean_loss
+from pipeline.vocabulary import END_ID, START_ID
+
+CPU = torch.device("cpu")
+# The defaults of train_decoder.py and finetune_joint.py.
+BATCH, RATE, DECAY, SMOOTHING, SIZE = 128, 1e-3, 1e-2, 0.1, 512
+JOINT_BATCH = 16
+
+
+@dataclass
+class Trained:
+    """What decoder training leaves for the comparisons after it.
+
+    Attributes:
+        decoder: trained for some epochs.
+        captions_per_second: the median rate of training.
+        val_seconds: to decode the val pictures.
+    """
+
+    decoder: Decoder
+    captions_per_second: float
+    val_seconds: float
+
+
+def compare_decoder_training(material: Material, rounds: int) -> tuple[Comparison, Trained]:
+    """Captions a second, the val loss after equal epochs, and the share of val decoding."""
+    few = material.train[: 30 * BATCH // 5]
+    stage = decoder_stage(material, few)
+    optimizer = make_optimizer(stage)
+    plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
+    plain.load_state_dict(stage.decoder.state_dict())
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
+    data = plain_data(stage)
+    config = TrainingConfig(1, 0, 0, stage.options.precision)
+
+    def ours() -> int:
+        train_epoch(stage, optimizer, config, 1)
+        return len(stage.captions)
+
+    def baseline() -> int:
+        return baselines.train_epoch(plain, data, plain_optimizer, None, BATCH)
+
+    result = interleave("decoder training", "caption", {"baseline": baseline, "ours": ours}, rounds)
+    precision = stage.options.precision
+    goal = None if precision == "fp32" else 4.0
+    result.compare(f"decoder training, {precision}", "ours", "baseline", goal)
+
+    say("  decoder training: val loss after equal epochs")
+    mine, theirs, decoder = equal_epochs(material, material.train[:1500], epochs=2)
+    result.facts["val loss after 2 equal epochs, baseline"] = round(theirs, 4)
+    result.facts["val loss after 2 equal epochs, ours"] = round(mine, 4)
+    result.facts["val loss, ours against baseline, percent"] = round(100 * (mine / theirs - 1), 2)
+
+    pictures = torch.arange(len(material.val))
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for chunk in pictures.split(256):
+            search(decoder, stage.val_features[chunk], SearchConfig())
+        seconds.append(time.perf_counter() - began)
+    val_seconds = statistics.median(seconds)
+    epoch = sum(map(len, material.train)) / result.median("ours")
+    result.facts["val decoding, seconds"] = round(val_seconds, 2)
+    result.facts["val decoding, percent of an epoch"] = round(
+        100 * val_seconds / (epoch + val_seconds), 1
+    )
+    return result, Trained(decoder, result.median("ours"), val_seconds)
+
+
+def equal_epochs(
+    material: Material, captions: list[list[list[str]]], epochs: int
+) -> tuple[float, float, Decoder]:
+    """Train both for some epochs from the same weights; gives both val losses and our decoder."""
+    stage = decoder_stage(material, captions)
+    plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
+    plain.load_state_dict(stage.decoder.state_dict())
+    config = TrainingConfig(epochs, 0, 0, stage.options.precision)
+    steps = epochs * stage.batches_per_epoch()
+    optimizer = make_optimizer(stage)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        plain_optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
+    )
+    data = plain_data(stage)
+    for epoch in range(1, epochs + 1):
+        train_epoch(stage, optimizer, config, epoch)
+        baselines.train_epoch(plain, data, plain_optimizer, schedule, BATCH)
+    losses = []
+    other = Decoder(stage.decoder.config)
+    other.load_state_dict(plain.state_dict())
+    for decoder in (stage.decoder.eval(), other.eval()):
+        losses.append(mean_loss(decoder, stage.validator.captions, stage.val_features))
+    return losses[0], losses[1], stage.decoder
+
+
+def decoder_stage(
+    material: Material, captions: list[list[list[str]]], size: int = SIZE, batch: int = BATCH
+) -> DecoderStage:
+    """Build stage 2 on made-up features, for the first ``len(captions)`` train pictures."""
+    torch.manual_seed(0)
+    features = PictureFeatures(material.train_cache, torch.arange(len(captions)), 2e9)
+    decoder = Decoder(DecoderConfig(len(material.vocabulary), size, size))
+    decoder.standardise_by(*feature_statistics(features))
+    val = {str(number): group for number, group in enumerate(material.val)}
+    options = DecoderOptions(
+        data="",
+        captions=None,
+        features="",
+        epochs=1,
+        batch_size=batch,
+        lr=RATE,
+        weight_decay=DECAY,
+        label_smoothing=SMOOTHING,
+        embed_size=size,
+        hidden_size=size,
+        dropout=0.5,
+        min_count=5,
+        patience=0,
+        seed=0,
+        precision=choose_training_precision("auto", CPU),
+    )
+    return DecoderStage(
+        decoder=decoder,
+        vocabulary=material.vocabulary,
+        encoder=material.train_cache.identity,
+        features=features,
+        captions=encode_captions(captions, material.vocabulary),
+        validator=Validator(val, material.vocabulary),
+        val_features=PictureFeatures(material.val_cache, torch.arange(len(val)), 2e9),
+        options=options,
+        device=CPU,
+    )
+
+
+def plain_data(stage: DecoderStage) -> baselines.CaptionedFeatures:
+    """Give the same captions and features as a tutorial's Dataset."""
+    return baselines.CaptionedFeatures(
+        stage.features[torch.arange(len(stage.features))], list_captions(stage.captions)
+    )
+
+
+def list_captions(captions: EncodedCaptions) -> list[tuple[int, list[int]]]:
+    """Give picture and token ids of every caption."""
+    bounds = captions.offsets.tolist()
+    return [
+        (picture, captions.tokens[start:end].tolist())
+        for picture, (start, end) in zip(
+            captions.pictures.tolist(), itertools.pairwise(bounds), strict=True
+        )
+    ]
+
+
+def compare_whole_job(
+    material: Material, extraction: Comparison, trained: Trained, rounds: int
+) -> Comparison:
+    """50 epochs with the network in every step, against extraction once and 50 epochs."""
+    paths = sorted(material.pictures.iterdir())
+    texts = [" ".join(words) for group in material.train for words in group]
+    numbers = material.vocabulary
+
+    def tokens(text: str) -> list[int]:
+        return [START_ID, *numbers.encode(text.lower().split()), END_ID]
+
+    samples = list(zip(itertools.cycle(paths), texts, strict=False))
+    model = baselines.OneStepCaptioner(inception_weights(material.weights), len(numbers))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
+
+    rates = []
+    batches = baselines.one_step_batches(model, baselines.RawCaptions(samples, tokens), optimizer)
+    for number in range(3 * rounds + 2):
+        began = time.perf_counter()
+        rate = next(batches) / (time.perf_counter() - began)
+        if number >= 2:  # the first batches wait for the loader to start
+            say(f"  whole job: step of the program replaced: {rate:.1f} captions/s")
+            rates.append(rate)
+    small = decoder_stage(material, material.train[:500], size=256, batch=32)
+    small_optimizer = make_optimizer(small)
+    config = TrainingConfig(1, 0, 0, small.options.precision)
+    small_rates = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        train_epoch(small, small_optimizer, config, 1)
+        small_rates.append(len(small.captions) / (time.perf_counter() - began))
+    small_rate = statistics.median(small_rates[1:])
+
+    engine = "openvino" if "openvino" in extraction.rates else "torch"
+    seed_hours = 40_455 * 50 / statistics.median(rates) / 3600
+    extracting = 8_091 / extraction.median(engine)
+    epochs = 50 * (30_000 / trained.captions_per_second + trained.val_seconds)
+    same_sizes = 40_455 * 50 / small_rate
+    result = Comparison(
+        "whole job", "caption", {"baseline": rates, "ours, 256/256, batch 32": small_rates[1:]}
+    )
+    result.facts = {
+        "program replaced, 40,455 captions x 50 epochs, hours": round(seed_hours, 1),
+        f"extraction of 8,091 pictures ({engine}), minutes": round(extracting / 60, 2),
+        "50 epochs with the defaults (30,000 captions, val decoded), minutes": round(
+            epochs / 60, 1
+        ),
+        "times less, with the defaults": round(seed_hours * 3600 / (extracting + epochs)),
+        "50 epochs, 256/256, batch 32, 40,455 captions, minutes": round(same_sizes / 60, 1),
+        "times less, with the sizes and captions of the program replaced": round(
+            seed_hours * 3600 / (extracting + same_sizes)
+        ),
+        "goal: times less": 300,
+    }
+    return result
+
+
+def compare_joint(material: Material, rounds: int) -> Comparison:
+    """Stage 3, its blocks and batch, pictures a second."""
+    paths = sorted(material.pictures.iterdir())[: 3 * JOINT_BATCH]
+    groups = material.train[: len(paths)]
+    captions = encode_captions(groups, material.vocabulary)
+    torch.manual_seed(0)
+    decoder = Decoder(DecoderConfig(len(material.vocabulary)))
+    plain_decoder = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
+    plain_decoder.load_state_dict(decoder.state_dict())
+    network = baselines.plain_inception(inception_weights(material.weights))
+    network.requires_grad_(False)
+    learning: list[Tensor] = list(plain_decoder.parameters())
+    for name, block in network.named_children():
+        if name.startswith("Mixed_7"):
+            block.requires_grad_(True)
+            learning += list(block.parameters())
+    plain_optimizer = torch.optim.AdamW(learning, lr=1e-4)
+    by_picture: list[list[list[int]]] = [[] for _ in groups]
+    for number, tokens in list_captions(captions):
+        by_picture[number].append(tokens)
+    data = baselines.CaptionedPictures(paths, by_picture)
+    stage = JointStage(
+        encoder=load_encoder(material.weights),
+        decoder=decoder,
+        vocabulary=material.vocabulary,
+        pictures=[Picture(path, True) for path in paths],
+        captions=captions,
+        val_paths=[],
+        validator=Validator({"none": [["none"]]}, material.vocabulary),
+        options=JointOptions(
+            start="",
+            data="",
+            captions=None,
+            weights=None,
+            features="",
+            epochs=1,
+            batch_size=JOINT_BATCH,
+            accumulate=1,
+            encoder_lr=3e-4,
+            decoder_lr=1e-4,
+            weight_decay=DECAY,
+            label_smoothing=SMOOTHING,
+            unfreeze_from="Mixed_7a",
+            smallest_crop=0.85,
+            flip=True,
+            patience=0,
+            seed=0,
+            precision=choose_training_precision("auto", CPU),
+        ),
+        workers=default_workers(CPU),
+        device=CPU,
+    )
+    optimizer = make_optimizer(stage)
+    config = TrainingConfig(1, 0, 0, stage.options.precision)
+
+    def ours() -> int:
+        train_epoch(stage, optimizer, config, 1)
+        return len(paths)
+
+    def baseline() -> int:
+        return baselines.joint_epoch(network, plain_decoder, data, plain_optimizer, JOINT_BATCH)
+
+    result = interleave(
+        "joint fine-tuning", "picture", {"baseline": baseline, "ours": ours}, rounds
+    )
+    precision = stage.options.precision
+    return result.compare(f"joint fine-tuning from Mixed_7a, {precision}", "ours", "baseline", 2.0)
