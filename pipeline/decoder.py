@@ -55,7 +55,7 @@ def dropout(values: Tensor, probability: float) -> Tensor:
     """Zero values at random and scale up the others, as ``F.dropout`` does.
 
     On a CPU that draws one random number a value, one after the other, which was a tenth of an
-    fp32 training step and a quarter of a bf16 one. Here 64 random bits serve eight values, for
+    fp32 training step. Here 64 random bits serve eight values, for
     which the probability is rounded to a multiple of 1/256.
     """
     if values.device.type != "cpu":

@@ -1,8 +1,8 @@
 """The encoder's network under OpenVINO, which fuses and lays it out for Intel's CPUs.
 
 An extra (``pip install -e '.[openvino]'``); where it is installed, extraction on a CPU takes
-it of itself. With AMX in bf16 it was measured at about twice PyTorch's speed; in fp32 the two
-are equal.
+it of itself. In fp32 it gains about a tenth over PyTorch (``make benchmark``); it is meant for
+bf16 with AMX, which it fuses and lays out as PyTorch's eager mode does not.
 """
 
 from __future__ import annotations
@@ -62,8 +62,17 @@ def compile_trunk(
     Returns:
         A function from uint8 pictures (B, 299, 299, 3) to float32 features (B, 2048), to be
         called from as many threads as ``devices.default_workers`` says, side by side.
+
+    Raises:
+        UserError: OpenVINO is installed, but does not load.
     """
-    import openvino
+    try:
+        import openvino
+    except ImportError as error:
+        raise UserError(
+            f"openvino is installed but does not load ({error}); install it anew, or do without: "
+            "pip uninstall openvino"
+        ) from error
 
     pixels = torch.zeros(1, 299, 299, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.inference_mode():

@@ -343,6 +343,14 @@ def test_openvino_is_close(state: dict[str, Tensor], squares: list[numpy.ndarray
     assert numpy.allclose(encoder.encode(squares[2:]), features[2:], rtol=1e-3, atol=1e-3)
 
 
+def test_an_openvino_that_does_not_load_is_one_line(
+    state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)  # importing it fails
+    with pytest.raises(UserError, match=r"does not load .*pip uninstall openvino"):
+        encoder_with(state).for_inference("openvino")
+
+
 def test_the_engine_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
