@@ -23,7 +23,7 @@ from pipeline.devices import (
     inference_batch_size,
 )
 from pipeline.encoder import load_encoder
-from pipeline.extraction import extract
+from pipeline.extraction import Extraction, extract
 from pipeline.images import find_images
 from pipeline.openvino_engine import choose_engine
 from pipeline.search import SearchConfig, search
@@ -92,9 +92,11 @@ def compare_captioning(
 
     def extraction() -> int:
         extract(
-            *(material.pictures, names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
-            *(inference_batch_size(CPU), default_workers(CPU), engine),
-            force=True,
+            Extraction(
+                *(material.pictures, names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
+                *(inference_batch_size(CPU), default_workers(CPU), engine),
+                force=True,
+            )
         )
         return len(names)
 

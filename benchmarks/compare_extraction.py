@@ -18,7 +18,7 @@ from pipeline.devices import (
     threads_per_worker,
 )
 from pipeline.encoder import Encoder, load_encoder
-from pipeline.extraction import extract
+from pipeline.extraction import Extraction, extract
 from pipeline.features import EncoderIdentity
 from pipeline.images import find_images, prefetch, read_square
 from pipeline.openvino_engine import choose_engine
@@ -50,11 +50,12 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
 
         def ours(engine: str = engine, ready: Encoder = ready) -> int:
             output = folder / f"{engine}.h5"
-            result = extract(
+            task = Extraction(
                 *(material.pictures, names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
                 *(batch, workers, engine),
                 force=True,
             )
+            result = extract(task)
             found[engine] = result.cache.read(result.cache.rows(names))
             return len(names)
 

@@ -29,7 +29,7 @@ from pipeline.dataset import EncodedCaptions, PictureFeatures, bucketed_batches
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.devices import default_workers
 from pipeline.encoder import Encoder
-from pipeline.extraction import extract
+from pipeline.extraction import Extraction, extract
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import find_images
 from pipeline.search import SearchConfig
@@ -67,7 +67,7 @@ def grow_extraction(count: int, folder: Path) -> float:
     names = find_images(data)
     encoder = cast(Encoder, PixelEncoder())
     output = folder / f"{count}.h5"
-    extract(data, names, output, encoder, 4, default_workers(torch.device("cpu")))
+    extract(Extraction(data, names, output, encoder, 4, default_workers(torch.device("cpu"))))
     return (time.perf_counter() - began) / count * 1e3
 
 

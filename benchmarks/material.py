@@ -22,7 +22,8 @@ from PIL import Image
 from pipeline.captions import read_captions
 from pipeline.dataset import tokenised
 from pipeline.encoder import load_encoder
-from pipeline.features import FEATURE_SIZE, EncoderIdentity, FeatureCache, open_cache_writer
+from pipeline.feature_writer import open_cache_writer
+from pipeline.features import FEATURE_SIZE, EncoderIdentity, FeatureCache
 from pipeline.vocabulary import Vocabulary
 
 SHARED = ROOT.parent / "shared"
@@ -136,7 +137,7 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
     writer = open_cache_writer(path, names, identity, force=True, retry_failed=False)
     assert writer is not None
     for start in range(0, count, len(features)):
-        writer.cache.features[start : start + len(features)] = features[: count - start]
+        writer.cache.own_features[start : start + len(features)] = features[: count - start]
     return writer.finish()
 
 

@@ -14,17 +14,19 @@ from pipeline.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device.
 
-    ``auto`` takes CUDA, then Apple's MPS, then the CPU.
+    ``auto`` takes CUDA, then Apple's MPS, then the CPU. Of a job's processes on one machine
+    (``local_rank``, from 0) each takes a CUDA device of its own, as far as there are enough.
 
     Raises:
         UserError: the device is not there.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        own = local_rank % max(1, torch.cuda.device_count())
+        return torch.device("cuda", own) if own else torch.device("cuda")
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         if torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")

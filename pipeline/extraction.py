@@ -6,9 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.distributed import Job
 from pipeline.encoder import Encoder, encode_files
-from pipeline.errors import InputError
-from pipeline.features import PENDING, FeatureCache, open_cache_writer
+from pipeline.errors import InputError, UserError
+from pipeline.feature_shards import (
+    combine_shards,
+    remove_superseded,
+    shard_files,
+    shard_path,
+    shares,
+)
+from pipeline.feature_writer import (
+    CacheWriter,
+    check_origin,
+    existing_cache,
+    is_whole,
+    open_cache_writer,
+    say_what_is_gone,
+)
+from pipeline.features import PENDING, FeatureCache, images_sha256, partial_path
 from pipeline.progress import progress_bar
 
 
@@ -27,63 +43,143 @@ class ExtractionResult:
     kept: int
 
 
-def extract(
-    data: Path,
-    names: Sequence[str],
-    output: Path,
-    encoder: Encoder,
-    batch_size: int,
-    workers: int,
-    engine: str = "torch",
-    on_error: str = "skip",
-    force: bool = False,
-    retry_failed: bool = False,
-) -> ExtractionResult:
-    """Encode pictures into the cache ``output``; go on where a kill left off.
+@dataclass(frozen=True)
+class Extraction:
+    """What is to be extracted, and how.
 
-    Args:
+    Attributes:
         data: folder of pictures.
-        names: the pictures, as paths relative to ``data``: see ``images.find_images``.
+        names: the pictures, as paths relative to ``data``, in the order of their bytes: see
+            ``images.find_images``.
         output: the HDF5 file; ``.partial`` is added to its name until it is complete.
-        encoder: the network; BatchNorm is folded into its weights here.
+        encoder: the network; BatchNorm is folded into its weights in the work.
         batch_size: pictures a forward pass.
         workers: threads that decode and encode.
         engine: what runs the network: ``torch`` or ``openvino``.
         on_error: ``skip`` records an unreadable picture as failed, ``fail`` stops at it.
         force: begin anew whatever is there.
         retry_failed: try the pictures again that an earlier run recorded as failed.
+    """
+
+    data: Path
+    names: Sequence[str]
+    output: Path
+    encoder: Encoder
+    batch_size: int
+    workers: int
+    engine: str = "torch"
+    on_error: str = "skip"
+    force: bool = False
+    retry_failed: bool = False
+
+
+def extract(task: Extraction) -> ExtractionResult:
+    """Encode pictures into a cache; go on where a kill left off.
 
     Raises:
-        UserError: a cache of another encoder at ``output``.
+        UserError: a cache of another encoder or folder at ``output``.
         InputError: an unreadable picture, with ``on_error="fail"``.
     """
-    encoder.engine = engine
-    writer = open_cache_writer(
-        output, names, encoder.identity, force, retry_failed, str(data.resolve())
-    )
+    task.encoder.engine = task.engine
+    if not task.force:
+        say_what_is_gone(existing_cache(task.output), task.names)
+    writer = _open_writer(task, task.output, task.names)
     if writer is None:
-        return ExtractionResult(FeatureCache(output), encoded=0, kept=len(names))
-    encoder.for_inference(engine)
+        return ExtractionResult(FeatureCache(task.output), encoded=0, kept=len(task.names))
+    task.encoder.for_inference(task.engine)
+    encoded, kept = _encode_pending(task, writer)
+    cache = writer.finish()
+    remove_superseded(cache)
+    return ExtractionResult(cache, encoded, kept)
+
+
+def extract_share(task: Extraction, job: Job) -> ExtractionResult:
+    """Encode this process's share of the pictures; to be called by every process of ``job``.
+
+    Each makes a shard, and when all are whole rank 0 makes one cache of them: see
+    ``feature_shards``. Work of any earlier run, by whatever number of processes, is kept.
+
+    Returns:
+        The cache, the same for all; what was done is summed over all processes.
+
+    Raises:
+        UserError: see ``extract``; another process ended early, or sees other pictures.
+        InputError: see ``extract``.
+    """
+    task.encoder.engine = task.engine
+    if len(set(job.collect(images_sha256(task.names)))) > 1:
+        raise UserError(f"--data {task.data}: the processes of this job see different pictures")
+    parts = shares(len(task.names), task.batch_size, job.size)
+    shards = [shard_path(task.output, number, len(parts)) for number in range(len(parts))]
+    mine = parts[job.rank] if job.rank < len(parts) else range(0)
+    finished = FeatureCache(task.output) if task.output.is_file() and not task.force else None
+    if finished is not None:
+        check_origin([finished], task.encoder.identity, str(task.data.resolve()))
+        whole = is_whole(finished, task.names, task.retry_failed, mine)
+        if job.total(whole) == job.size:
+            return ExtractionResult(finished, encoded=0, kept=len(task.names))
+        if job.rank == 0:
+            say_what_is_gone(finished, task.names)
+    writer, encoded, kept = None, 0, len(mine)
+    if mine:
+        names = [task.names[row] for row in mine]
+        writer = _open_writer(task, shards[job.rank], names)
+    # No one's shard may go away before all have taken over what they need of it.
+    job.wait_for_all()
+    if writer is not None:
+        task.encoder.for_inference(task.engine)
+        encoded, kept = _encode_pending(task, writer, quiet=job.rank > 0)
+        writer.finish()
+    job.wait_for_all()
+    if job.rank == 0:
+        remove_superseded(combine_shards(task.output, shards))
+    encoded, kept = job.total(encoded), job.total(kept)
+    return ExtractionResult(FeatureCache(task.output), encoded, kept)
+
+
+def _open_writer(task: Extraction, path: Path, names: Sequence[str]) -> CacheWriter | None:
+    """Open the whole cache or a shard of it, with all that earlier runs left."""
+    related = [partial_path(task.output), task.output, *shard_files(task.output)]
+    if path == task.output and path.is_file():
+        related = []  # it is complete, or was made of all that there is
+    own = (path, partial_path(path))
+    return open_cache_writer(
+        path,
+        names,
+        task.encoder.identity,
+        task.force,
+        task.retry_failed,
+        str(task.data.resolve()),
+        [] if task.force else [f for f in related if f not in own and f.is_file()],
+    )
+
+
+def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) -> tuple[int, int]:
+    """Encode what a cache lacks; returns how many pictures were, and how many were there."""
     finished = int((writer.cache.status != PENDING).sum())
     batches = (
-        [(row, data / writer.cache.name(row)) for row in rows]
-        for rows in writer.pending_batches(batch_size)
+        [(row, task.data / writer.cache.name(row)) for row in rows]
+        for rows in writer.pending_batches(task.batch_size)
     )
     encoded = 0
     bar = progress_bar(
-        total=len(names), initial=finished, unit="image", smoothing=0.05, desc="extracting"
+        total=len(writer.cache),
+        initial=finished,
+        unit="image",
+        smoothing=0.05,
+        desc="extracting",
+        disable=quiet,
     )
     with bar:
-        for batch in encode_files(encoder, batches, workers):
-            if batch.failures and on_error == "fail":
+        for batch in encode_files(task.encoder, batches, task.workers):
+            if batch.failures and task.on_error == "fail":
                 writer.write(batch.keys, batch.features, {})
                 writer.commit()
                 row, reason = next(iter(batch.failures.items()))
                 raise InputError(
-                    f"{data / writer.cache.name(row)}: {reason} (--on-error skip records it and "
-                    "goes on; what is done is kept)"
+                    f"{task.data / writer.cache.name(row)}: {reason} (--on-error skip records it "
+                    "and goes on; what is done is kept)"
                 )
             bar.update(writer.write(batch.keys, batch.features, batch.failures))
             encoded += len(batch.keys)
-    cache = writer.finish()
-    return ExtractionResult(cache, encoded, kept=finished)
+    return encoded, finished

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy
 
-from pipeline.features import FEATURE_SIZE, EncoderIdentity, open_cache_writer
+from pipeline.feature_writer import open_cache_writer
+from pipeline.features import FEATURE_SIZE, EncoderIdentity
 
 COLOURS = ("red", "blue", "green", "white")
 THINGS = ("dog", "car", "house")

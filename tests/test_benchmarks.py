@@ -147,4 +147,4 @@ def test_made_up_features_tell_captions_apart(tmp_path: Path) -> None:
     assert same > other + 0.1
     cache = write_cache(tmp_path / "x.h5", features, rows=8)
     assert len(cache) == 8
-    assert numpy.allclose(cache.features[7], features[1], atol=0.01)
+    assert numpy.allclose(cache.own_features[7], features[1], atol=0.01)

@@ -19,7 +19,8 @@ from pipeline.dataset import (
     feature_statistics,
 )
 from pipeline.decoder import Decoder, DecoderConfig, dropout
-from pipeline.features import FEATURE_SIZE, open_cache_writer
+from pipeline.feature_writer import open_cache_writer
+from pipeline.features import FEATURE_SIZE
 from pipeline.search import SearchConfig, search
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 

@@ -19,6 +19,16 @@ def test_auto_takes_the_best_device_there_is(monkeypatch: pytest.MonkeyPatch) ->
         assert devices.choose_device("auto").type == expected
 
 
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        chosen = [str(devices.choose_device(name, rank)) for rank in range(4)]
+        assert chosen == ["cuda", "cuda:1", "cuda", "cuda:1"]
+    assert str(devices.choose_device("cuda:1", 0)) == "cuda:1"
+    assert str(devices.choose_device("cpu", 1)) == "cpu"
+
+
 @pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "gpu", "meta"])
 def test_a_device_that_is_not_there_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import extract_features
 from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk, weights_sha256
 from pipeline.errors import InputError, UserError
-from pipeline.extraction import ExtractionResult, extract
+from pipeline.extraction import Extraction, ExtractionResult, extract
 from pipeline.features import FEATURE_SIZE, PENDING, FeatureCache, partial_path
 from pipeline.images import IMAGE_SIZE, find_images, read_square
 from pipeline.openvino_engine import choose_engine
@@ -40,7 +40,7 @@ def sha256(path: Path) -> str:
 def run(data: Path, output: Path, encoder: StubEncoder, **options: Any) -> ExtractionResult:
     """Extract with a stub encoder, four pictures a batch, one batch after the other."""
     options = {"batch_size": 4, "workers": 1, **options}
-    return extract(data, find_images(data), output, cast(Encoder, encoder), **options)
+    return extract(Extraction(data, find_images(data), output, cast(Encoder, encoder), **options))
 
 
 def spoil(*paths: Path) -> None:
@@ -66,7 +66,7 @@ def test_every_picture_becomes_a_row(pictures: Path, tmp_path: Path) -> None:
     expected = numpy.concatenate(
         [StubEncoder().for_inference().encode(squares[start : start + 4]) for start in (0, 4, 8)]
     )
-    assert (result.cache.features == expected.astype(numpy.float16)).all()
+    assert (result.cache.read(numpy.arange(11)) == expected.astype(numpy.float16)).all()
     assert len(result.cache.damaged_rows()) == 0
 
 
@@ -184,7 +184,7 @@ def test_interrupted_and_resumed(
     stop_after: int,
     commit_interval: float,
 ) -> None:
-    monkeypatch.setattr("pipeline.features.COMMIT_INTERVAL", commit_interval)
+    monkeypatch.setattr("pipeline.feature_writer.COMMIT_INTERVAL", commit_interval)
     spoil(pictures / "4.png")
     run(pictures, tmp_path / "undisturbed.h5", StubEncoder())
     with pytest.raises(error):
@@ -203,7 +203,7 @@ def test_interrupted_and_resumed(
 SCRIPT = [str(REPOSITORY / "extract_features.py")]
 EAGER_SCRIPT = [
     "-c",
-    "import runpy, sys; import pipeline.features; pipeline.features.COMMIT_INTERVAL = 0.0; "
+    "import runpy, sys; from pipeline import feature_writer; feature_writer.COMMIT_INTERVAL = 0.0; "
     "del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')",
     *SCRIPT,
 ]
@@ -580,3 +580,15 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path) -> None:
     assert stopped.exit_code == 1
     assert "good.png: empty file (--on-error skip" in stopped.stderr
     assert FeatureCache(output).complete  # the old one is still there
+
+
+def test_pictures_that_are_gone_are_counted_aloud(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(pictures, tmp_path / "x.h5", StubEncoder())
+    assert "dropped" not in capsys.readouterr().err
+    (pictures / "3.png").unlink()
+    assert len(run(pictures, tmp_path / "x.h5", StubEncoder()).cache) == 9
+    assert "features dropped: 1" in capsys.readouterr().err
+    run(pictures, tmp_path / "x.h5", StubEncoder())
+    assert "dropped" not in capsys.readouterr().err

@@ -14,6 +14,7 @@ import numpy
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.feature_writer import CacheWriter, open_cache_writer
 from pipeline.features import (
     DONE,
     FAILED,
@@ -21,11 +22,9 @@ from pipeline.features import (
     PENDING,
     REASON_BYTES,
     SCHEMA_VERSION,
-    CacheWriter,
     EncoderIdentity,
     FeatureCache,
     images_sha256,
-    open_cache_writer,
     partial_path,
 )
 
@@ -318,7 +317,7 @@ def test_rows_are_done_only_once_committed(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_commits_come_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.features.COMMIT_INTERVAL", 0.0)
+    monkeypatch.setattr("pipeline.feature_writer.COMMIT_INTERVAL", 0.0)
     writer = writer_of(tmp_path / "x.h5", NAMES)
     writer.write([0], feature("a.jpg")[None], {})
     assert writer.cache.status[0] == DONE
@@ -482,15 +481,3 @@ def test_a_cache_is_for_one_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"/pictures/a, not .*/pictures/b; --output .*--force"):
         open_cache_writer(path, NAMES, IDENTITY, False, False, data="/pictures/b")
     assert open_cache_writer(path, NAMES, IDENTITY, False, False, data="/pictures/a") is None
-
-
-def test_pictures_that_are_gone_are_counted_aloud(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "x.h5"
-    writer = open_cache_writer(path, NAMES, IDENTITY, False, False)
-    assert writer is not None
-    writer.write(range(len(NAMES)), numpy.zeros((len(NAMES), FEATURE_SIZE)), {})
-    writer.finish()
-    open_cache_writer(path, NAMES[1:], IDENTITY, False, False)
-    assert "features dropped: 1" in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""Extraction by several processes: shards, one cache over them, going on with other numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+import numpy
+import pytest
+from conftest import REPOSITORY, StubEncoder, draw
+
+from pipeline.distributed import Job
+from pipeline.encoder import Encoder
+from pipeline.errors import UserError
+from pipeline.extraction import Extraction, ExtractionResult, extract, extract_share
+from pipeline.feature_shards import begun_identity, shard_files, shard_path, shares
+from pipeline.feature_writer import partial_path
+from pipeline.features import FEATURE_SIZE, FeatureCache
+from pipeline.images import find_images
+
+
+@dataclass
+class Meeting:
+    """Where the threads of ``in_threads`` tell each other what processes would."""
+
+    size: int
+    values: list[Any] = field(init=False)
+    barrier: threading.Barrier = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = [None] * self.size
+        self.barrier = threading.Barrier(self.size)
+
+
+@dataclass(frozen=True)
+class ThreadJob(Job):
+    """A job whose processes are threads, to test without the seconds that torchrun takes."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def collect(self, value: Any) -> list[Any]:
+        try:
+            self.meeting.values[self.rank] = value
+            self.meeting.barrier.wait(20)
+            values = list(self.meeting.values)
+            self.meeting.barrier.wait(20)
+        except threading.BrokenBarrierError as error:
+            raise UserError("another process of this job ended") from error
+        return values
+
+
+def in_threads(size: int, work: Callable[[Job], ExtractionResult]) -> list[Any]:
+    """Run ``work`` as each rank of a job; gives what each returned or raised."""
+    meeting = Meeting(size)
+    results: list[Any] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            results[rank] = work(ThreadJob(rank, size, rank, meeting))
+        except BaseException as error:
+            results[rank] = error
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def task(
+    data: Path, output: Path, encoder: StubEncoder | None = None, **options: Any
+) -> Extraction:
+    options = {"batch_size": 2, "workers": 1, **options}
+    encoder = encoder or StubEncoder()
+    return Extraction(data, find_images(data), output, cast(Encoder, encoder), **options)
+
+
+def shared(
+    size: int, data: Path, output: Path, encoders: list[StubEncoder] | None = None, **options: Any
+) -> list[Any]:
+    """Extract by ``size`` threads, each with an encoder of its own."""
+    encoders = encoders or [StubEncoder() for _ in range(size)]
+    return in_threads(
+        size, lambda job: extract_share(task(data, output, encoders[job.rank], **options), job)
+    )
+
+
+def assert_same(cache: FeatureCache, other: FeatureCache) -> None:
+    assert cache.names() == other.names()
+    rows = numpy.arange(len(other))
+    assert (cache.read(rows) == other.read(rows)).all()
+    assert (cache.read(rows[::-1]) == other.read(rows)[::-1]).all()
+    assert (cache.status == other.status).all()
+    assert cache.failures() == other.failures()
+    assert cache.identity == other.identity
+    assert cache.complete
+    assert len(cache.damaged_rows()) == 0
+
+
+@pytest.mark.parametrize("images, batch_size, processes", [(10, 4, 2), (10, 3, 4), (7, 1, 3)])
+def test_shares_are_whole_batches(images: int, batch_size: int, processes: int) -> None:
+    parts = shares(images, batch_size, processes)
+    assert [row for part in parts for row in part] == list(range(images))
+    assert all(part.start % batch_size == 0 for part in parts)
+    sizes = [-(-len(part) // batch_size) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert len(parts) == processes
+
+
+def test_more_processes_than_batches() -> None:
+    assert shares(5, 4, 8) == [range(4), range(4, 5)]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_shards_equal_one_process(pictures: Path, tmp_path: Path, processes: int) -> None:
+    (pictures / "3.png").write_bytes(b"")
+    alone = extract(task(pictures, tmp_path / "alone.h5")).cache
+    results = shared(processes, pictures, tmp_path / "x.h5")
+    for result in results:
+        assert (result.encoded, result.kept) == (9, 0)
+        assert_same(result.cache, alone)
+    count = min(processes, 5)
+    shards = [shard_path(tmp_path / "x.h5", number, count) for number in range(count)]
+    assert results[0].cache.shards == shards
+    assert shard_files(tmp_path / "x.h5") == shards
+
+
+def test_any_hdf5_reader_sees_one_dataset(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared(2, pictures, tmp_path / "x.h5")
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("x.h5*"):
+        file.rename(tmp_path / "moved" / file.name)
+    monkeypatch.chdir("/")
+    cache = FeatureCache(tmp_path / "moved" / "x.h5")
+    with h5py.File(cache.path) as file:
+        assert file["features"].is_virtual
+        assert (file["features"][:] == cache.read(numpy.arange(10)).astype("f2")).all()
+
+
+def test_done_is_not_done_again(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.h5"
+    shared(2, pictures, output)
+    before = {path: path.read_bytes() for path in tmp_path.glob("x.h5*")}
+    for processes in (2, 3):
+        encoders = [StubEncoder() for _ in range(processes)]
+        for result in shared(processes, pictures, output, encoders):
+            assert (result.encoded, result.kept) == (0, 10)
+        assert all(encoder.batches == [] for encoder in encoders)
+    assert extract(task(pictures, output)).kept == 10  # one process finds it complete too
+    assert {path: path.read_bytes() for path in tmp_path.glob("x.h5*")} == before
+
+
+@pytest.mark.parametrize("then", [1, 2, 3])
+def test_a_killed_process_costs_only_its_unfinished_part(
+    pictures: Path, tmp_path: Path, then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next run may have another number of processes."""
+    monkeypatch.setattr("pipeline.feature_writer.COMMIT_INTERVAL", 0.0)
+    alone = extract(task(pictures, tmp_path / "alone.h5")).cache
+    output = tmp_path / "x.h5"
+    encoders = [StubEncoder(), StubEncoder(stop_after=1)]
+    results = shared(2, pictures, output, encoders)
+    assert isinstance(results[1], KeyboardInterrupt)
+    assert isinstance(results[0], UserError)
+    assert "another process" in str(results[0])
+    assert not output.exists()
+    assert begun_identity(output) == alone.identity
+    done = sum(sum(encoder.batches) for encoder in encoders)
+    encoders = [StubEncoder() for _ in range(then)]
+    if then == 1:
+        result = extract(task(pictures, output, encoders[0]))
+    else:
+        result = shared(then, pictures, output, encoders)[0]
+    assert result.kept == done
+    assert result.encoded == sum(sum(encoder.batches) for encoder in encoders) == 10 - done
+    assert_same(result.cache, alone)
+    # What the first two left is gone, what is needed is there.
+    assert shard_files(output) == result.cache.shards
+    assert len(result.cache.shards) == (then if then > 1 else 0)
+
+
+def test_a_partial_cache_of_one_process_is_taken_over(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.feature_writer.COMMIT_INTERVAL", 0.0)
+    alone = extract(task(pictures, tmp_path / "alone.h5")).cache
+    output = tmp_path / "x.h5"
+    with pytest.raises(KeyboardInterrupt):
+        extract(task(pictures, output, StubEncoder(stop_after=3)))
+    result = shared(2, pictures, output)[0]
+    assert (result.kept, result.encoded) == (6, 4)
+    assert_same(result.cache, alone)
+    assert not partial_path(output).exists()
+
+
+def test_pictures_added_move_between_shards(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "x.h5"
+    shared(2, pictures, output)
+    for number in range(4):
+        draw(pictures / f"0-{number}.png", 50 + number)
+    (pictures / "9.png").unlink()
+    encoders = [StubEncoder(), StubEncoder()]
+    result = shared(2, pictures, output, encoders)[0]
+    assert result.encoded == 4
+    assert [encoder.batches for encoder in encoders] == [[2, 2], []]
+    assert result.cache.names() == find_images(pictures)
+    assert len(result.cache.damaged_rows()) == 0
+    assert capsys.readouterr().err.count("features dropped: 1\n") == 1
+
+
+def test_one_process_replaces_shards(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.h5"
+    shared(2, pictures, output)
+    draw(pictures / "z.png", 20)
+    result = extract(task(pictures, output))
+    assert (result.encoded, result.kept) == (1, 10)
+    assert result.cache.shards == []
+    assert sorted(path.name for path in tmp_path.glob("x.h5*")) == ["x.h5"]
+    assert_same(result.cache, extract(task(pictures, tmp_path / "alone.h5")).cache)
+
+
+def test_damage_in_a_shard_is_made_again(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.h5"
+    whole = shared(2, pictures, output)[0].cache
+    before = whole.read(numpy.arange(10))
+    shard = shard_path(output, 1, 2)
+    with h5py.File(shard) as file:
+        offset = file["features"].id.get_offset()
+    content = bytearray(shard.read_bytes())
+    content[offset + 2 * FEATURE_SIZE * 2 + 5] ^= 0x40  # the shard's third row, of 4 to 9
+    shard.write_bytes(content)
+    assert FeatureCache(output).damaged_rows().tolist() == [6]
+    encoders = [StubEncoder(), StubEncoder()]
+    result = shared(2, pictures, output, encoders)[0]
+    assert [encoder.batches for encoder in encoders] == [[], [2]]
+    assert (result.cache.read(numpy.arange(10)) == before).all()
+    assert len(result.cache.damaged_rows()) == 0
+
+
+def test_a_missing_shard_is_named(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.h5"
+    shared(2, pictures, output)
+    shard = shard_path(output, 0, 2)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"x\.h5\.shard-0-of-2: missing, though x\.h5 needs it"):
+        FeatureCache(output)
+
+
+@pytest.mark.parametrize(
+    "name, rows", [("../secret.h5", 10), ("/etc/passwd", 10), (".", 10), ("secret.h5", 9)]
+)
+def test_a_cache_reads_no_file_but_its_shards(
+    pictures: Path, tmp_path: Path, name: str, rows: int
+) -> None:
+    folder = tmp_path / "folder"
+    output = folder / "x.h5"
+    shared(2, pictures, output)
+    for place in (tmp_path, folder):
+        with h5py.File(place / "secret.h5", "w") as file:
+            file["features"] = numpy.zeros((10, FEATURE_SIZE), "<f2")
+    with h5py.File(output, "r+") as file:
+        del file["features"]
+        layout = h5py.VirtualLayout((rows, FEATURE_SIZE), "<f2")
+        layout[:rows] = h5py.VirtualSource(name, "features", (10, FEATURE_SIZE), "<f2")[:rows]
+        file.create_virtual_dataset("features", layout)
+    with pytest.raises(UserError, match=r"x\.h5: not a readable feature cache"):
+        FeatureCache(output)
+
+
+def test_other_encoders_and_other_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.h5"
+    shared(2, pictures, output)
+    others = [StubEncoder(weights="1" * 64) for _ in range(2)]
+    for result in shared(2, pictures, output, others):
+        assert isinstance(result, UserError)
+    assert any("made by another encoder" in str(r) for r in shared(2, pictures, output, others))
+    forced = shared(2, pictures, output, others, force=True)[0]
+    assert forced.encoded == 10
+
+    def with_own_names(job: Job) -> ExtractionResult:
+        mine = task(pictures, tmp_path / "y.h5")
+        names = mine.names[job.rank :]
+        return extract_share(Extraction(pictures, names, mine.output, mine.encoder, 2, 1), job)
+
+    results = in_threads(2, with_own_names)
+    assert any("see different pictures" in str(result) for result in results)
+
+
+# With torchrun itself
+
+
+COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run_script(launcher: list[str], *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, str(REPOSITORY / "extract_features.py"), *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv there")
+def test_torchrun_equals_one_process(tmp_path: Path) -> None:
+    data, output, alone = (tmp_path / name for name in ("pictures", "x.h5", "alone.h5"))
+    for number in range(14):
+        draw(data / f"{number:02d}.png", number)
+    (data / "05.png").write_bytes(b"")
+    options: list[str | Path] = [
+        "--data",
+        data,
+        "--weights",
+        "random",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+    ]
+    ended = run_script(COMMAND, *options, "--output", output)
+    assert "13 pictures (13 encoded now, 0 before; fp32, torch)" in ended.stderr, ended.stderr
+    assert ended.stderr.count("failed: 05.png: empty file") == 1
+    assert ended.returncode == 1
+    ended = run_script([sys.executable], *options, "--output", alone)
+    assert ended.returncode == 1, ended.stderr
+    assert_same(FeatureCache(output), FeatureCache(alone))
+    assert len(FeatureCache(output).shards) == 2
