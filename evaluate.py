@@ -3,6 +3,8 @@
     python evaluate.py runs/decoder
     python evaluate.py runs/decoder --split test --beam-size 5
     python evaluate.py runs/joint --output predictions.json
+    python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
+    python evaluate.py --compare runs/decoder/predictions.json runs/joint/predictions.json
 
 The table goes to standard output; predictions.json (COCO results format) and scores.json
 go to the run folder (for test: predictions-test.json). Exit codes: 0 done, 1 some pictures
@@ -16,9 +18,11 @@ from pathlib import Path
 
 import click
 
+from pipeline.errors import UserError
+
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -70,9 +74,19 @@ import click
     default=True,
     help="METEOR and SPICE, where Java and pycocoevalcap are there; METEOR takes some seconds.",
 )
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FIRST SECOND",
+    help="Test whether two predictions files for the same images differ, instead of scoring a "
+    "run. Below a p of 0.05 the difference is unlikely to be the luck of these images; what "
+    "another seed gives is not in it.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 def main(
-    run: Path,
+    runs: tuple[Path, ...],
     data: Path | None,
     captions: Path | None,
     features: Path | None,
@@ -81,24 +95,43 @@ def main(
     length_penalty: float,
     output: Path | None,
     java: bool,
+    compare: tuple[Path, Path] | None,
     device: str,
 ) -> None:
-    """Score the best epoch of RUN (a run folder, or a checkpoint) on a split.
+    """Score the best epoch of RUNS (run folders, or checkpoints) on a split.
 
     \b
     Examples:
       python evaluate.py runs/decoder
       python evaluate.py runs/decoder --split test --beam-size 5
+      python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
+      python evaluate.py --compare a.json b.json
+
+    Several runs, such as the same with several seeds, are scored one by one and summed up by
+    mean and deviation.
     """
+    if bool(runs) == (compare is not None):
+        raise UserError("give the runs to score, or --compare with two predictions files")
+    if output is not None and len(runs) > 1:
+        raise UserError("--output is for one run; each of several writes into its own folder")
+    if compare is not None:
+        from pipeline.evaluation import compare_predictions, print_comparison
+
+        data = data or Path("data/flickr8k")
+        print_comparison(compare_predictions(*compare, data, captions, split), *compare)
+        return
     from pipeline.devices import choose_device
-    from pipeline.evaluation import evaluate_run
+    from pipeline.evaluation import evaluate_run, print_table
     from pipeline.search import SearchConfig
 
     search = SearchConfig(beam_size=beam_size, length_penalty=length_penalty)
-    result = evaluate_run(
-        run, choose_device(device), data, captions, features, split, search, output, java
-    )
-    if result.unreadable:
+    chosen = choose_device(device)
+    results = {
+        str(run): evaluate_run(run, chosen, data, captions, features, split, search, output, java)
+        for run in runs
+    }
+    print_table(results)
+    if any(result.unreadable for result in results.values()):
         sys.exit(1)
 
 

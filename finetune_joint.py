@@ -150,7 +150,7 @@ def main(
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
-    from pipeline.evaluation import evaluate_run
+    from pipeline.evaluation import evaluate_run, print_table
     from pipeline.joint_training import JointOptions, finetune_joint
 
     settings = load_checkpoint(start).settings
@@ -174,7 +174,7 @@ def main(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
-    evaluate_run(run, chosen, java=False)
+    print_table({str(run): evaluate_run(run, chosen, java=False)})
     for path, reason in unreadable.items():
         click.echo(f"failed: {path}: {reason}", err=True)
     if unreadable:

@@ -7,7 +7,8 @@ through the vocabulary, so its rare words count against the model as they should
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.captioner import captions_of, encoder_of
-from pipeline.captions import CaptionTable
+from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.dataset import load_table, rows_of, tokenised
 from pipeline.devices import choose_precision, default_workers
@@ -31,6 +32,14 @@ from pipeline.metrics import Scorer, diversity
 from pipeline.openvino_engine import choose_engine
 from pipeline.progress import progress_bar
 from pipeline.search import SearchConfig
+from pipeline.significance import (
+    RESAMPLES,
+    Difference,
+    Interval,
+    PerImage,
+    bootstrap,
+    compare,
+)
 from pipeline.validation import search_all
 from pipeline.vocabulary import tokenize
 
@@ -45,13 +54,16 @@ class Evaluation:
         predictions: image name to caption.
         scores: in percent, with the diversity of the captions.
         left_out: a sentence for each score that could not be had.
-        facts: what the scores were taken on and how: scorer, split, hash, search.
+        intervals: 95 % bootstrap interval over images of BLEU-4 and CIDEr-D.
+        facts: what the scores were taken on and how: scorer, split, hash, search, and the
+            seed and the options of the training.
         unreadable: how many pictures of the split could not be read and were left out.
     """
 
     predictions: dict[str, str]
     scores: dict[str, float]
     left_out: list[str]
+    intervals: dict[str, Interval]
     facts: dict[str, Any]
     unreadable: int
 
@@ -86,7 +98,7 @@ def evaluate_run(
     output: Path | None = None,
     java: bool = True,
 ) -> Evaluation:
-    """Score ``best.pt`` of a run, print the table, and write predictions and scores.
+    """Score ``best.pt`` of a run, and write predictions and scores.
 
     Args:
         run: a run folder, or a checkpoint.
@@ -119,9 +131,13 @@ def evaluate_run(
     _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
     _write_json(
         output.with_name(f"scores{suffix}.json"),
-        {**result.facts, "scores": result.scores, "left_out": result.left_out},
+        {
+            **result.facts,
+            "scores": result.scores,
+            "intervals_95_percent": {k: [v.low, v.high] for k, v in result.intervals.items()},
+            "left_out": result.left_out,
+        },
     )
-    print_table(result)
     click.echo(f"predictions: {output}", err=True)
     return result
 
@@ -152,8 +168,9 @@ def evaluate(
     tokens = {name: tokenize(text) for name, text in predictions.items()}
     java_scores, left_out = java_metrics(groups, tokens) if java else ({}, [])
     train = tokenised(opened.table.of_split("train"))
+    scorer = Scorer(groups)
     scores = {
-        **Scorer(groups).score(tokens),
+        **scorer.score(tokens),
         **java_scores,
         **diversity(tokens, (words for group in train.values() for words in group)),
     }
@@ -166,8 +183,12 @@ def evaluate(
         "search": asdict(config),
         "epoch": checkpoint.epoch,
         "features": opened.source,
+        "seed": checkpoint.settings.get("seed"),
+        "options": checkpoint.settings,
+        "resamples": RESAMPLES,
     }
-    return Evaluation(predictions, scores, left_out, facts, opened.unreadable)
+    intervals = bootstrap(PerImage(scorer, tokens))
+    return Evaluation(predictions, scores, left_out, intervals, facts, opened.unreadable)
 
 
 def _open_split(
@@ -222,24 +243,98 @@ def _write_json(path: Path, content: object) -> None:
         handle.write("\n")
 
 
-def print_table(result: Evaluation) -> None:
-    """Print the scores as a Markdown table on standard output."""
-    facts, scores = result.facts, result.scores
-    names = [name for name in scores if name[0].isupper()]
-    beam = facts["search"]["beam_size"]
-    how = "greedy" if beam == 1 else f"beam {beam}"
+def print_table(results: Mapping[str, Evaluation]) -> None:
+    """Print the scores of runs on one split as a Markdown table on standard output.
+
+    Several runs, such as those of several seeds, get a last row with mean and deviation.
+    """
+    first = next(iter(results.values()))
+    facts = first.facts
+    names = [name for name in first.scores if name[0].isupper()]
     click.echo(
         f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
-        f"{facts['references']:,} references, {how}"
+        f"{facts['references']:,} references, {search_in_words(facts['search'])}"
     )
-    click.echo("| " + " | ".join(names) + " |")
-    click.echo("|" + "---:|" * len(names))
-    click.echo("| " + " | ".join(f"{scores[name]:.1f}" for name in names) + " |")
-    click.echo(
-        f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} words "
-        f"used, {scores['copied_from_train']:,} captions "
-        f"({scores['copied_from_train_percent']:.1f} %) copied from train, "
-        f"{scores['mean_length']:.1f} words long on average"
-    )
-    for sentence in result.left_out:
+    lead = ["run"] if len(results) > 1 else []
+    click.echo("| " + " | ".join([*lead, *names]) + " |")
+    click.echo("|" + "---|" * len(lead) + "---:|" * len(names))
+    for run, result in results.items():
+        figures = [f"{result.scores[name]:.1f}" for name in names]
+        click.echo("| " + " | ".join([run, *figures] if lead else figures) + " |")
+    if lead:
+        columns = [[result.scores[name] for result in results.values()] for name in names]
+        means = [f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns]
+        click.echo("| " + " | ".join(["mean ± deviation", *means]) + " |")
+    for run, result in results.items():
+        scores = result.scores
+        click.echo(
+            (f"{run}: " if lead else "")
+            + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
+            f"words used, {scores['copied_from_train']:,} captions "
+            f"({scores['copied_from_train_percent']:.1f} %) copied from train, "
+            f"{scores['mean_length']:.1f} words long on average; over images, 95 %: "
+            + ", ".join(f"{k} {v.low:.1f} to {v.high:.1f}" for k, v in result.intervals.items())
+        )
+    for sentence in first.left_out:
         click.echo(sentence, err=True)
+
+
+def search_in_words(search: Mapping[str, Any]) -> str:
+    """Say in a few words how captions were searched."""
+    beam = search["beam_size"]
+    return "greedy" if beam == 1 else f"beam {beam}"
+
+
+def compare_predictions(
+    first: Path, second: Path, data: Path, captions: Path | None, split: str
+) -> dict[str, Difference]:
+    """Test whether two prediction files for the same images differ.
+
+    Args:
+        first, second: in the COCO results format, as ``evaluate_run`` writes them.
+        data, captions: where the references are.
+        split: of which the images are.
+
+    Raises:
+        UserError: a file cannot be read, or they are not of the same images of that split.
+    """
+    tokens = [_read_predictions(path) for path in (first, second)]
+    if tokens[0].keys() != tokens[1].keys():
+        apart = sorted(tokens[0].keys() ^ tokens[1].keys())
+        raise UserError(
+            f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
+        )
+    groups = _groups(read_captions(data, captions), split)
+    strangers = sorted(tokens[0].keys() - groups.keys())
+    if strangers:
+        raise UserError(f"{first}: {strangers[0]!r} is not in the {split} split of {data}")
+    if len(tokens[0]) < len(groups):
+        click.echo(f"{len(tokens[0]):,} of {len(groups):,} images have predictions", err=True)
+    scorer = Scorer({name: groups[name] for name in tokens[0]})
+    return compare(PerImage(scorer, tokens[0]), PerImage(scorer, tokens[1]))
+
+
+def _read_predictions(path: Path) -> dict[str, list[str]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tokens = {str(entry["image_id"]): tokenize(entry["caption"]) for entry in content}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a predictions file (a JSON list of image_id and caption)"
+        ) from error
+    if not tokens:
+        raise UserError(f"{path}: no predictions in it")
+    return tokens
+
+
+def print_comparison(differences: Mapping[str, Difference], first: Path, second: Path) -> None:
+    """Print the result of ``compare_predictions`` as a Markdown table on standard output."""
+    click.echo(f"| | {first} | {second} | difference | 95 % over images | p |")
+    click.echo("|---|---:|---:|---:|---:|---:|")
+    for name, d in differences.items():
+        click.echo(
+            f"| {name} | {d.first:.1f} | {d.second:.1f} | {d.second - d.first:+.1f} | "
+            f"{d.interval.low:+.1f} to {d.interval.high:+.1f} | {d.p_value:.4f} |"
+        )

@@ -25,6 +25,7 @@ from pipeline.captioner import encoder_of
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
 from pipeline.decoder import Decoder
+from pipeline.devices import inference_batch_size
 from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
 from pipeline.errors import InputError, UserError
 from pipeline.images import (
@@ -199,8 +200,10 @@ class JointStage:
     def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
         """Cross-entropy of all captions of the batch's pictures."""
         pixels = self.encoder.normalise(batch.pixels.to(self.device, non_blocking=True))
+        # Few at a time, as in extraction: what lies between two layers then stays in the cache.
+        few = pixels.split(inference_batch_size(self.device))
         with torch.no_grad():
-            hidden = self.frozen(pixels)
+            hidden = torch.cat([self.frozen(part) for part in few])
         features = self.unfrozen(hidden).flatten(1).float()  # (B, 2048)
         return self.decoder.loss(
             features[batch.picture.to(self.device)],

@@ -75,11 +75,20 @@ class Scorer:
         references, and ValueError if a special token is among the tokens.
         """
         counts = self._count(predictions)
-        scores = self._bleu(predictions, counts)
+        rows = self._bleu_counts(predictions, counts).values()
+        totals = [sum(column) for column in zip(*rows, strict=True)]
+        scores = {f"BLEU-{n + 1}": value for n, value in enumerate(bleu_of_counts(totals))}
         scores["ROUGE-L"] = self._rouge(predictions)
         cider = self._cider(predictions, counts)
         scores["CIDEr-D"] = math.fsum(cider.values()) / len(cider)
         return scores
+
+    def per_image_bleu_counts(self, predictions: Predictions) -> dict[str, list[int]]:
+        """Return for each image the counts that BLEU pools: see ``bleu_of_counts``.
+
+        Raises what ``score`` raises.
+        """
+        return self._bleu_counts(predictions, self._count(predictions))
 
     def per_image_cider(self, predictions: Predictions) -> dict[str, float]:
         """Return the CIDEr-D of each image in percent; their mean is the corpus's score.
@@ -93,39 +102,27 @@ class Scorer:
         check_predictions(predictions, self._references)
         return {name: _ngrams(predictions[name]) for name in self._references}
 
-    def _bleu(
+    def _bleu_counts(
         self, predictions: Predictions, counts: Mapping[str, Counter[Ngram]]
-    ) -> dict[str, float]:
-        """Return corpus BLEU (Papineni et al. 2002): counts are pooled over all images.
+    ) -> dict[str, list[int]]:
+        """Return for each image the counts that BLEU pools: see ``bleu_of_counts``.
 
         The reference length of an image is the one closest to the prediction's, the
         shorter of two equally close.
         """
-        matched = [0] * LONGEST_NGRAM
-        proposed = [0] * LONGEST_NGRAM
-        predicted_length = reference_length = 0
+        rows = {}
         for name, ngrams in counts.items():
             length = len(predictions[name])
-            predicted_length += length
-            reference_length += min(
+            reference_length = min(
                 (abs(caption.length - length), caption.length) for caption in self._references[name]
             )[1]
-            for n in range(LONGEST_NGRAM):
-                proposed[n] += max(0, length - n)
+            matched = [0] * LONGEST_NGRAM
             most = self._most[name]
             for ngram, count in ngrams.items():
                 matched[len(ngram) - 1] += min(count, most.get(ngram, 0))
-        # The COCO code's constants, which keep the divisions defined; without the same
-        # ones, scores of a handful of captions would differ.
-        tiny, small = 1e-15, 1e-9
-        ratio = (predicted_length + tiny) / (reference_length + small)
-        brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
-        scores = {}
-        product = 1.0
-        for n in range(LONGEST_NGRAM):
-            product *= (matched[n] + tiny) / (proposed[n] + small)
-            scores[f"BLEU-{n + 1}"] = 100 * brevity * product ** (1 / (n + 1))
-        return scores
+            proposed = [max(0, length - n) for n in range(LONGEST_NGRAM)]
+            rows[name] = [*matched, *proposed, length, reference_length]
+        return rows
 
     def _rouge(self, predictions: Predictions) -> float:
         """Return the mean ROUGE-L of the images (Lin 2004), in percent.
@@ -220,6 +217,27 @@ class _Reference:
             matches = row & self._positions.get(token, 0)
             row = ((row + matches) | (row - matches)) & full
         return self.length - row.bit_count()
+
+
+def bleu_of_counts(totals: Sequence[float]) -> list[float]:
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), in percent, of pooled counts.
+
+    ``totals`` holds the sums over all images of the n-grams matched (n = 1 to 4), the n-grams
+    proposed (n = 1 to 4), the words of the predictions and those of the references.
+    """
+    matched, proposed = totals[:LONGEST_NGRAM], totals[LONGEST_NGRAM : 2 * LONGEST_NGRAM]
+    predicted_length, reference_length = totals[2 * LONGEST_NGRAM :]
+    # The COCO code's constants, which keep the divisions defined; without the same
+    # ones, scores of a handful of captions would differ.
+    tiny, small = 1e-15, 1e-9
+    ratio = (predicted_length + tiny) / (reference_length + small)
+    brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
+    scores = []
+    product = 1.0
+    for n in range(LONGEST_NGRAM):
+        product *= (matched[n] + tiny) / (proposed[n] + small)
+        scores.append(100 * brevity * product ** (1 / (n + 1)))
+    return scores
 
 
 def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:

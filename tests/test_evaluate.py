@@ -41,6 +41,10 @@ def test_files_say_what_was_scored_and_the_scores_follow_from_the_predictions(
     assert saved["search"]["beam_size"] == 2
     assert f"{expected['CIDEr-D']:.1f}" in result.stdout
     assert "distinct captions" in result.stdout and "copied from train" in result.stdout
+    low, high = saved["intervals_95_percent"]["CIDEr-D"]
+    assert low <= expected["CIDEr-D"] <= high
+    assert f"CIDEr-D {low:.1f} to {high:.1f}" in result.stdout
+    assert saved["seed"] == 0 and saved["options"]["epochs"] == 12
 
 
 def test_without_java_the_table_says_what_is_left_out(
@@ -91,3 +95,54 @@ def test_what_does_not_belong_together_is_refused(drawn_run: DrawnRun, tmp_path:
         result = evaluate(*arguments)
         assert result.exit_code == 2, result.output
         assert message in result.stderr and "Traceback" not in result.output
+
+
+def test_several_runs_are_summed_up(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(drawn_run.run, tmp_path / name)
+    result = evaluate(tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == [
+        *("| run", f"| {tmp_path / 'a'}", f"| {tmp_path / 'b'}", "| mean ± deviation")
+    ]
+    assert rows[1][1:] == rows[2][1:]
+    assert rows[3][1] == f"{rows[1][1]} ± 0.0"
+    assert (tmp_path / "a" / "scores.json").is_file() and (tmp_path / "b" / "scores.json").is_file()
+    refused = evaluate(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "p.json")
+    assert refused.exit_code == 2 and "--output is for one run" in refused.stderr
+
+
+def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "p.json", tmp_path / "b.json"
+    evaluate(drawn_run.run, "--split", "train", "--output", first)
+    predictions = json.loads(first.read_text())
+    for entry in predictions:
+        entry["caption"] = "a zebra"
+    second.write_text(json.dumps(predictions))
+    options = ("--data", drawn_run.data, "--split", "train")
+    result = evaluate("--compare", first, second, *options)
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
+    cells = next(line for line in result.stdout.splitlines() if line.startswith("| CIDEr-D"))
+    assert f" {scores['CIDEr-D']:.1f} " in cells
+    assert float(cells.split("|")[-2]) < 0.01
+    same = evaluate("--compare", first, first, *options)
+    assert same.stdout.count("| +0.0 | +0.0 to +0.0 | 1.0000 |") == 2
+
+    (tmp_path / "text").write_text("no json")
+    (tmp_path / "numbers").write_text("[1, 2]")
+    (tmp_path / "fewer").write_text(json.dumps(predictions[1:]))
+    (tmp_path / "other").write_text(json.dumps([{"image_id": "x.jpg", "caption": "a dog"}]))
+    for arguments, message in (
+        (("--compare", first, tmp_path / "none", *options), "none: cannot be read"),
+        (("--compare", first, tmp_path / "text", *options), "not a predictions file"),
+        (("--compare", tmp_path / "numbers", second, *options), "not a predictions file"),
+        (("--compare", first, tmp_path / "fewer", *options), "not of the same images"),
+        (("--compare", *[tmp_path / "other"] * 2, *options), "'x.jpg' is not in the train split"),
+        (("--compare", first, second, drawn_run.run, *options), "give the runs to score, or"),
+        ((), "give the runs to score, or --compare"),
+    ):
+        refused = evaluate(*arguments)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.stderr and "Traceback" not in refused.output
