@@ -14,6 +14,8 @@ from pathlib import Path
 
 import click
 
+from pipeline.errors import UserError
+
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option(
@@ -82,6 +84,25 @@ import click
     help="Words seen less often in the training captions become <unk>.",
 )
 @click.option(
+    "--self-critical-epochs",
+    type=click.IntRange(min=0),
+    default=0,
+    help="So many of the last epochs learn from captions that the decoder draws itself, by their "
+    "CIDEr-D (arXiv 1612.00563). An epoch takes about twice as long.",
+)
+@click.option(
+    "--self-critical-lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-4,
+    help="Highest learning rate of those epochs.",
+)
+@click.option(
+    "--self-critical-truth",
+    type=click.FloatRange(min=0),
+    default=0.05,
+    help="Weight of people's captions in those epochs, which keeps the language sound; 0: none.",
+)
+@click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of weights, order and dropout."
 )
 @click.option(
@@ -133,6 +154,11 @@ def main(
     from pipeline.evaluation import evaluate_run, print_table
     from pipeline.features import default_cache_path
 
+    if numbers["self_critical_epochs"] >= numbers["epochs"]:
+        raise UserError(
+            f"--self-critical-epochs {numbers['self_critical_epochs']:.0f}: must be fewer than "
+            f"--epochs {numbers['epochs']:.0f}, as the first epochs learn people's captions"
+        )
     chosen = choose_device(device)
     options = DecoderOptions(
         data=str(data),

@@ -29,6 +29,7 @@ from pipeline.encoder import load_encoder
 from pipeline.joint_training import JointOptions, JointStage, Picture
 from pipeline.search import SearchConfig, search
 from pipeline.training import (
+    Phase,
     TrainingConfig,
     learning_rate_factor,
     make_optimizer,
@@ -67,7 +68,7 @@ def compare_decoder_training(material: Material, rounds: int) -> tuple[Compariso
     plain.load_state_dict(stage.decoder.state_dict())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
     data = plain_data(stage)
-    config = TrainingConfig(1, 0, 0, stage.options.precision)
+    config = TrainingConfig((Phase(1),), 0, 0, stage.options.precision)
 
     def ours() -> int:
         train_epoch(stage, optimizer, config, 1)
@@ -110,8 +111,8 @@ def equal_epochs(
     stage = decoder_stage(material, captions)
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
-    config = TrainingConfig(epochs, 0, 0, stage.options.precision)
-    steps = epochs * stage.batches_per_epoch()
+    config = TrainingConfig((Phase(epochs),), 0, 0, stage.options.precision)
+    steps = epochs * stage.batches_per_epoch(1)
     optimizer = make_optimizer(stage)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -151,6 +152,9 @@ def decoder_stage(
         hidden_size=size,
         dropout=0.5,
         min_count=5,
+        self_critical_epochs=0,
+        self_critical_lr=RATE,
+        self_critical_truth=0.0,
         patience=0,
         seed=0,
         precision=choose_training_precision("auto", CPU),
@@ -211,7 +215,7 @@ def compare_whole_job(
             rates.append(rate)
     small = decoder_stage(material, material.train[:500], size=256, batch=32)
     small_optimizer = make_optimizer(small)
-    config = TrainingConfig(1, 0, 0, small.options.precision)
+    config = TrainingConfig((Phase(1),), 0, 0, small.options.precision)
     small_rates = []
     for _ in range(rounds + 1):
         began = time.perf_counter()
@@ -296,7 +300,7 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
         device=CPU,
     )
     optimizer = make_optimizer(stage)
-    config = TrainingConfig(1, 0, 0, stage.options.precision)
+    config = TrainingConfig((Phase(1),), 0, 0, stage.options.precision)
 
     def ours() -> int:
         train_epoch(stage, optimizer, config, 1)

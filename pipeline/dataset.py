@@ -82,6 +82,14 @@ class EncodedCaptions:
         """Tokens in each caption, <start> and <end> included: int64 (M,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
+    @property
+    def first_of_picture(self) -> Tensor:
+        """Where each picture's captions begin, and where the last one's end: int64 (N + 1,).
+
+        Captions lie picture by picture, so those of picture i are a range.
+        """
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.pictures.bincount().cumsum(0)])
+
     def padded(self, indices: Tensor) -> Tensor:
         """Collect captions into int64 (len(indices), longest), padded with ``<pad>``."""
         starts = self.offsets[indices]

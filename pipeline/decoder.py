@@ -132,7 +132,11 @@ class Decoder(nn.Module):
         return dropout(outputs, self.config.dropout) if self.training else outputs
 
     def loss(
-        self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
+        self,
+        features: Tensor,
+        captions: Tensor,
+        label_smoothing: float = 0.0,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Sum the cross-entropy over the real tokens; padding is never even projected.
 
@@ -140,6 +144,7 @@ class Decoder(nn.Module):
             features: float (B, 2048).
             captions: int64 (B, T), <start> words <end> and then padding.
             label_smoothing: share of the target spread evenly over the vocabulary.
+            weights: float (B,), what each caption's loss counts; by default 1.
 
         Returns:
             The summed loss in nats, and the number of tokens that it runs over.
@@ -156,10 +161,12 @@ class Decoder(nn.Module):
         loss = F.cross_entropy(
             logits.float(),
             targets,
-            reduction="sum",
+            reduction="sum" if weights is None else "none",
             ignore_index=PAD_ID,
             label_smoothing=label_smoothing,
         )
+        if weights is not None:
+            loss = loss[:tokens] @ weights[chosen // (captions.shape[1] - 1)]
         return loss, tokens
 
     @torch.inference_mode()

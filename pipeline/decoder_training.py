@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ from pipeline.dataset import (
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.features import DONE, EncoderIdentity, FeatureCache
-from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
+from pipeline.self_critical import SAMPLES, SelfCritical
+from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
 from pipeline.vocabulary import Vocabulary
 
@@ -50,9 +52,28 @@ class DecoderOptions:
     hidden_size: int
     dropout: float
     min_count: int
+    self_critical_epochs: int
+    self_critical_lr: float
+    self_critical_truth: float
     patience: int
     seed: int
     precision: str
+
+
+@dataclass
+class CaptionBatch:
+    """Captions to learn by heart: features (B, 2048) and captions (B, T), padded."""
+
+    features: Tensor
+    captions: Tensor
+
+
+@dataclass
+class PictureBatch:
+    """Pictures to draw captions for: features (B, 2048) and the pictures' numbers (B,)."""
+
+    features: Tensor
+    pictures: Tensor
 
 
 @dataclass
@@ -79,24 +100,56 @@ class DecoderStage:
             }
         ]
 
-    def batches_per_epoch(self) -> int:
-        """Count the batches of captions."""
+    def is_self_critical(self, epoch: int) -> bool:
+        """Tell whether an epoch, counted from 1, learns from drawn captions."""
+        return epoch > self.options.epochs - self.options.self_critical_epochs
+
+    @property
+    def pictures_a_batch(self) -> int:
+        """Pictures whose drawn captions make a batch."""
+        return max(1, self.options.batch_size // SAMPLES)
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        """Count the batches of captions, or of pictures to draw captions for."""
+        if self.is_self_critical(epoch):
+            return -(-len(self.features) // self.pictures_a_batch)
         return count_batches(len(self.captions), self.options.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give features (B, 2048) and captions (B, T), of like length, in a new order."""
+    def batches(self, epoch: int) -> Iterator[CaptionBatch | PictureBatch]:
+        """Give captions of like length, or pictures, in a new order."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
+        if self.is_self_critical(epoch):
+            self.self_critical.reset()
+            order = torch.randperm(len(self.features), generator=generator)
+            for pictures in order.split(self.pictures_a_batch):
+                yield PictureBatch(self.features[pictures], pictures)
+            return
         for indices in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
-            yield self.features[self.captions.pictures[indices]], self.captions.padded(indices)
+            features = self.features[self.captions.pictures[indices]]
+            yield CaptionBatch(features, self.captions.padded(indices))
+
+    @functools.cached_property
+    def self_critical(self) -> SelfCritical:
+        """What self-critical epochs need, made when the first one begins."""
+        return SelfCritical(self.captions, self.options.self_critical_truth)
 
     def set_training(self, training: bool) -> None:
         """Switch dropout."""
         self.decoder.train(training)
 
-    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        """Cross-entropy of one batch."""
-        features, captions = (tensor.to(self.device, non_blocking=True) for tensor in batch)
-        return self.decoder.loss(features, captions, self.options.label_smoothing)
+    def loss(self, batch: CaptionBatch | PictureBatch) -> tuple[Tensor, int]:
+        """Cross-entropy of a batch of captions, or the self-critical loss of pictures."""
+        features = batch.features.to(self.device, non_blocking=True)
+        smoothing = self.options.label_smoothing
+        if isinstance(batch, PictureBatch):
+            return self.self_critical.loss(self.decoder, features, batch.pictures, smoothing)
+        captions = batch.captions.to(self.device, non_blocking=True)
+        return self.decoder.loss(features, captions, smoothing)
+
+    def facts(self) -> dict[str, float]:
+        """The mean reward of the captions drawn, if any were."""
+        drawn = "self_critical" in vars(self) and self.self_critical.drawn
+        return {"reward": self.self_critical.mean_reward} if drawn else {}
 
     def validate(self) -> dict[str, float]:
         """Loss and scores on val."""
@@ -132,7 +185,12 @@ def train_decoder(
             or val empty; the run there has other settings.
     """
     stage = prepare_stage(options, run, device, memory, force)
-    config = TrainingConfig(options.epochs, options.patience, options.seed, options.precision)
+    plain = options.epochs - options.self_critical_epochs
+    phases = (
+        Phase(plain),
+        Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
+    )
+    config = TrainingConfig(phases, options.patience, options.seed, options.precision)
     return train(stage, run, config)
 
 

@@ -37,7 +37,7 @@ from pipeline.images import (
     prefetch,
     unreadable_images,
 )
-from pipeline.training import SEED_STRIDE, Progress, TrainingConfig, open_run, train
+from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
 from pipeline.vocabulary import Vocabulary
 
@@ -120,9 +120,7 @@ class JointStage:
         self.encoder.requires_grad_(False)
         self.unfrozen.requires_grad_(True)
         self.unfrozen.to(memory_format=torch.channels_last)
-        # Captions lie picture by picture, so those of picture i are a range.
-        counts = torch.bincount(self.captions.pictures, minlength=len(self.pictures))
-        self.first_caption = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        self.first_caption = self.captions.first_of_picture
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Encoder and decoder, each with its learning rate."""
@@ -140,7 +138,7 @@ class JointStage:
             },
         ]
 
-    def batches_per_epoch(self) -> int:
+    def batches_per_epoch(self, epoch: int) -> int:
         """Count the batches of pictures."""
         return -(-len(self.pictures) // self.options.batch_size)
 
@@ -210,6 +208,10 @@ class JointStage:
             batch.captions.to(self.device),
             self.options.label_smoothing,
         )
+
+    def facts(self) -> dict[str, float]:
+        """Nothing else."""
+        return {}
 
     def validate(self) -> dict[str, float]:
         """Encode the val pictures with the present encoder, and score the decoder on them."""
@@ -304,7 +306,7 @@ def finetune_joint(
         err=True,
     )
     config = TrainingConfig(
-        options.epochs,
+        (Phase(options.epochs),),
         options.patience,
         options.seed,
         options.precision,

@@ -20,16 +20,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
+from pipeline.cider import LONGEST_NGRAM, Ngram, Rarity, cider_d, ngrams
 from pipeline.errors import UserError
 from pipeline.vocabulary import END, PAD, START, UNKNOWN
 
 References = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each reference
 Predictions = Mapping[str, Sequence[str]]  # image name -> tokens
-Ngram = tuple[str, ...]
 
-LONGEST_NGRAM = 4
 ROUGE_BETA = 1.2  # weight of recall against precision
-CIDER_SIGMA = 6.0  # in words, of the penalty on a difference in length
 
 
 class Scorer:
@@ -49,20 +47,18 @@ class Scorer:
             name: [_Reference(tokens) for tokens in captions]
             for name, captions in references.items()
         }
-        # How many images have the n-gram in at least one reference.
-        frequencies: Counter[Ngram] = Counter()
-        for captions in self._references.values():
-            frequencies.update({ngram for caption in captions for ngram in caption.counts})
-        self._log_images = math.log(len(references))
-        self._rarity = {
-            ngram: self._log_images - math.log(frequency)
-            for ngram, frequency in frequencies.items()
+        self._rarity = Rarity(
+            {ngram for caption in captions for ngram in caption.counts}
+            for captions in self._references.values()
+        )
+        self._weighed = {
+            name: [self._rarity.weigh(caption.counts) for caption in captions]
+            for name, captions in self._references.items()
         }
         self._most: dict[str, dict[Ngram, int]] = {}  # highest count in one reference
         for name, captions in self._references.items():
             most: dict[Ngram, int] = {}
             for caption in captions:
-                caption.weights, caption.norms = self._weigh(caption.counts)
                 for ngram, count in caption.counts.items():
                     most[ngram] = max(most.get(ngram, 0), count)
             self._most[name] = most
@@ -79,7 +75,7 @@ class Scorer:
         totals = [sum(column) for column in zip(*rows, strict=True)]
         scores = {f"BLEU-{n + 1}": value for n, value in enumerate(bleu_of_counts(totals))}
         scores["ROUGE-L"] = self._rouge(predictions)
-        cider = self._cider(predictions, counts)
+        cider = self._cider(counts)
         scores["CIDEr-D"] = math.fsum(cider.values()) / len(cider)
         return scores
 
@@ -95,12 +91,12 @@ class Scorer:
 
         Raises what ``score`` raises.
         """
-        return self._cider(predictions, self._count(predictions))
+        return self._cider(self._count(predictions))
 
     def _count(self, predictions: Predictions) -> dict[str, Counter[Ngram]]:
         """Return the n-grams of each prediction, in the references' order of images."""
         check_predictions(predictions, self._references)
-        return {name: _ngrams(predictions[name]) for name in self._references}
+        return {name: ngrams(predictions[name]) for name in self._references}
 
     def _bleu_counts(
         self, predictions: Predictions, counts: Mapping[str, Counter[Ngram]]
@@ -111,14 +107,14 @@ class Scorer:
         shorter of two equally close.
         """
         rows = {}
-        for name, ngrams in counts.items():
+        for name, found in counts.items():
             length = len(predictions[name])
             reference_length = min(
                 (abs(caption.length - length), caption.length) for caption in self._references[name]
             )[1]
             matched = [0] * LONGEST_NGRAM
             most = self._most[name]
-            for ngram, count in ngrams.items():
+            for ngram, count in found.items():
                 matched[len(ngram) - 1] += min(count, most.get(ngram, 0))
             proposed = [max(0, length - n) for n in range(LONGEST_NGRAM)]
             rows[name] = [*matched, *proposed, length, reference_length]
@@ -146,51 +142,16 @@ class Scorer:
             total += (1 + beta_squared) * precision * recall / (recall + beta_squared * precision)
         return 100 * total / len(self._references)
 
-    def _cider(
-        self, predictions: Predictions, counts: Mapping[str, Counter[Ngram]]
-    ) -> dict[str, float]:
-        """Return CIDEr-D of each image (Vedantam et al. 2015), in percent.
+    def _cider(self, counts: Mapping[str, Counter[Ngram]]) -> dict[str, float]:
+        """Return CIDEr-D of each image, in percent: see ``cider``.
 
-        Cosines of TF-IDF vectors, clipped, with a penalty on a difference in length,
-        averaged over n-gram lengths and references and multiplied by 10 as in the
-        paper. Document frequencies are those of the references scored here, so with
-        one image every weight, and the score, is 0.
+        Document frequencies are those of the references scored here, so with one image
+        every weight, and the score, is 0.
         """
-        scores = {}
-        for name, ngrams in counts.items():
-            weights, norms = self._weigh(ngrams)
-            bigrams = max(0, len(predictions[name]) - 1)
-            captions = self._references[name]
-            total = 0.0
-            for caption in captions:
-                products = [0.0] * LONGEST_NGRAM
-                for ngram, weight in weights.items():
-                    other = caption.weights.get(ngram)
-                    if other is not None:
-                        products[len(ngram) - 1] += min(weight, other) * other
-                similarity = sum(
-                    product / (norm * other_norm)
-                    for product, norm, other_norm in zip(
-                        products, norms, caption.norms, strict=True
-                    )
-                    if norm and other_norm
-                )
-                # The COCO code measures length in bigrams: it differs from words only
-                # where a caption has no word at all.
-                difference = bigrams - max(0, caption.length - 1)
-                total += similarity * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-            scores[name] = 100 * 10 * total / LONGEST_NGRAM / len(captions)
-        return scores
-
-    def _weigh(self, counts: Mapping[Ngram, int]) -> tuple[dict[Ngram, float], list[float]]:
-        """Return the TF-IDF weight of each n-gram and the vector's norm for n = 1 to 4."""
-        weights = {}
-        squares = [0.0] * LONGEST_NGRAM
-        for ngram, count in counts.items():
-            # An n-gram that no reference has counts as if one image had it.
-            weights[ngram] = weight = count * self._rarity.get(ngram, self._log_images)
-            squares[len(ngram) - 1] += weight * weight
-        return weights, [math.sqrt(square) for square in squares]
+        return {
+            name: cider_d(self._rarity.weigh(found), self._weighed[name])
+            for name, found in counts.items()
+        }
 
 
 class _Reference:
@@ -198,9 +159,7 @@ class _Reference:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self.length = len(tokens)
-        self.counts = _ngrams(tokens)
-        self.weights: dict[Ngram, float] = {}
-        self.norms: list[float] = []
+        self.counts = ngrams(tokens)
         self._positions: dict[str, int] = {}  # token -> bits of the places where it stands
         for place, token in enumerate(tokens):
             self._positions[token] = self._positions.get(token, 0) | 1 << place
@@ -238,16 +197,6 @@ def bleu_of_counts(totals: Sequence[float]) -> list[float]:
         product *= (matched[n] + tiny) / (proposed[n] + small)
         scores.append(100 * brevity * product ** (1 / (n + 1)))
     return scores
-
-
-def _ngrams(tokens: Sequence[str]) -> Counter[Ngram]:
-    """Return how often each n-gram occurs, for n = 1 to 4."""
-    words = tuple(tokens)
-    return Counter(
-        words[start : start + n]
-        for n in range(1, LONGEST_NGRAM + 1)
-        for start in range(len(words) - n + 1)
-    )
 
 
 def check_references(references: References) -> None:

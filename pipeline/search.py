@@ -1,4 +1,4 @@
-"""From features to captions: greedy and beam search, batched over pictures and hypotheses.
+"""From features to captions: greedy and beam search, and sampling, batched over pictures.
 
 No picture's result depends on the others in its batch. ``<unk>``, ``<pad>`` and ``<start>``
 are never chosen, and a caption that reaches the longest length is closed with ``<end>``,
@@ -76,6 +76,12 @@ def _best_tokens(
         Log-probabilities, (R, min(count, V)), best first, -inf for forbidden ones, and tokens.
     """
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    best, tokens = _forbid(logits, length, config).topk(min(count, logits.shape[1]), dim=-1)
+    return best - normaliser, tokens
+
+
+def _forbid(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
+    """Set the logits (R, V) of what may not come after ``length`` words to -inf, in place."""
     if length >= config.max_length:
         end = logits[:, END_ID].clone()
         logits.fill_(-torch.inf)
@@ -84,8 +90,7 @@ def _best_tokens(
         logits[:, FORBIDDEN] = -torch.inf
         if length < config.min_length:
             logits[:, END_ID] = -torch.inf
-    best, tokens = logits.topk(min(count, logits.shape[1]), dim=-1)
-    return best - normaliser, tokens
+    return logits
 
 
 @torch.inference_mode()
@@ -106,12 +111,7 @@ def greedy_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> l
         finished |= token == END_ID
         if bool(finished.all()):
             break
-    hypotheses = []
-    for row, log_probability in zip(torch.stack(steps, 1).tolist(), total.tolist(), strict=True):
-        words = row[: row.index(END_ID)]
-        score = log_probability / (len(words) + 1) ** config.length_penalty
-        hypotheses.append(Hypothesis(words, log_probability, score))
-    return hypotheses
+    return _ended(steps, total, config)
 
 
 @torch.inference_mode()
@@ -181,6 +181,50 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
         token, chosen = token.flatten(), chosen.flatten()
         hidden, cell = hidden.index_select(0, chosen), cell.index_select(0, chosen)
     return results
+
+
+@torch.inference_mode()
+def sample(
+    decoder: Decoder, features: Tensor, count: int, config: SearchConfig
+) -> list[list[Hypothesis]]:
+    """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
+
+    Chance is torch's own (``torch.manual_seed``). Of ``config`` the lengths are used.
+
+    Returns:
+        For each picture its captions as they were drawn, not sorted; some may be the same.
+    """
+    rows, device = len(features) * count, features.device
+    hidden, cell = (part.repeat_interleave(count, 0) for part in decoder.start(features))
+    token = torch.full((rows,), START_ID, device=device)
+    total = torch.zeros(rows, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    for length in range(config.max_length + 1):
+        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        log_probabilities = logits.log_softmax(dim=-1)
+        # Where the running sum of probabilities passes a random share of it: a number a row.
+        sums = _forbid(logits, length, config).softmax(dim=-1).cumsum(dim=-1)
+        place = torch.rand(rows, 1, device=device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, place, right=True).clamp_(max=sums.shape[1] - 1)
+        total += log_probabilities.gather(1, drawn)[:, 0].masked_fill(finished, 0.0)
+        token = drawn[:, 0].masked_fill(finished, PAD_ID)
+        steps.append(token)
+        finished |= token == END_ID
+        if bool(finished.all()):
+            break
+    hypotheses = _ended(steps, total, config)
+    return [hypotheses[start : start + count] for start in range(0, rows, count)]
+
+
+def _ended(steps: list[Tensor], totals: Tensor, config: SearchConfig) -> list[Hypothesis]:
+    """Make hypotheses of the tokens (R,) of every step; each row has an <end>."""
+    hypotheses = []
+    for row, total in zip(torch.stack(steps, 1).tolist(), totals.tolist(), strict=True):
+        words = row[: row.index(END_ID)]
+        score = total / (len(words) + 1) ** config.length_penalty
+        hypotheses.append(Hypothesis(words, total, score))
+    return hypotheses
 
 
 def _gather(sequences: Tensor, which: Tensor) -> Tensor:

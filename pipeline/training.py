@@ -42,26 +42,53 @@ PATH_OPTIONS = {"data", "captions", "features", "weights"}
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Epochs over which the learning rate rises and falls once.
+
+    Attributes:
+        epochs: how many.
+        rate: times the stage's full learning rates.
+    """
+
+    epochs: int
+    rate: float = 1.0
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast to train.
 
     Attributes:
-        epochs: passes over the training captions; the learning rate falls over all of them.
+        phases: of passes over the training captions, one after the other.
         patience: stop after so many epochs without a better CIDEr-D; 0 never stops.
-        warmup: share of all steps over which the learning rate rises from zero.
+        warmup: share of a phase's steps over which the learning rate rises from zero.
         clip: largest norm of the gradient.
         accumulate: batches whose gradients are summed before a step.
         seed: of everything random.
         precision: of the network's arithmetic in training: fp32 or bf16.
     """
 
-    epochs: int
+    phases: tuple[Phase, ...]
     patience: int
     seed: int
     precision: str
     warmup: float = 0.02
     clip: float = 5.0
     accumulate: int = 1
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all phases together."""
+        return sum(phase.epochs for phase in self.phases)
+
+    def phase_of(self, epoch: int) -> tuple[Phase, int]:
+        """Find the phase of an epoch, counted from 1, and how many of its epochs come before."""
+        before = epoch - 1
+        for phase in self.phases:
+            if before < phase.epochs:
+                return phase, before
+            before -= phase.epochs
+        raise ValueError(f"no epoch {epoch} in {self.phases}")
 
 
 class LossError(Exception):
@@ -76,7 +103,7 @@ class Stage(Protocol):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Give the optimizer's groups, each with ``params``, ``lr`` and ``weight_decay``."""
 
-    def batches_per_epoch(self) -> int:
+    def batches_per_epoch(self, epoch: int) -> int:
         """Say how many batches ``batches`` gives."""
 
     def batches(self, epoch: int) -> Iterator[Any]:
@@ -86,7 +113,10 @@ class Stage(Protocol):
         """Switch dropout and the like on or off."""
 
     def loss(self, batch: Any) -> tuple[Tensor, int]:
-        """Give the summed loss of a batch and the number of its tokens."""
+        """Give the summed loss of a batch, and of how many tokens or captions it is."""
+
+    def facts(self) -> dict[str, float]:
+        """Give what else is to be logged of the epoch that was trained last."""
 
     def validate(self) -> dict[str, float]:
         """Score the present weights on val; one of the scores is ``CIDEr-D``."""
@@ -194,6 +224,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         finish_epoch(
             {
                 "train_loss": train_loss,
+                **stage.facts(),
                 "learning_rate": optimizer.param_groups[0]["lr"],
                 "seconds": round(time.perf_counter() - began, 2),
             }
@@ -217,14 +248,16 @@ def train_epoch(
         LossError: the loss is no longer a number, or there was nothing to train on.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    steps = math.ceil(stage.batches_per_epoch() / config.accumulate)
-    step = (epoch - 1) * steps
+    phase, before = config.phase_of(epoch)
+    count = stage.batches_per_epoch(epoch)
+    steps = math.ceil(count / config.accumulate)  # an epoch
+    step = before * steps
     torch.manual_seed(config.seed * SEED_STRIDE + epoch)
     stage.set_training(True)
 
     def update(batches: int) -> None:
         """Take one step with the gradients of so many batches."""
-        factor = learning_rate_factor(step, steps * config.epochs, config.warmup)
+        factor = phase.rate * learning_rate_factor(step, steps * phase.epochs, config.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         for parameter in parameters if batches > 1 else ():
@@ -237,7 +270,7 @@ def train_epoch(
     loss_sum, tokens_sum, pending = 0.0, 0, 0
     bar = progress_bar(
         stage.batches(epoch),
-        total=stage.batches_per_epoch(),
+        total=count,
         desc=f"epoch {epoch}",
         unit="batch",
         leave=False,
@@ -322,7 +355,9 @@ def _write_tensorboard(run: Path, record: dict[str, float]) -> None:
 def _epoch_line(record: dict[str, float], epochs: int, better: bool) -> str:
     """Sum an epoch up in one line for the terminal."""
     parts = [f"epoch {record['epoch']:>3.0f}/{epochs}"]
-    if "train_loss" in record:
+    if "reward" in record:
+        parts.append(f"reward {record['reward']:.1f}")
+    elif "train_loss" in record:
         parts.append(f"train loss {record['train_loss']:.3f}")
     parts.append(f"val loss {record['val_loss']:.3f}")
     parts += [f"{name} {record[name]:.1f}" for name in ("BLEU-4", "CIDEr-D")]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.decoder import Decoder, DecoderConfig
-from pipeline.search import SearchConfig, beam_search, greedy_search, search
+from pipeline.search import SearchConfig, beam_search, greedy_search, sample, search
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 
 VOCABULARY = 30
@@ -134,3 +135,35 @@ def test_length_penalty_prefers_longer_captions() -> None:
         return sum(len(h[0].tokens) for h in found) / len(found)
 
     assert mean_length(0.0) < mean_length(1.5)
+
+
+def test_samples_come_as_often_as_the_model_says() -> None:
+    decoder, features = make_decoder(vocabulary=8, sharpness=1.0), some_features(2)
+    config = SearchConfig(max_length=3, length_penalty=0.0)
+    torch.manual_seed(0)
+    for row, drawn in zip(features, sample(decoder, features, 20_000, config), strict=True):
+        assert len(drawn) == 20_000
+        counts = Counter(tuple(hypothesis.tokens) for hypothesis in drawn)
+        # The first word is one of the vocabulary's own, as a caption has at least one.
+        logits, _ = decoder.step(torch.tensor([START_ID]), decoder.start(row.unsqueeze(0)))
+        first = logits[0].softmax(-1)
+        allowed = first[4:] / first[4:].sum()
+        for word in range(4, 8):
+            share = sum(n for words, n in counts.items() if words[0] == word) / 20_000
+            expected = float(allowed[word - 4])
+            assert share == pytest.approx(expected, abs=4 * (expected / 20_000) ** 0.5 + 1e-4)
+        for hypothesis in drawn[:50]:
+            expected = teacher_forced(decoder, row, hypothesis.tokens)
+            assert hypothesis.log_probability == pytest.approx(expected, abs=1e-4)
+            assert 1 <= len(hypothesis.tokens) <= 3
+
+
+def test_samples_follow_from_the_seed() -> None:
+    decoder, features = make_decoder(), some_features(6)
+    config = SearchConfig(max_length=9)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append([[h.tokens for h in drawn] for drawn in sample(decoder, features, 4, config)])
+    assert found[0] == found[1] != found[2]
+    assert min(token for drawn in found[0] for tokens in drawn for token in tokens) > UNKNOWN_ID

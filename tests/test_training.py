@@ -23,7 +23,7 @@ import train_decoder as command
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
-from pipeline.training import TrainingConfig, learning_rate_factor, open_run, train
+from pipeline.training import Phase, TrainingConfig, learning_rate_factor, open_run, train
 from pipeline.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ class ScriptedStage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.decoder.parameters()), "lr": 0.1, "weight_decay": 0.01}]
 
-    def batches_per_epoch(self) -> int:
+    def batches_per_epoch(self, epoch: int) -> int:
         return len(self.batch_sizes)
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,6 +66,9 @@ class ScriptedStage:
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         loss, tokens = self.decoder.loss(*batch)
         return loss * float("nan") if self.spoil_loss else loss, tokens
+
+    def facts(self) -> dict[str, float]:
+        return {}
 
     def validate(self) -> dict[str, float]:
         self.validations += 1
@@ -91,7 +94,9 @@ class ScoringStage(ScriptedStage):
 
 
 def config(epochs: int, patience: int = 0, accumulate: int = 1) -> TrainingConfig:
-    return TrainingConfig(epochs, patience, seed=0, precision="fp32", accumulate=accumulate)
+    return TrainingConfig(
+        (Phase(epochs),), patience, seed=0, precision="fp32", accumulate=accumulate
+    )
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -112,6 +117,27 @@ def test_learning_rate_rises_and_falls_to_zero() -> None:
     assert factors[55] == pytest.approx(0.5)
     assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
     assert 0 < factors[-1] < 0.001
+
+
+def test_every_phase_has_its_own_rise_and_fall(tmp_path: Path) -> None:
+    class Watched(ScriptedStage):
+        def facts(self) -> dict[str, float]:
+            return {"reward": 50.0}
+
+    phases = (Phase(3), Phase(2, rate=0.1))
+    settings = TrainingConfig(phases, 0, seed=0, precision="fp32")
+    assert settings.epochs == 5
+    assert [settings.phase_of(epoch) for epoch in range(1, 6)] == [
+        *[(phases[0], before) for before in range(3)],
+        *[(phases[1], before) for before in range(2)],
+    ]
+    train(Watched([]), tmp_path, settings)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # The rate of each epoch's last step: 2 batches an epoch, the stage's full rate is 0.1.
+    last = [learning_rate_factor(step, 6, 0.02) for step in (1, 3, 5)]
+    last += [0.1 * learning_rate_factor(step, 4, 0.02) for step in (1, 3)]
+    assert [line["learning_rate"] for line in log] == pytest.approx([0.1 * f for f in last])
+    assert [line["reward"] for line in log] == [50.0] * 5
 
 
 def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
@@ -185,7 +211,7 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
             for features, captions in super().batches(epoch):
                 yield from zip(features.split(4), captions.split(4), strict=True)
 
-        def batches_per_epoch(self) -> int:
+        def batches_per_epoch(self, epoch: int) -> int:
             return 2 * len(self.batch_sizes)
 
     train(NoDropout([], (8, 8)), tmp_path / "large", config(2))
@@ -267,6 +293,7 @@ def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
         (arguments(data, tmp_path / "none.h5", run), "make it with extract_features.py"),
         (arguments(data, features, run, "--device", "cuda:9"), "--device"),
         (arguments(data, features, run, "--min-count", "1000"), "--min-count"),
+        (arguments(data, features, run, "--self-critical-epochs", "6"), "--self-critical-epochs 6"),
     ):
         result = CliRunner().invoke(command.main, changed)
         assert result.exit_code == 2, result.output
@@ -276,12 +303,12 @@ def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
 
 
 def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> None:
-    """SIGKILL twice, once in an early and once in a later epoch, against an undisturbed run."""
+    """SIGKILL twice, in an early and in a self-critical epoch, against an undisturbed run."""
     data, features = make_small_data(tmp_path)
 
     def start(run: Path) -> subprocess.Popen[bytes]:
         command_line = [sys.executable, "train_decoder.py", *arguments(data, features, run)]
-        command_line += ["--epochs", "40", "--patience", "0"]
+        command_line += ["--epochs", "40", "--self-critical-epochs", "30"]
         return subprocess.Popen(
             command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
