@@ -10,6 +10,10 @@ The feature vector is first standardised by mean and deviation over the training
 which are kept with the weights: encoders differ in scale, the decoder should not care.
 Dropout stands where the paper's authors put it, on the inputs and on the outputs of the
 LSTM but not on its state (Zaremba et al., arXiv 1409.2329).
+
+Beyond the paper, by choice: the picture also gives the LSTM's first state (Tanti et al., arXiv
+1703.09137, "init-inject"); words are told by the vectors that they are read by (Press and Wolf,
+arXiv 1608.05859), to which a linear layer brings the LSTM's output; features have dropout too.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ class DecoderConfig:
         hidden_size: width H of the LSTM.
         dropout: probability, on the LSTM's inputs and outputs.
         feature_size: width of the encoder's features.
+        feature_dropout: probability, on the standardised features.
+        image_state: whether the picture gives the LSTM's first state, besides its first input.
+        tied: whether words are told by the vectors that they are read by.
     """
 
     vocabulary_size: int
@@ -49,6 +56,9 @@ class DecoderConfig:
     hidden_size: int = 512
     dropout: float = 0.5
     feature_size: int = FEATURE_SIZE
+    feature_dropout: float = 0.0
+    image_state: bool = False
+    tied: bool = False
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:
@@ -58,6 +68,8 @@ def dropout(values: Tensor, probability: float) -> Tensor:
     fp32 training step. Here 64 random bits serve eight values, for
     which the probability is rounded to a multiple of 1/256.
     """
+    if not probability:
+        return values
     if values.device.type != "cpu":
         return F.dropout(values, probability)
     dropped = min(255, round(probability * 256))
@@ -82,14 +94,23 @@ class Decoder(nn.Module):
             config.vocabulary_size, config.embed_size, padding_idx=PAD_ID
         )
         self.lstm = nn.LSTM(config.embed_size, config.hidden_size, batch_first=True)
-        self.projection = nn.Linear(config.hidden_size, config.vocabulary_size)
+        if config.tied:
+            self.to_embedding = nn.Linear(config.hidden_size, config.embed_size)
+            self.projection = nn.Linear(config.embed_size, config.vocabulary_size)
+            self.projection.weight = self.word_embedding.weight
+        else:
+            self.projection = nn.Linear(config.hidden_size, config.vocabulary_size)
+        if config.image_state:
+            self.image_state = nn.Linear(config.embed_size, 2 * config.hidden_size)
         self._gates: tuple[object, Tensor] | None = None
         self._initialise()
 
     def _initialise(self) -> None:
-        # Embeddings and image vectors of like size, so that neither drowns the other.
-        nn.init.normal_(self.word_embedding.weight, std=0.1)
-        nn.init.normal_(self.image_embedding.weight, std=0.1 / self.config.feature_size**0.5)
+        # Embeddings and image vectors of like size, so that neither drowns the other; and where
+        # words are told by their embeddings, logits of about the size of what they are told from.
+        deviation = self.config.embed_size**-0.5 if self.config.tied else 0.1
+        nn.init.normal_(self.word_embedding.weight, std=deviation)
+        nn.init.normal_(self.image_embedding.weight, std=deviation / self.config.feature_size**0.5)
         nn.init.zeros_(self.image_embedding.bias)
         nn.init.zeros_(self.projection.bias)
         with torch.no_grad():
@@ -108,10 +129,19 @@ class Decoder(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_scale.copy_(1.0 / torch.maximum(deviation, floor))
 
-    def embed_image(self, features: Tensor) -> Tensor:
-        """Map features (B, 2048) to the LSTM's first input (B, 1, E)."""
+    def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
+        """Map features (B, 2048) to the LSTM's first input (B, 1, E) and its state before."""
         standard = (features - self.feature_mean) * self.feature_scale
-        return self.image_embedding(standard).unsqueeze(1)
+        if self.training:
+            standard = dropout(standard, self.config.feature_dropout)
+        image = self.image_embedding(standard)
+        if self.config.image_state:
+            shown = dropout(image, self.config.dropout) if self.training else image
+            hidden, cell = self.image_state(shown).chunk(2, dim=1)
+            state = hidden.tanh(), cell.contiguous()
+        else:
+            state = image.new_zeros(2, len(image), self.config.hidden_size).unbind(0)
+        return image.unsqueeze(1), state
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
         """Read captions teacher-forced.
@@ -124,12 +154,17 @@ class Decoder(nn.Module):
             Outputs of the LSTM after every token, dropout applied: (B, T, H). Position t
             predicts token t + 1. The output after the picture itself predicts nothing.
         """
-        inputs = torch.cat([self.embed_image(features), self.word_embedding(tokens)], dim=1)
+        image, (hidden, cell) = self.embed_image(features)
+        inputs = torch.cat([image, self.word_embedding(tokens)], dim=1)
         if self.training:
             inputs = dropout(inputs, self.config.dropout)
-        outputs, _ = self.lstm(inputs)  # (B, 1 + T, H)
+        outputs, _ = self.lstm(inputs, (hidden.unsqueeze(0), cell.unsqueeze(0)))  # (B, 1 + T, H)
         outputs = outputs[:, 1:]
         return dropout(outputs, self.config.dropout) if self.training else outputs
+
+    def project(self, outputs: Tensor) -> Tensor:
+        """Map outputs of the LSTM (..., H) to logits (..., V)."""
+        return self.projection(self.to_embedding(outputs) if self.config.tied else outputs)
 
     def loss(
         self,
@@ -157,7 +192,7 @@ class Decoder(nn.Module):
         targets = F.pad(targets[chosen], (0, spare), value=PAD_ID)  # ignored in the loss
         # index_select, as the gradient of plain indexing takes thrice as long.
         outputs = outputs.index_select(0, F.pad(chosen, (0, spare)))
-        logits = self.projection(outputs)  # (tokens + spare, V)
+        logits = self.project(outputs)  # (tokens + spare, V)
         loss = F.cross_entropy(
             logits.float(),
             targets,
@@ -172,7 +207,8 @@ class Decoder(nn.Module):
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
         """Show the pictures (B, 2048) to the LSTM; returns its state."""
-        _, (hidden, cell) = self.lstm(self.embed_image(features))
+        image, (hidden, cell) = self.embed_image(features)
+        _, (hidden, cell) = self.lstm(image, (hidden.unsqueeze(0), cell.unsqueeze(0)))
         return hidden[0], cell[0]
 
     @torch.inference_mode()
@@ -192,7 +228,7 @@ class Decoder(nn.Module):
         enter, keep, new, out = gates.chunk(4, dim=1)  # each (B, H)
         cell = keep.sigmoid_().mul_(cell).addcmul_(enter.sigmoid_(), new.tanh_())
         hidden = out.sigmoid_() * cell.tanh()
-        return self.projection(hidden).float(), (hidden, cell)
+        return self.project(hidden).float(), (hidden, cell)
 
     def train(self, mode: bool = True) -> Decoder:
         """Switch dropout on or off."""

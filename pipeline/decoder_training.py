@@ -51,6 +51,10 @@ class DecoderOptions:
     embed_size: int
     hidden_size: int
     dropout: float
+    feature_dropout: float
+    image_state: bool
+    tied: bool
+    average: float
     min_count: int
     self_critical_epochs: int
     self_critical_lr: float
@@ -190,7 +194,9 @@ def train_decoder(
         Phase(plain),
         Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
     )
-    config = TrainingConfig(phases, options.patience, options.seed, options.precision)
+    config = TrainingConfig(
+        phases, options.patience, options.seed, options.precision, average=options.average
+    )
     return train(stage, run, config)
 
 
@@ -231,7 +237,15 @@ def prepare_stage(
     val_features = PictureFeatures(cache, val_rows, memory - features.size)
     torch.manual_seed(options.seed)
     decoder = Decoder(
-        DecoderConfig(len(vocabulary), options.embed_size, options.hidden_size, options.dropout)
+        DecoderConfig(
+            vocabulary_size=len(vocabulary),
+            embed_size=options.embed_size,
+            hidden_size=options.hidden_size,
+            dropout=options.dropout,
+            feature_dropout=options.feature_dropout,
+            image_state=options.image_state,
+            tied=options.tied,
+        )
     )
     if saved is not None:
         decoder.load_state_dict(saved.decoder_weights)

@@ -64,6 +64,8 @@ class TrainingConfig:
         warmup: share of a phase's steps over which the learning rate rises from zero.
         clip: largest norm of the gradient.
         accumulate: batches whose gradients are summed before a step.
+        average: decay of a running mean of the weights, which is what is scored and saved as the
+            model (Polyak averaging, exponential); 0 keeps none.
         seed: of everything random.
         precision: of the network's arithmetic in training: fp32 or bf16.
     """
@@ -75,6 +77,7 @@ class TrainingConfig:
     warmup: float = 0.02
     clip: float = 5.0
     accumulate: int = 1
+    average: float = 0.0
 
     @property
     def epochs(self) -> int:
@@ -172,6 +175,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
     """
     optimizer = make_optimizer(stage)
     progress = Progress()
+    average = WeightAverage(_parameters(optimizer), config.average)
 
     last = run / "last.pt"
     if last.is_file():
@@ -179,6 +183,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         if saved is None:
             raise UserError(f"{last}: holds nothing to go on from; --force starts over")
         optimizer.load_state_dict(saved["optimizer"])
+        average.load(saved.get("weights", []), saved.get("steps", 0))
         progress = Progress(**saved["progress"])
         if progress.epoch:
             click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
@@ -187,6 +192,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
     def finish_epoch(record: dict[str, float]) -> None:
         """Score, save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
         began = time.perf_counter()
+        average.exchange()  # from here to the end the model has the averaged weights
         stage.set_training(False)
         scores = stage.validate()
         better = progress.improved_by(scores)
@@ -203,8 +209,11 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         checkpoint.training = {
             "optimizer": optimizer.state_dict(),
             "progress": asdict(progress),
+            "weights": average.others,
+            "steps": average.steps,
         }
         save_checkpoint(last, checkpoint)
+        average.exchange()
         click.echo(_epoch_line(record, config.epochs, better), err=True)
 
     if score_start and not last.is_file():
@@ -218,7 +227,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         progress.epoch += 1
         began = time.perf_counter()
         try:
-            train_loss = train_epoch(stage, optimizer, config, progress.epoch)
+            train_loss = train_epoch(stage, optimizer, config, progress.epoch, average)
         except LossError as error:
             raise UserError(f"{run}: {error}. What was saved before is kept") from error
         finish_epoch(
@@ -239,15 +248,63 @@ def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
+class WeightAverage:
+    """A running mean of weights over the steps of training, or nothing where decay is 0.
+
+    The decay rises from 0.1 to its full value, as the mean would else hold on to the random start.
+
+    Attributes:
+        others: what is not in the parameters now: the mean, or the trained weights while the
+            mean stands in for them.
+        steps: how many there were.
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self.parameters = parameters if decay else []
+        self.decay = decay
+        self.others = [parameter.detach().clone() for parameter in self.parameters]
+        self.steps = 0
+
+    def update(self) -> None:
+        """Take in the weights after a step."""
+        if self.others:
+            self.steps += 1
+            decay = min(self.decay, self.steps / (self.steps + 9))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.others, self.parameters, 1 - decay)
+
+    def exchange(self) -> None:
+        """Put the mean in place of the trained weights, or those back."""
+        for parameter, other in zip(self.parameters, self.others, strict=True):
+            trained = parameter.detach().clone()
+            parameter.data.copy_(other)
+            other.copy_(trained)
+
+    def load(self, trained: list[Tensor], steps: int) -> None:
+        """Go on from a checkpoint, whose model has the mean: ``trained`` are the others."""
+        for parameter, other, saved in zip(self.parameters, self.others, trained, strict=True):
+            other.copy_(parameter.detach())
+            parameter.data.copy_(saved)
+        self.steps = steps
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def train_epoch(
-    stage: Stage, optimizer: torch.optim.Optimizer, config: TrainingConfig, epoch: int
+    stage: Stage,
+    optimizer: torch.optim.Optimizer,
+    config: TrainingConfig,
+    epoch: int,
+    average: WeightAverage | None = None,
 ) -> float:
     """Pass once over the training captions; returns the mean loss a token, in nats.
 
     Raises:
         LossError: the loss is no longer a number, or there was nothing to train on.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = _parameters(optimizer)
     phase, before = config.phase_of(epoch)
     count = stage.batches_per_epoch(epoch)
     steps = math.ceil(count / config.accumulate)  # an epoch
@@ -266,6 +323,8 @@ def train_epoch(
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update()
 
     loss_sum, tokens_sum, pending = 0.0, 0, 0
     bar = progress_bar(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_data import IDENTITY
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.dataset import (
     PictureFeatures,
@@ -27,10 +28,34 @@ from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 SMALL = DecoderConfig(vocabulary_size=12, embed_size=6, hidden_size=7, dropout=0.5, feature_size=5)
 
 
+EXTENDED = dataclasses.replace(SMALL, feature_dropout=0.3, image_state=True, tied=True)
+
+
 def test_number_of_weights_follows_from_the_sizes() -> None:
     v, e, h, f = 12, 6, 7, 5
-    expected = f * e + e + v * e + 4 * h * (e + h) + 8 * h + h * v + v
-    assert sum(p.numel() for p in Decoder(SMALL).parameters()) == expected
+    shared = f * e + e + v * e + 4 * h * (e + h) + 8 * h
+    assert sum(p.numel() for p in Decoder(SMALL).parameters()) == shared + h * v + v
+    # Tied: from H to E, and a bias a word; first state: from E to 2 H.
+    more = (h * e + e) + v + (e * 2 * h + 2 * h)
+    assert sum(p.numel() for p in Decoder(EXTENDED).parameters()) == shared + more
+
+
+def test_the_picture_gives_the_first_state_and_words_are_told_by_their_vectors() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(EXTENDED).eval()
+    features, tokens = torch.randn(2, 5), torch.tensor([[START_ID, 5], [START_ID, 9]])
+    image = decoder.image_embedding(features)
+    first = decoder.image_state(image)
+    state = first[:, :7].tanh(), first[:, 7:]
+    cell = nn.LSTMCell(6, 7)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in decoder.lstm.state_dict().items()})
+    state = cell(image, state)
+    for t in range(2):
+        state = cell(decoder.word_embedding(tokens[:, t]), state)
+        told = decoder.to_embedding(state[0])
+        logits = told @ decoder.word_embedding.weight.t() + decoder.projection.bias
+        expected = decoder.project(decoder(features, tokens))[:, t]
+        assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_steps_follow_the_equations_of_the_paper() -> None:
@@ -57,14 +82,17 @@ def test_steps_follow_the_equations_of_the_paper() -> None:
     assert torch.allclose(decoder(features, tokens)[0], torch.stack(outputs[1:]), atol=1e-5)
 
 
-def test_stepping_equals_teacher_forcing_also_after_the_weights_changed() -> None:
+@pytest.mark.parametrize("config", [SMALL, EXTENDED])
+def test_stepping_equals_teacher_forcing_also_after_the_weights_changed(
+    config: DecoderConfig,
+) -> None:
     torch.manual_seed(0)
-    decoder = Decoder(SMALL).eval()
+    decoder = Decoder(config).eval()
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.1, fused=True)
     features, tokens = torch.randn(3, 5), torch.tensor([[1, 4, 5], [1, 6, 7], [1, 8, 9]])
 
     def check() -> Tensor:
-        whole = decoder.projection(decoder(features, tokens))
+        whole = decoder.project(decoder(features, tokens))
         state = decoder.start(features)
         for t in range(3):
             logits, state = decoder.step(tokens[:, t], state)
@@ -77,7 +105,7 @@ def test_stepping_equals_teacher_forcing_also_after_the_weights_changed() -> Non
     optimizer.step()
     decoder.eval()
     assert not torch.allclose(check(), first.detach(), atol=0.1)
-    decoder.load_state_dict(Decoder(SMALL).state_dict())
+    decoder.load_state_dict(Decoder(config).state_dict())
     check()
 
 
@@ -135,9 +163,9 @@ def test_standardisation_makes_the_scale_of_features_irrelevant() -> None:
     decoder = Decoder(SMALL).eval()
     features = torch.rand(50, 5)
     decoder.standardise_by(features.mean(0), features.std(0, correction=0))
-    small = decoder.embed_image(features)
+    small, _ = decoder.embed_image(features)
     decoder.standardise_by(1000 * features.mean(0), 1000 * features.std(0, correction=0))
-    assert torch.allclose(decoder.embed_image(1000 * features), small, atol=1e-3)
+    assert torch.allclose(decoder.embed_image(1000 * features)[0], small, atol=1e-3)
 
 
 def test_eight_images_are_learned_by_heart() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,42 @@ def test_every_phase_has_its_own_rise_and_fall(tmp_path: Path) -> None:
     last += [0.1 * learning_rate_factor(step, 4, 0.02) for step in (1, 3)]
     assert [line["learning_rate"] for line in log] == pytest.approx([0.1 * f for f in last])
     assert [line["reward"] for line in log] == [50.0] * 5
+
+
+def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path: Path) -> None:
+    settings = replace(config(2), average=0.6)
+    seen: list[Tensor] = []
+
+    class Watched(ScriptedStage):
+        def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().batches(epoch):
+                seen.append(self.decoder.projection.weight.detach().clone())
+                yield batch
+            seen.append(self.decoder.projection.weight.detach().clone())
+
+    stage = Watched([])
+    start = stage.decoder.projection.weight.detach().clone()
+    train(stage, tmp_path / "mean", settings)
+    plain = ScriptedStage([])
+    train(plain, tmp_path / "plain", config(2))
+    # Averaging changes nothing of the training itself.
+    assert torch.equal(stage.decoder.projection.weight, plain.decoder.projection.weight)
+    trained = [seen[1], seen[2], seen[4], seen[5]]  # after each of the four steps
+    mean = start
+    for step, value in enumerate(trained, start=1):
+        decay = min(0.6, step / (step + 9))
+        mean = decay * mean + (1 - decay) * value
+    saved = load_checkpoint(tmp_path / "mean/last.pt")
+    assert torch.allclose(saved.decoder_weights["projection.weight"], mean, atol=1e-6)
+    assert not torch.allclose(mean, trained[-1], atol=1e-3)
+    # Stopped after an epoch and continued, it ends the same.
+    stopped = ScriptedStage([], fail_in_epoch=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tmp_path / "resumed", settings)
+    resumed = ScriptedStage([])
+    resumed.decoder.load_state_dict(weights(tmp_path / "resumed/last.pt"))
+    train(resumed, tmp_path / "resumed", settings)
+    assert_same_weights(tmp_path / "mean/last.pt", tmp_path / "resumed/last.pt")
 
 
 def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
