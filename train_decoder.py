@@ -67,7 +67,7 @@ from pipeline.errors import UserError
 @click.option(
     "--embed-size",
     type=click.IntRange(min=1),
-    default=512,
+    default=256,
     help="Width of the image and word embeddings.",
 )
 @click.option("--hidden-size", type=click.IntRange(min=1), default=512, help="Width of the LSTM.")
@@ -80,7 +80,7 @@ from pipeline.errors import UserError
 @click.option(
     "--feature-dropout",
     type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.3,
+    default=0.5,
     help="Dropout on the picture's 2048 numbers. With few pictures it helps more than any other.",
 )
 @click.option(

@@ -190,8 +190,9 @@ def train_decoder(
     """
     stage = prepare_stage(options, run, device, memory, force)
     plain = options.epochs - options.self_critical_epochs
+    tokens = int((stage.captions.lengths - 1).sum())  # that are predicted: all but <start>
     phases = (
-        Phase(plain),
+        Phase(plain, divisor=tokens / stage.batches_per_epoch(1)),
         Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
     )
     config = TrainingConfig(

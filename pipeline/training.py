@@ -48,10 +48,14 @@ class Phase:
     Attributes:
         epochs: how many.
         rate: times the stage's full learning rates.
+        divisor: what a batch's summed loss is divided by; 0: the number of its own tokens. Where
+            batches are of captions of like length, their own number would make a word of a short
+            caption count more than one of a long caption.
     """
 
     epochs: int
     rate: float = 1.0
+    divisor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -343,7 +347,7 @@ def train_epoch(
             raise LossError(
                 f"the loss is {loss_sum} in epoch {epoch}; a lower learning rate may help"
             )
-        (loss / tokens).backward()
+        (loss / (phase.divisor or tokens)).backward()
         pending += 1
         if pending == config.accumulate:
             update(pending)
