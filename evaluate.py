@@ -53,8 +53,17 @@ from pipeline.errors import UserError
 @click.option(
     "--beam-size",
     type=click.IntRange(min=1),
-    default=3,
-    help="Hypotheses kept a picture; 1 is greedy. 3 to 5 is best.",
+    default=None,
+    help="Hypotheses kept a picture; 1 is greedy.  [default: 5 with consensus, else 3]",
+    show_default=False,
+)
+@click.option(
+    "--consensus",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Weight of the agreement with the captions of similar training pictures; 0: none.  "
+    "[default: 2 where the model has such pictures]",
+    show_default=False,
 )
 @click.option(
     "--length-penalty",
@@ -91,7 +100,8 @@ def main(
     captions: Path | None,
     features: Path | None,
     split: str,
-    beam_size: int,
+    beam_size: int | None,
+    consensus: float | None,
     length_penalty: float,
     output: Path | None,
     java: bool,
@@ -121,10 +131,9 @@ def main(
         print_comparison(compare_predictions(*compare, data, captions, split), *compare)
         return
     from pipeline.devices import choose_device
-    from pipeline.evaluation import evaluate_run, print_table
-    from pipeline.search import SearchConfig
+    from pipeline.evaluation import SearchOptions, evaluate_run, print_table
 
-    search = SearchConfig(beam_size=beam_size, length_penalty=length_penalty)
+    search = SearchOptions(beam_size, consensus, length_penalty)
     chosen = choose_device(device)
     results = {
         str(run): evaluate_run(run, chosen, data, captions, features, split, search, output, java)

@@ -14,9 +14,8 @@ from measure import Comparison, interleave, run_command, say
 
 from pipeline.captioner import Captioner
 from pipeline.checkpoint import Checkpoint, save_checkpoint
-from pipeline.dataset import (
-    PictureFeatures,
-)
+from pipeline.consensus import Consensus, Neighbours, choose_neighbours, sampled_pictures
+from pipeline.dataset import PictureFeatures, encode_captions
 from pipeline.devices import (
     choose_precision,
     default_workers,
@@ -79,15 +78,22 @@ def compare_captioning(
     """A folder of pictures to captions, against extraction of the same pictures."""
     encoder = load_encoder(material.weights, choose_precision("auto", CPU))
     identity = encoder.identity
+    neighbours = neighbours_of(material, trained)
     engine = choose_engine("auto", CPU)
     encoder.for_inference(engine)
     save_checkpoint(
         folder / "best.pt",
         Checkpoint(
-            trained.decoder.config, trained.decoder.state_dict(), material.vocabulary, identity
+            trained.decoder.config,
+            trained.decoder.state_dict(),
+            material.vocabulary,
+            identity,
+            neighbours=neighbours,
         ),
     )
-    captioner = Captioner(encoder, trained.decoder.eval(), material.vocabulary)
+    captioner = Captioner(
+        encoder, trained.decoder.eval(), material.vocabulary, Consensus(neighbours)
+    )
     names = find_images(material.pictures)
 
     def extraction() -> int:
@@ -108,6 +114,18 @@ def compare_captioning(
     )
     result.compare("captioning a folder, of extraction's rate", "captioning", "extraction", 0.85)
     return result
+
+
+def neighbours_of(material: Material, trained: Trained) -> Neighbours:
+    """Take the training pictures to compare with, as a checkpoint has them."""
+    kept = sampled_pictures(len(material.train))
+    features = PictureFeatures(material.train_cache, torch.arange(len(material.train)), 2e9)
+    return choose_neighbours(
+        trained.decoder.eval(),
+        kept,
+        (features[pictures] for pictures in kept.split(4096)),
+        encode_captions(material.train, material.vocabulary),
+    )
 
 
 def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:

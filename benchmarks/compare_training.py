@@ -278,6 +278,7 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
         vocabulary=material.vocabulary,
         pictures=[Picture(path, True) for path in paths],
         captions=captions,
+        neighbours=None,
         val_paths=[],
         validator=Validator({"none": [["none"]]}, material.vocabulary),
         options=JointOptions(

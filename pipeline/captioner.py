@@ -16,6 +16,7 @@ import numpy
 import torch
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.consensus import Consensus, best_captions, search_config
 from pipeline.decoder import Decoder
 from pipeline.devices import (
     choose_device,
@@ -26,7 +27,7 @@ from pipeline.devices import (
 from pipeline.encoder import EncodedBatch, Encoder, encode_files, load_encoder, load_trunk
 from pipeline.errors import InputError, UserError
 from pipeline.openvino_engine import choose_engine
-from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.search import Hypothesis, SearchConfig
 from pipeline.vocabulary import Vocabulary, detokenize
 
 StrPath = str | os.PathLike[str]
@@ -70,12 +71,20 @@ class Captioner:
         encoder: pictures to features; checked to be the one that the decoder was trained on.
         decoder: features to captions.
         vocabulary: the decoder's words.
+        consensus: ranks captions by similar training pictures, or None.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        vocabulary: Vocabulary,
+        consensus: Consensus | None = None,
+    ) -> None:
         self.encoder = encoder
         self.decoder = decoder
         self.vocabulary = vocabulary
+        self.consensus = consensus
 
     @classmethod
     def load(
@@ -105,21 +114,32 @@ class Captioner:
         chosen = choose_device(device)
         encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
         encoder.for_inference(choose_engine(engine, chosen)).to(chosen)
-        return cls(encoder, checkpoint.build_decoder().to(chosen), checkpoint.vocabulary)
+        return cls(
+            encoder,
+            checkpoint.build_decoder().to(chosen),
+            checkpoint.vocabulary,
+            checkpoint.build_consensus(),
+        )
 
     def caption(
         self,
         images: Sequence[StrPath],
-        beam_size: int = 3,
+        beam_size: int | None = None,
         batch_size: int | None = None,
         max_length: int = 20,
     ) -> list[str]:
         """Caption pictures: one text for each, in their order.
 
+        Args:
+            images: paths.
+            beam_size: hypotheses kept a picture; by default see ``consensus.search_config``.
+            batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
+            max_length: most words in a caption.
+
         Raises:
             InputError: a picture cannot be read; ``stream`` reports it and goes on.
         """
-        config = SearchConfig(beam_size=beam_size, max_length=max_length)
+        config = search_config(self.consensus, beam_size, max_length=max_length)
         texts = []
         for prediction in self.stream(images, config, batch_size=batch_size):
             if prediction.error is not None:
@@ -139,15 +159,15 @@ class Captioner:
 
         Args:
             images: paths.
-            config: how to search.
+            config: how to search; by default see ``consensus.search_config``.
             num_captions: captions a picture, at most ``config.beam_size``.
-            batch_size: pictures a batch; by default 8 on a CPU, 64 elsewhere.
+            batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
 
         Yields:
             A prediction for every path, in their order, also for those that cannot be read.
         """
-        config = config or SearchConfig()
+        config = config or search_config(self.consensus, least=num_captions)
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
         workers = workers or default_workers(device)
@@ -171,7 +191,9 @@ class Captioner:
             keys = [key for encoded in group for key in encoded.keys]
             if keys:
                 features = numpy.concatenate([encoded.features for encoded in group])
-                hypotheses = search(self.decoder, torch.from_numpy(features).to(device), config)
+                hypotheses = best_captions(
+                    self.decoder, torch.from_numpy(features).to(device), config, self.consensus
+                )
                 for key, best in zip(keys, hypotheses, strict=True):
                     found[key] = captions_of(best[:num_captions], self.vocabulary)
             failures = {key: why for encoded in group for key, why in encoded.failures.items()}

@@ -1,8 +1,8 @@
 """What a checkpoint holds and how it is saved: one file that captions by itself.
 
-A checkpoint carries the decoder's weights and sizes, the vocabulary, the identity of the
-encoder (after stage 3 its weights too), the settings of the run, its epoch and scores;
-``last.pt`` also what is needed to go on training. It is loaded with
+A checkpoint carries the decoder's weights and sizes, the vocabulary, training pictures to compare
+with, the identity of the encoder (after stage 3 its weights too), the settings of the run, its
+epoch and scores; ``last.pt`` also what is needed to go on training. It is loaded with
 ``weights_only=True``, which runs no code from the file.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.consensus import Consensus, Neighbours
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.features import EncoderIdentity
@@ -35,6 +36,7 @@ class Checkpoint:
         encoder: which encoder's features the decoder reads.
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.
+        neighbours: training pictures that ``consensus`` compares with, or None.
         epoch: how many epochs were trained.
         scores: validation scores of these weights.
         settings: the options of the run, as plain values.
@@ -46,6 +48,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     encoder: EncoderIdentity
     encoder_weights: dict[str, Tensor] | None = None
+    neighbours: Neighbours | None = None
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +60,10 @@ class Checkpoint:
         decoder.load_state_dict(self.decoder_weights)
         return decoder.eval()
 
+    def build_consensus(self) -> Consensus | None:
+        """Make what ranks captions by similar training pictures, if the model has any."""
+        return Consensus(self.neighbours) if self.neighbours is not None else None
+
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to a temporary file and move it to ``path``."""
@@ -67,6 +74,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "vocabulary": checkpoint.vocabulary.to_list(),
         "encoder": asdict(checkpoint.encoder),
         "encoder_weights": checkpoint.encoder_weights,
+        "neighbours": checkpoint.neighbours.to_tensors() if checkpoint.neighbours else None,
         "epoch": checkpoint.epoch,
         "scores": checkpoint.scores,
         "settings": checkpoint.settings,
@@ -99,12 +107,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "train again with this version of the program"
         )
     try:
+        neighbours = content.get("neighbours")  # older checkpoints have none
         checkpoint = Checkpoint(
             decoder_config=DecoderConfig(**content["decoder_config"]),
             decoder_weights=content["decoder_weights"],
             vocabulary=Vocabulary.from_list(content["vocabulary"]),
             encoder=EncoderIdentity(**content["encoder"]),
             encoder_weights=content["encoder_weights"],
+            neighbours=Neighbours.from_tensors(neighbours) if neighbours else None,
             epoch=content["epoch"],
             scores=content["scores"],
             settings=content["settings"],

@@ -90,6 +90,19 @@ class EncodedCaptions:
         """
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.pictures.bincount().cumsum(0)])
 
+    def of_pictures(self, pictures: Tensor) -> EncodedCaptions:
+        """Take the captions of some pictures, int64 (P,), which are numbered anew from 0."""
+        bounds = self.first_of_picture
+        chosen = [torch.arange(int(bounds[p]), int(bounds[p + 1])) for p in pictures]
+        captions = torch.cat(chosen)
+        tokens = [self.tokens[self.offsets[c] : self.offsets[c + 1]] for c in captions]
+        counts = torch.tensor([len(group) for group in chosen])
+        return EncodedCaptions(
+            torch.repeat_interleave(torch.arange(len(pictures)), counts),
+            torch.cat(tokens),
+            torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[captions].cumsum(0)]),
+        )
+
     def padded(self, indices: Tensor) -> Tensor:
         """Collect captions into int64 (len(indices), longest), padded with ``<pad>``."""
         starts = self.offsets[indices]

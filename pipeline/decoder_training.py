@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.consensus import choose_neighbours, sampled_pictures
 from pipeline.dataset import (
     EncodedCaptions,
     PictureFeatures,
@@ -161,11 +162,14 @@ class DecoderStage:
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights."""
+        kept = sampled_pictures(len(self.features))
+        features = (self.features[pictures] for pictures in kept.split(4096))
         return Checkpoint(
             decoder_config=self.decoder.config,
             decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
             vocabulary=self.vocabulary,
             encoder=self.encoder,
+            neighbours=choose_neighbours(self.decoder, kept, features, self.captions),
             epoch=epoch,
             scores=scores,
             settings=asdict(self.options),

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.captioner import captions_of, encoder_of
 from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.consensus import search_config
 from pipeline.dataset import load_table, rows_of, tokenised
 from pipeline.devices import choose_precision, default_workers
 from pipeline.encoder import encode_all
@@ -68,6 +69,15 @@ class Evaluation:
     unreadable: int
 
 
+@dataclass(frozen=True)
+class SearchOptions:
+    """What was said of the search; None is left to ``consensus.search_config``."""
+
+    beam_size: int | None = None
+    consensus: float | None = None
+    length_penalty: float = SearchConfig.length_penalty
+
+
 @dataclass
 class SplitData:
     """The pictures of a split as a decoder sees them.
@@ -94,7 +104,7 @@ def evaluate_run(
     captions: Path | None = None,
     features: Path | None = None,
     split: str = "val",
-    search: SearchConfig | None = None,
+    search: SearchOptions | None = None,
     output: Path | None = None,
     java: bool = True,
 ) -> Evaluation:
@@ -123,8 +133,8 @@ def evaluate_run(
     if features is None:
         own = str(data) == settings["data"]
         features = Path(settings["features"]) if own else default_cache_path(data)
-    config = search or SearchConfig()
-    result = evaluate(checkpoint, device, data, captions, features, split, config, java)
+    search = search or SearchOptions()
+    result = evaluate(checkpoint, device, data, captions, features, split, search, java)
     folder = run if run.is_dir() else run.parent
     suffix = "" if split == "val" or output else f"-{split}"
     output = output or folder / f"predictions{suffix}.json"
@@ -149,7 +159,7 @@ def evaluate(
     captions: Path | None,
     features: Path,
     split: str,
-    config: SearchConfig,
+    search: SearchOptions,
     java: bool,
 ) -> Evaluation:
     """Caption the pictures of a split and score the captions; see ``evaluate_run``."""
@@ -157,8 +167,12 @@ def evaluate(
     groups = opened.references
     decoder = checkpoint.build_decoder().to(device)
     vocabulary = checkpoint.vocabulary
+    consensus = checkpoint.build_consensus()
+    config = search_config(
+        consensus, search.beam_size, search.consensus, length_penalty=search.length_penalty
+    )
     bar = progress_bar(
-        search_all(decoder, opened.features, config),
+        search_all(decoder, opened.features, config, consensus),
         total=len(groups),
         unit="image",
         desc="captioning",
@@ -281,8 +295,9 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
 
 def search_in_words(search: Mapping[str, Any]) -> str:
     """Say in a few words how captions were searched."""
-    beam = search["beam_size"]
-    return "greedy" if beam == 1 else f"beam {beam}"
+    beam, weight = search["beam_size"], search["consensus"]
+    words = "greedy" if beam == 1 else f"beam {beam}"
+    return f"{words}, consensus {weight:g}" if weight else words
 
 
 def compare_predictions(

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from pipeline.captioner import encoder_of
 from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.consensus import Neighbours, choose_neighbours, sampled_pictures
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
 from pipeline.decoder import Decoder
 from pipeline.devices import inference_batch_size
 from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
 from pipeline.errors import InputError, UserError
+from pipeline.features import FEATURE_SIZE
 from pipeline.images import (
     IMAGE_SIZE,
     ImageError,
@@ -85,11 +87,13 @@ class JointBatch:
     """Pictures with all their captions.
 
     Attributes:
+        numbers: int64 (B,): the pictures' numbers.
         pixels: uint8 (B, 299, 299, 3).
         picture: int64 (C,): which of the B pictures each caption is of.
         captions: int64 (C, T), padded.
     """
 
+    numbers: Tensor
     pixels: Tensor
     picture: Tensor
     captions: Tensor
@@ -109,6 +113,7 @@ class JointStage:
     options: JointOptions
     workers: int
     device: torch.device
+    neighbours: Neighbours | None
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,6 +126,11 @@ class JointStage:
         self.unfrozen.requires_grad_(True)
         self.unfrozen.to(memory_format=torch.channels_last)
         self.first_caption = self.captions.first_of_picture
+        # Of the pictures that checkpoints keep to compare with, the features of the present epoch,
+        # as they come by: to encode them once more would take as long as half an epoch.
+        self.kept = sampled_pictures(len(self.pictures))
+        self.seen = torch.zeros(len(self.kept), dtype=torch.bool)
+        self.features = torch.zeros(len(self.kept), FEATURE_SIZE, dtype=torch.float16)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Encoder and decoder, each with its learning rate."""
@@ -186,6 +196,7 @@ class JointStage:
         ]
         counts = torch.tensor([len(indices) for indices in ranges])
         return JointBatch(
+            torch.tensor(numbers),
             torch.from_numpy(numpy.stack(pixels)),
             torch.repeat_interleave(torch.arange(len(numbers)), counts),
             self.captions.padded(torch.cat(ranges)),
@@ -203,11 +214,19 @@ class JointStage:
         with torch.no_grad():
             hidden = torch.cat([self.frozen(part) for part in few])
         features = self.unfrozen(hidden).flatten(1).float()  # (B, 2048)
+        self._remember(batch.numbers, features)
         return self.decoder.loss(
             features[batch.picture.to(self.device)],
             batch.captions.to(self.device),
             self.options.label_smoothing,
         )
+
+    def _remember(self, numbers: Tensor, features: Tensor) -> None:
+        """Keep the features of those of these pictures that are to be kept."""
+        places = torch.searchsorted(self.kept, numbers).clamp_(max=len(self.kept) - 1)
+        chosen = self.kept[places] == numbers
+        self.features[places[chosen]] = features.detach()[chosen.to(features.device)].half().cpu()
+        self.seen[places[chosen]] = True
 
     def facts(self) -> dict[str, float]:
         """Nothing else."""
@@ -229,6 +248,11 @@ class JointStage:
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights, the encoder's among them."""
         self.encoder.forget_identity()
+        if self.seen.any():
+            features = self.features[self.seen].float().split(4096)
+            self.neighbours = choose_neighbours(
+                self.decoder, self.kept[self.seen], features, self.captions
+            )
         return Checkpoint(
             decoder_config=self.decoder.config,
             decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
@@ -237,6 +261,7 @@ class JointStage:
             encoder_weights={
                 k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()
             },
+            neighbours=self.neighbours,
             epoch=epoch,
             scores=scores,
             settings=asdict(self.options),
@@ -296,6 +321,7 @@ def finetune_joint(
         options=options,
         workers=workers,
         device=device,
+        neighbours=start.neighbours,
         unreadable={str(path): reason for path, reason in broken.items()},
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())

@@ -28,12 +28,15 @@ class SearchConfig:
         min_length: fewest words in a caption.
         length_penalty: the exponent a in score = log p / (words + 1)^a. 0 prefers short
             captions, as the sum of log-probabilities does; 1 compares means.
+        consensus: weight of the agreement with similar pictures' captions, see ``consensus``;
+            0 leaves the choice to the decoder alone.
     """
 
     beam_size: int = 3
     max_length: int = 20
     min_length: int = 1
     length_penalty: float = 0.9
+    consensus: float = 0.0
 
 
 @dataclass(frozen=True)

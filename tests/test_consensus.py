@@ -1,0 +1,201 @@
+"""Ranking by similar training pictures: exact, and it prefers what those pictures have."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import IDENTITY
+from torch import Tensor
+
+from pipeline import consensus as module
+from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.cider import Rarity, cider_d, ngrams
+from pipeline.consensus import (
+    Consensus,
+    Neighbours,
+    best_captions,
+    choose_neighbours,
+    sampled_pictures,
+    search_config,
+)
+from pipeline.dataset import EncodedCaptions, encode_captions
+from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.errors import UserError
+from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.vocabulary import END_ID, Vocabulary
+
+WORDS = Vocabulary.build([[*"abcdefgh"]], min_count=1)
+
+
+def made_up(pictures: int, seed: int = 0) -> tuple[list[list[list[str]]], EncodedCaptions]:
+    """Give captions of few words, which repeat n-grams within a caption and across pictures."""
+    lots = random.Random(seed)
+    groups = [
+        [lots.choices("abcdefgh", k=lots.randint(1, 12)) for _ in range(lots.randint(1, 5))]
+        for _ in range(pictures)
+    ]
+    return groups, encode_captions(groups, WORDS)
+
+
+def neighbours_of(captions: EncodedCaptions, pictures: int, seed: int = 0) -> Neighbours:
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.nn.functional.normalize(torch.randn(pictures, 6, generator=generator), dim=1)
+    return Neighbours(torch.zeros(6), directions.half(), captions)
+
+
+def hypotheses(captions: Sequence[Sequence[int]], scores: Sequence[float]) -> list[Hypothesis]:
+    return [Hypothesis([*c], s * 2, s) for c, s in zip(captions, scores, strict=True)]
+
+
+def by_hand(
+    groups: list[list[list[str]]], neighbours: Neighbours, image: Tensor, tokens: list[int]
+) -> float:
+    """CIDEr-D with every training picture's captions, weighed by the softmax of its cosine."""
+    encoded = [[[*WORDS.encode(c), END_ID] for c in group] for group in groups]
+    rarity = Rarity({g for caption in group for g in ngrams(caption)} for group in encoded)
+    cosines = neighbours.directions.float() @ torch.nn.functional.normalize(image, dim=0)
+    near = min(module.NEIGHBOURS, len(groups))
+    values, pictures = cosines.topk(near)
+    shares = (values / module.TEMPERATURE).softmax(0).tolist()
+    candidate = rarity.weigh(ngrams([*tokens, END_ID]))
+    return sum(
+        share * cider_d(candidate, [rarity.weigh(ngrams(c)) for c in encoded[picture]]) / 100
+        for share, picture in zip(shares, pictures.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("pictures", [2, 40, 150])
+def test_agreement_is_cider_d_with_the_captions_of_the_nearest(pictures: int) -> None:
+    groups, captions = made_up(pictures)
+    neighbours = neighbours_of(captions, pictures)
+    ranking = Consensus(neighbours)
+    images = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    lots = random.Random(2)
+    for image in images:
+        # Among them one that training has word by word, one with nothing known, and repeats.
+        candidates = [WORDS.encode(groups[0][0]), [99, 98], [4, 4, 4, 4, 4], [4]]
+        candidates += [lots.choices(range(4, 12), k=lots.randint(1, 14)) for _ in range(6)]
+        scores = [lots.uniform(-3, 0) for _ in candidates]
+        [ranked] = ranking.rank(image[None], [hypotheses(candidates, scores)], weight=1.7)
+        found = {tuple(h.tokens): h.score for h in ranked}
+        for tokens, score in zip(candidates, scores, strict=True):
+            expected = score + 1.7 * by_hand(groups, neighbours, image, tokens)
+            assert found[tuple(tokens)] == pytest.approx(expected, abs=1e-4)
+        assert [h.score for h in ranked] == sorted(found.values(), reverse=True)
+        assert {h.log_probability for h in ranked} == {s * 2 for s in scores}
+
+
+def test_a_batch_equals_one_by_one() -> None:
+    _, captions = made_up(80)
+    ranking = Consensus(neighbours_of(captions, 80))
+    images = torch.randn(7, 6, generator=torch.Generator().manual_seed(3))
+    found = [hypotheses([[4, 5, n + 4], [6, 7], [8, 4]], [-1, -1.1, -0.9]) for n in range(7)]
+    together = ranking.rank(images, found, 2.0)
+    alone = [ranking.rank(images[n : n + 1], found[n : n + 1], 2.0)[0] for n in range(7)]
+    for some, others in zip(together, alone, strict=True):
+        assert [h.tokens for h in some] == [h.tokens for h in others]
+        assert [h.score for h in some] == pytest.approx([h.score for h in others], abs=1e-5)
+
+
+def make_decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(len(WORDS), 6, 8, feature_size=3)).eval()
+
+
+def test_what_similar_pictures_have_is_chosen() -> None:
+    groups = [["a b c".split()] * 3, ["d e f".split()] * 3, ["g h".split()]]
+    captions = encode_captions(groups, WORDS)
+    decoder, features = make_decoder(), 4 * torch.eye(3)
+    ranking = Consensus(choose_neighbours(decoder, torch.arange(3), [features], captions))
+    with torch.no_grad():
+        images = decoder.embed_image(features)[0][:, 0]
+    candidates = [WORDS.encode(words.split()) for words in ("a b c", "d e f", "g h")]
+    for picture in range(3):
+        found = hypotheses(candidates, [-1.0, -1.0, -1.0])
+        [ranked] = ranking.rank(images[picture : picture + 1], [found], 1.0)
+        assert ranked[0].tokens == candidates[picture]
+
+
+def test_without_weight_or_neighbours_the_search_stands() -> None:
+    _, captions = made_up(3)
+    decoder, features = make_decoder(), torch.randn(4, 3)
+    ranking = Consensus(choose_neighbours(decoder, torch.arange(3), [torch.eye(3)], captions))
+    plain = search(decoder, features, SearchConfig(beam_size=4))
+    assert best_captions(decoder, features, SearchConfig(beam_size=4), ranking) == plain
+    assert best_captions(decoder, features, SearchConfig(4, consensus=2.0), None) == plain
+    ranked = best_captions(decoder, features, SearchConfig(4, consensus=2.0), ranking)
+    assert ranked != plain
+    for before, after in zip(plain, ranked, strict=True):
+        assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
+
+
+def test_of_many_pictures_a_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sampled_pictures(1).tolist() == [0]
+    assert sampled_pictures(10_000).tolist() == list(range(10_000))
+    assert len(sampled_pictures(10_001)) == 5_001
+    monkeypatch.setattr(module, "MOST_PICTURES", 4)
+    groups, captions = made_up(10)
+    kept = sampled_pictures(10)
+    assert kept.tolist() == [0, 3, 6, 9]
+    features = torch.randn(10, 3)
+    neighbours = choose_neighbours(make_decoder(), kept, [features[kept]], captions)
+    assert len(neighbours.directions) == 4
+    assert neighbours.captions.pictures.tolist() == [
+        number for number, p in enumerate(kept.tolist()) for _ in groups[p]
+    ]
+    expected = encode_captions([groups[p] for p in kept.tolist()], WORDS)
+    assert torch.equal(neighbours.captions.tokens, expected.tokens)
+    assert torch.equal(neighbours.captions.offsets, expected.offsets)
+
+
+def test_a_checkpoint_keeps_them_and_refuses_damaged_ones(tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    _, captions = made_up(20)
+    decoder = make_decoder()
+    neighbours = neighbours_of(captions, 20)
+    save_checkpoint(
+        path,
+        Checkpoint(decoder.config, decoder.state_dict(), WORDS, IDENTITY, neighbours=neighbours),
+    )
+    loaded = load_checkpoint(path).neighbours
+    assert loaded is not None
+    for name, tensor in neighbours.to_tensors().items():
+        assert torch.equal(tensor, loaded.to_tensors()[name]), name
+    content = torch.load(path, weights_only=True)
+    good = content["neighbours"]
+    for name, bad in (
+        ("mean", torch.zeros(5)),
+        ("directions", good["directions"][:19]),
+        ("pictures", good["pictures"].flip(0)),
+        ("pictures", good["pictures"] + 1),
+        ("offsets", good["offsets"][1:]),
+        ("offsets", good["offsets"] * 2),
+        ("tokens", good["tokens"][1:]),
+    ):
+        torch.save({**content, "neighbours": {**good, name: bad}}, path)
+        with pytest.raises(UserError, match=r"best\.pt: the checkpoint is damaged"):
+            load_checkpoint(path)
+    torch.save({**content, "neighbours": {"mean": good["mean"]}}, path)
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+    del content["neighbours"]  # as older ones are
+    torch.save(content, path)
+    assert load_checkpoint(path).build_consensus() is None
+
+
+def test_defaults_depend_on_whether_there_are_neighbours() -> None:
+    _, captions = made_up(3)
+    ranking = Consensus(neighbours_of(captions, 3))
+    assert search_config(None) == SearchConfig(3, consensus=0.0)
+    assert search_config(ranking) == SearchConfig(5, consensus=2.0)
+    assert search_config(ranking, weight=0.0) == SearchConfig(3, consensus=0.0)
+    assert search_config(ranking, beam_size=7, weight=1.0) == SearchConfig(7, consensus=1.0)
+    assert search_config(ranking, beam_size=1) == SearchConfig(1, consensus=0.0)
+    assert search_config(ranking, least=9).beam_size == 9
+    assert search_config(None, least=2).beam_size == 3
+    with pytest.raises(UserError, match="--consensus 2: this model has no training pictures"):
+        search_config(None, weight=2.0)
