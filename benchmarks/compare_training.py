@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import baselines
 import torch
 from material import Material, inception_weights
-from measure import Comparison, interleave, say
+from measure import ROOT, Comparison, interleave, say
 from torch import Tensor
 
 from pipeline.dataset import (
@@ -20,7 +22,7 @@ from pipeline.dataset import (
     feature_statistics,
 )
 from pipeline.decoder import Decoder, DecoderConfig
-from pipeline.decoder_training import DecoderOptions, DecoderStage
+from pipeline.decoder_training import DecoderOptions, DecoderStage, build_decoder
 from pipeline.devices import (
     choose_training_precision,
     default_workers,
@@ -31,6 +33,7 @@ from pipeline.search import SearchConfig, search
 from pipeline.training import (
     Phase,
     TrainingConfig,
+    WeightAverage,
     learning_rate_factor,
     make_optimizer,
     train_epoch,
@@ -39,7 +42,7 @@ from pipeline.validation import Validator, mean_loss
 from pipeline.vocabulary import END_ID, START_ID
 
 CPU = torch.device("cpu")
-# The defaults of train_decoder.py and finetune_joint.py.
+# The plain network that both sides train, and defaults of train_decoder.py and finetune_joint.py.
 BATCH, RATE, DECAY, SMOOTHING, SIZE = 128, 1e-3, 1e-2, 0.1, 512
 JOINT_BATCH = 16
 
@@ -62,13 +65,13 @@ class Trained:
 def compare_decoder_training(material: Material, rounds: int) -> tuple[Comparison, Trained]:
     """Captions a second, the val loss after equal epochs, and the share of val decoding."""
     few = material.train[: 30 * BATCH // 5]
-    stage = decoder_stage(material, few)
+    stage = decoder_stage(material, few, plain_options())
     optimizer = make_optimizer(stage)
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
     data = plain_data(stage)
-    config = TrainingConfig((Phase(1),), 0, 0, stage.options.precision)
+    config = stage.config()
 
     def ours() -> int:
         train_epoch(stage, optimizer, config, 1)
@@ -108,10 +111,10 @@ def equal_epochs(
     material: Material, captions: list[list[list[str]]], epochs: int
 ) -> tuple[float, float, Decoder]:
     """Train both for some epochs from the same weights; gives both val losses and our decoder."""
-    stage = decoder_stage(material, captions)
+    stage = decoder_stage(material, captions, replace(plain_options(), epochs=epochs))
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
-    config = TrainingConfig((Phase(epochs),), 0, 0, stage.options.precision)
+    config = stage.config()
     steps = epochs * stage.batches_per_epoch(1)
     optimizer = make_optimizer(stage)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
@@ -130,39 +133,42 @@ def equal_epochs(
     return losses[0], losses[1], stage.decoder
 
 
-def decoder_stage(
-    material: Material, captions: list[list[list[str]]], size: int = SIZE, batch: int = BATCH
-) -> DecoderStage:
-    """Build stage 2 on made-up features, for the first ``len(captions)`` train pictures."""
-    torch.manual_seed(0)
-    features = PictureFeatures(material.train_cache, torch.arange(len(captions)), 2e9)
-    decoder = Decoder(DecoderConfig(len(material.vocabulary), size, size))
-    decoder.standardise_by(*feature_statistics(features))
-    val = {str(number): group for number, group in enumerate(material.val)}
-    options = DecoderOptions(
-        data="",
-        captions=None,
-        features="",
+def default_options() -> DecoderOptions:
+    """Give what ``python train_decoder.py`` trains with."""
+    sys.path.insert(0, str(ROOT))
+    import train_decoder
+
+    defaults = {parameter.name: parameter.default for parameter in train_decoder.main.params}
+    fields = DecoderOptions.__dataclass_fields__
+    options: dict[str, Any] = {field: defaults[field] for field in fields}
+    options |= {"data": "", "features": ""}
+    options["precision"] = choose_training_precision("auto", CPU)
+    return DecoderOptions(**options)
+
+
+def plain_options(size: int = SIZE, batch: int = BATCH) -> DecoderOptions:
+    """Give the options of the plain network: what tutorials train."""
+    return replace(
+        default_options(),
         epochs=1,
         batch_size=batch,
-        lr=RATE,
-        weight_decay=DECAY,
-        label_smoothing=SMOOTHING,
         embed_size=size,
         hidden_size=size,
-        dropout=0.5,
         feature_dropout=0.0,
         image_state=False,
         tied=False,
         average=0.0,
-        min_count=5,
-        self_critical_epochs=0,
-        self_critical_lr=RATE,
-        self_critical_truth=0.0,
-        patience=0,
-        seed=0,
-        precision=choose_training_precision("auto", CPU),
     )
+
+
+def decoder_stage(
+    material: Material, captions: list[list[list[str]]], options: DecoderOptions
+) -> DecoderStage:
+    """Build stage 2 on made-up features, for the first ``len(captions)`` train pictures."""
+    features = PictureFeatures(material.train_cache, torch.arange(len(captions)), 2e9)
+    decoder = build_decoder(options, len(material.vocabulary))
+    decoder.standardise_by(*feature_statistics(features))
+    val = {str(number): group for number, group in enumerate(material.val)}
     return DecoderStage(
         decoder=decoder,
         vocabulary=material.vocabulary,
@@ -217,24 +223,17 @@ def compare_whole_job(
         if number >= 2:  # the first batches wait for the loader to start
             say(f"  whole job: step of the program replaced: {rate:.1f} captions/s")
             rates.append(rate)
-    small = decoder_stage(material, material.train[:500], size=256, batch=32)
-    small_optimizer = make_optimizer(small)
-    config = TrainingConfig((Phase(1),), 0, 0, small.options.precision)
-    small_rates = []
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        train_epoch(small, small_optimizer, config, 1)
-        small_rates.append(len(small.captions) / (time.perf_counter() - began))
-    small_rate = statistics.median(small_rates[1:])
+    few = material.train[:500]
+    small_rates = training_rates(decoder_stage(material, few, plain_options(256, 32)), rounds)
+    default_rates = training_rates(decoder_stage(material, few, default_options()), rounds)
 
     engine = "openvino" if "openvino" in extraction.rates else "torch"
     seed_hours = 40_455 * 50 / statistics.median(rates) / 3600
     extracting = 8_091 / extraction.median(engine)
-    epochs = 50 * (30_000 / trained.captions_per_second + trained.val_seconds)
-    same_sizes = 40_455 * 50 / small_rate
-    result = Comparison(
-        "whole job", "caption", {"baseline": rates, "ours, 256/256, batch 32": small_rates[1:]}
-    )
+    epochs = 50 * (30_000 / statistics.median(default_rates) + trained.val_seconds)
+    same_sizes = 40_455 * 50 / statistics.median(small_rates)
+    sides = {"ours, defaults": default_rates, "ours, 256/256, batch 32": small_rates}
+    result = Comparison("whole job", "caption", {"baseline": rates, **sides})
     result.facts = {
         "program replaced, 40,455 captions x 50 epochs, hours": round(seed_hours, 1),
         f"extraction of 8,091 pictures ({engine}), minutes": round(extracting / 60, 2),
@@ -249,6 +248,19 @@ def compare_whole_job(
         "goal: times less": 300,
     }
     return result
+
+
+def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
+    """Train some epochs, after one that does not count; gives the captions/s of each."""
+    optimizer, config = make_optimizer(stage), stage.config()
+    average = WeightAverage([*stage.decoder.parameters()], config.average)
+    rates = []
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        train_epoch(stage, optimizer, config, 1, average)
+        rates.append(len(stage.captions) / (time.perf_counter() - began))
+        say(f"  whole job: ours, {stage.options.embed_size} wide: {rates[number]:.1f} captions/s")
+    return rates[1:]
 
 
 def compare_joint(material: Material, rounds: int) -> Comparison:

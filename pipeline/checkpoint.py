@@ -122,7 +122,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
         if len(checkpoint.vocabulary) != checkpoint.decoder_config.vocabulary_size:
             raise ValueError("vocabulary and decoder differ in size")
+        kept = checkpoint.neighbours
+        if kept is not None and len(kept.mean) != checkpoint.decoder_config.embed_size:
+            raise ValueError("neighbours and decoder differ in size")
         checkpoint.build_decoder()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error})") from error
     return checkpoint

@@ -105,6 +105,19 @@ class DecoderStage:
             }
         ]
 
+    def config(self) -> TrainingConfig:
+        """Say how to train: epochs on people's captions, then self-critical ones."""
+        options = self.options
+        plain = options.epochs - options.self_critical_epochs
+        tokens = int((self.captions.lengths - 1).sum())  # that are predicted: all but <start>
+        phases = (
+            Phase(plain, divisor=tokens / self.batches_per_epoch(1)),
+            Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
+        )
+        return TrainingConfig(
+            phases, options.patience, options.seed, options.precision, average=options.average
+        )
+
     def is_self_critical(self, epoch: int) -> bool:
         """Tell whether an epoch, counted from 1, learns from drawn captions."""
         return epoch > self.options.epochs - self.options.self_critical_epochs
@@ -193,16 +206,7 @@ def train_decoder(
             or val empty; the run there has other settings.
     """
     stage = prepare_stage(options, run, device, memory, force)
-    plain = options.epochs - options.self_critical_epochs
-    tokens = int((stage.captions.lengths - 1).sum())  # that are predicted: all but <start>
-    phases = (
-        Phase(plain, divisor=tokens / stage.batches_per_epoch(1)),
-        Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
-    )
-    config = TrainingConfig(
-        phases, options.patience, options.seed, options.precision, average=options.average
-    )
-    return train(stage, run, config)
+    return train(stage, run, stage.config())
 
 
 def prepare_stage(
@@ -240,18 +244,7 @@ def prepare_stage(
     open_run(run, {**asdict(options), **splits}, force)
     features = PictureFeatures(cache, train_rows, memory)
     val_features = PictureFeatures(cache, val_rows, memory - features.size)
-    torch.manual_seed(options.seed)
-    decoder = Decoder(
-        DecoderConfig(
-            vocabulary_size=len(vocabulary),
-            embed_size=options.embed_size,
-            hidden_size=options.hidden_size,
-            dropout=options.dropout,
-            feature_dropout=options.feature_dropout,
-            image_state=options.image_state,
-            tied=options.tied,
-        )
-    )
+    decoder = build_decoder(options, len(vocabulary))
     if saved is not None:
         decoder.load_state_dict(saved.decoder_weights)
     else:
@@ -273,4 +266,20 @@ def prepare_stage(
         val_features=val_features,
         options=options,
         device=device,
+    )
+
+
+def build_decoder(options: DecoderOptions, vocabulary_size: int) -> Decoder:
+    """Make an untrained decoder, its weights drawn by the seed."""
+    torch.manual_seed(options.seed)
+    return Decoder(
+        DecoderConfig(
+            vocabulary_size=vocabulary_size,
+            embed_size=options.embed_size,
+            hidden_size=options.hidden_size,
+            dropout=options.dropout,
+            feature_dropout=options.feature_dropout,
+            image_state=options.image_state,
+            tied=options.tied,
+        )
     )

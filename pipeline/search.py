@@ -139,12 +139,13 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
     pool = torch.full_like(live, -torch.inf)
     pool_total = torch.full_like(pool, -torch.inf)
     pool_words = torch.full_like(words, PAD_ID)
-    candidates = 2 * beams  # enough: at most one candidate of each beam ends
+    # Enough: of the best continuations of one beam, and so at most one of each beam, one ends.
+    candidates = 2 * beams
 
     for length in range(config.max_length + 1):
         batch = len(pictures)
         logits, (hidden, cell) = decoder.step(token, (hidden, cell))
-        best, tokens = _best_tokens(logits, length, candidates, config)  # (B * K, 2K)
+        best, tokens = _best_tokens(logits, length, beams + 1, config)  # (B * K, K + 1)
         each = best.shape[1]
         totals = (live.view(-1, 1) + best).view(batch, beams * each)
         total, index = totals.topk(min(candidates, beams * each), dim=1)  # (B, 2K), best first

@@ -182,7 +182,10 @@ def test_wrong_commands_are_one_line_and_exit_code_two(drawn_run: DrawnRun, albu
         ((album / "notes.txt", album), "not a checkpoint"),
         ((drawn_run.run, album / "n*.txt"), "no pictures there"),
         ((drawn_run.run, album, "--output", empty), "is a folder"),
-        ((drawn_run.run, album, "--num-captions", 4, "--beam-size", 3), "--beam-size of at least 4"),
+        (
+            (drawn_run.run, album, "--num-captions", 4, "--beam-size", 3),
+            "--beam-size of at least 4",
+        ),
         ((drawn_run.run, album, "--weights", album / "x.pth"), "--weights"),
     ):
         result = caption(*arguments)

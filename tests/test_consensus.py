@@ -182,6 +182,11 @@ def test_a_checkpoint_keeps_them_and_refuses_damaged_ones(tmp_path: Path) -> Non
     torch.save({**content, "neighbours": {"mean": good["mean"]}}, path)
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(path)
+    other_width = {**good, "mean": torch.zeros(4), "directions": good["directions"][:, :4]}
+    for bad_content in (other_width, "text", [good]):
+        torch.save({**content, "neighbours": bad_content}, path)
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
     del content["neighbours"]  # as older ones are
     torch.save(content, path)
     assert load_checkpoint(path).build_consensus() is None

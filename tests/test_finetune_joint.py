@@ -74,6 +74,26 @@ def test_the_result_captions_by_itself(
     assert result.stdout.startswith(f"{picture}\t")
 
 
+def test_pictures_to_compare_with_are_those_of_the_epoch(
+    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
+) -> None:
+    """Where nothing learns and nothing is augmented they are what stage 2 kept."""
+    still = ["--encoder-lr", "0", "--decoder-lr", "0", "--weight-decay", "0", "--no-flip"]
+    result = finetune(
+        drawn_run, tmp_path, "--epochs", "1", *still, "--smallest-crop", "1", "--precision", "fp32"
+    )
+    assert result.exit_code == 0, result.output
+    before, after, learned = (
+        load_checkpoint(path).neighbours
+        for path in (drawn_run.run, tmp_path / "last.pt", joint_run / "last.pt")
+    )
+    assert before is not None and after is not None and learned is not None
+    for neighbours in (after, learned):
+        assert torch.equal(neighbours.captions.tokens, before.captions.tokens)
+    assert (after.directions * before.directions).sum(1).min() > 0.999
+    assert (learned.directions * before.directions).sum(1).min() < 0.999
+
+
 def test_evaluate_encodes_with_the_model_or_reads_its_own_cache(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
 ) -> None:
