@@ -43,9 +43,9 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     "--beam-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Hypotheses kept a picture. 1 is quickest. With consensus 5 is a good choice and 15 a "
-    "little better, at three times the search; without, more than 5 makes captions shorter and "
-    "blander.  [default: 5 with consensus, else 3]",
+    help="Hypotheses kept a picture. 1 is quickest, and poorest. With consensus 5 to 15 do alike; "
+    "without, 3 to 5 is best, and more makes captions shorter and blander.  [default: 5 with "
+    "consensus, else 3]",
     show_default=False,
 )
 @click.option(

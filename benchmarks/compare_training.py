@@ -259,7 +259,8 @@ def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
         began = time.perf_counter()
         train_epoch(stage, optimizer, config, 1, average)
         rates.append(len(stage.captions) / (time.perf_counter() - began))
-        say(f"  whole job: ours, {stage.options.embed_size} wide: {rates[number]:.1f} captions/s")
+        sizes = f"{stage.options.embed_size}/{stage.options.hidden_size}"
+        say(f"  whole job: ours, {sizes}: {rates[number]:.1f} captions/s")
     return rates[1:]
 
 
