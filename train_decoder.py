@@ -81,7 +81,7 @@ from pipeline.errors import UserError
     "--feature-dropout",
     type=click.FloatRange(min=0, max=1, max_open=True),
     default=0.5,
-    help="Dropout on the picture's 2048 numbers. With few pictures it helps more than any other.",
+    help="Dropout on the picture's 2048 numbers, against learning the training pictures by heart.",
 )
 @click.option(
     "--image-state/--no-image-state",
@@ -111,7 +111,8 @@ from pipeline.errors import UserError
     type=click.IntRange(min=0),
     default=0,
     help="So many of the last epochs learn from captions that the decoder draws itself, by their "
-    "CIDEr-D (arXiv 1612.00563). An epoch takes about twice as long.",
+    "CIDEr-D (arXiv 1612.00563). An epoch takes about twice as long; a single one gained nothing "
+    "sure on Flickr8k.",
 )
 @click.option(
     "--self-critical-lr",
