@@ -7,7 +7,7 @@ length-normalised, plus a weight times its agreement, the CIDEr-D with the neigh
 Near is what the decoder's image embedding holds to be near.
 
 ``cider`` computes the same, caption by caption; here all candidates meet the captions of all
-neighbours at once, in arrays: two milliseconds a picture instead of sixty.
+neighbours at once, in arrays: about two milliseconds a picture.
 """
 
 from __future__ import annotations

@@ -85,13 +85,23 @@ class Job:
 
 @contextlib.contextmanager
 def joined_job() -> Iterator[Job]:
-    """Join the job that ``torchrun`` started this process for, if it did."""
+    """Join the job that ``torchrun`` started this process for, if it did.
+
+    Raises:
+        UserError: the others cannot be reached.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Job()
         return
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    try:
+        torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            "WORLD_SIZE is set, but the job's other processes cannot be joined "
+            f"({str(error).splitlines()[0]}); start it with torchrun, or unset WORLD_SIZE"
+        ) from error
     try:
         yield Job(
             torch.distributed.get_rank(),

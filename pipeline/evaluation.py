@@ -44,6 +44,7 @@ from pipeline.significance import (
 from pipeline.validation import search_all
 from pipeline.vocabulary import tokenize
 
+BOOTSTRAP_SEED = 0
 SCORER = "pipeline.metrics (COCO definitions, PTB-style tokens, lower case, no punctuation)"
 
 
@@ -199,9 +200,9 @@ def evaluate(
         "features": opened.source,
         "seed": checkpoint.settings.get("seed"),
         "options": checkpoint.settings,
-        "resamples": RESAMPLES,
+        "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED},
     }
-    intervals = bootstrap(PerImage(scorer, tokens))
+    intervals = bootstrap(PerImage(scorer, tokens), BOOTSTRAP_SEED)
     return Evaluation(predictions, scores, left_out, intervals, facts, opened.unreadable)
 
 
@@ -281,8 +282,10 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
         click.echo("| " + " | ".join(["mean ± deviation", *means]) + " |")
     for run, result in results.items():
         scores = result.scores
+        # The line above the table is of the first run: another may have been searched otherwise.
+        how = f"{result.facts['split_sha256']}, {search_in_words(result.facts['search'])}"
         click.echo(
-            (f"{run}: " if lead else "")
+            (f"{run} ({how}): " if lead else "")
             + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
             f"words used, {scores['copied_from_train']:,} captions "
             f"({scores['copied_from_train_percent']:.1f} %) copied from train, "

@@ -340,3 +340,17 @@ def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     assert ended.returncode == 1, ended.stderr
     assert_same(FeatureCache(output), FeatureCache(alone))
     assert len(FeatureCache(output).shards) == 2
+
+
+def test_a_job_that_cannot_be_joined_is_one_line(pictures: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(REPOSITORY / "extract_features.py"), "--data", str(pictures)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
+    )
+    assert ended.returncode == 2
+    assert "Error: WORLD_SIZE is set, but" in ended.stderr and "torchrun" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -140,6 +140,22 @@ def test_every_phase_has_its_own_rise_and_fall(tmp_path: Path) -> None:
     assert [line["reward"] for line in log] == [50.0] * 5
 
 
+def test_a_divisor_makes_words_of_all_batches_count_alike(tmp_path: Path) -> None:
+    class Told(ScriptedStage):
+        """Says that every batch has 12 tokens, as many as the larger one."""
+
+        def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+            return super().loss(batch)[0], 12
+
+    settings = replace(config(2), phases=(Phase(2, divisor=12.0),))
+    train(ScriptedStage([], (4, 2)), tmp_path / "divisor", settings)
+    train(Told([], (4, 2)), tmp_path / "told", config(2))
+    train(ScriptedStage([], (4, 2)), tmp_path / "plain", config(2))
+    assert_same_weights(tmp_path / "divisor/last.pt", tmp_path / "told/last.pt")
+    divided, plain = (weights(tmp_path / name / "last.pt") for name in ("divisor", "plain"))
+    assert any(not torch.equal(divided[name], plain[name]) for name in plain)
+
+
 def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path: Path) -> None:
     settings = replace(config(2), average=0.6)
     seen: list[Tensor] = []
