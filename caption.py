@@ -19,6 +19,7 @@ import click
 
 from pipeline.errors import UserError
 from pipeline.files import check_writable
+from pipeline.pretrained import PRETRAINED
 
 # The run folders of stages 3 and 2, the better one first.
 DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
@@ -29,8 +30,10 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    default=None,
-    help="A run folder or its best.pt.  [default: runs/joint, or else runs/decoder]",
+    multiple=True,
+    help="A run folder or its best.pt. Given several times, for runs that differ in their seed, "
+    "the decoders caption together.  [default: runs/joint, else runs/decoder, else 'pretrained', "
+    "the model that comes with the program]",
     show_default=False,
 )
 @click.option(
@@ -43,18 +46,25 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     "--beam-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Hypotheses kept a picture. 1 is quickest, and poorest. With consensus 5 to 15 do alike; "
-    "without, 3 to 5 is best, and more makes captions shorter and blander.  [default: 5 with "
-    "consensus, else 3]",
+    help="Hypotheses kept a picture. 1 is quickest, and poorest. Where --consensus or --matching "
+    "choose among them 5 to 20 do alike; else 3 to 5 is best, and more makes captions shorter and "
+    "blander.  [default: 10 where they choose, else 3]",
     show_default=False,
 )
 @click.option(
     "--consensus",
     type=click.FloatRange(min=0),
     default=None,
-    help="Weight of the agreement with the captions of similar training pictures, which chooses "
-    "among the hypotheses; 0: the decoder chooses alone.  [default: 2 where the model has such "
-    "pictures]",
+    help="Weight of a caption's agreement with those of similar training pictures; 0: none. It "
+    "prefers what people say of such pictures.  [default: 2 where the model has such pictures]",
+    show_default=False,
+)
+@click.option(
+    "--matching",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Weight of how well a caption fits the picture; 0: none. Higher, up to 4, makes captions "
+    "more various.  [default: 2 where the model has a matcher]",
     show_default=False,
 )
 @click.option(
@@ -86,10 +96,11 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
 )
 def main(
     images: tuple[str, ...],
-    model: Path | None,
+    model: tuple[Path, ...],
     weights: str | None,
     beam_size: int | None,
     consensus: float | None,
+    matching: float | None,
     num_captions: int,
     layout: str,
     output: Path | None,
@@ -111,16 +122,16 @@ def main(
     if output is not None:
         check_writable(output)
     paths = collect(images)
-    model = model or default_model()
+    models = model or (default_model(),)
 
     from pipeline.captioner import Captioner
-    from pipeline.consensus import search_config
     from pipeline.openvino_engine import WORTH_COMPILING
     from pipeline.output import printable, write_predictions
+    from pipeline.reranking import search_config
 
     engine = "auto" if len(paths) >= WORTH_COMPILING else "torch"
-    captioner = Captioner.load(model, device, weights, engine=engine)
-    search = search_config(captioner.consensus, beam_size, consensus, least=num_captions)
+    captioner = Captioner.load(models, device, weights, engine=engine)
+    search = search_config(captioner.reranker, beam_size, consensus, matching, least=num_captions)
     predictions = captioner.stream(paths, search, num_captions, batch_size)
     failures = write_predictions(predictions, len(paths), layout, output)
     for path, reason in failures.items():
@@ -164,19 +175,17 @@ def _matches(pattern: str) -> list[str]:
 
 
 def default_model() -> Path:
-    """Find the model to use when none is named.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Find the model to use when none is named: the user's own, or else the one in the box."""
     for candidate in DEFAULT_MODELS:
         if Path(candidate).is_file():
             click.echo(f"model: {candidate}", err=True)
             return Path(candidate)
-    raise UserError(
-        f"no model: train one (see README.md), or name one with --model; looked for "
-        f"{' and '.join(DEFAULT_MODELS)}"
+    click.echo(
+        "model: the one that comes with the program (--model pretrained), trained on Flickr8k for "
+        "research and education; see data/pretrained/MODEL_CARD.md",
+        err=True,
     )
+    return Path(PRETRAINED)
 
 
 if __name__ == "__main__":

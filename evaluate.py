@@ -54,15 +54,24 @@ from pipeline.errors import UserError
     "--beam-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Hypotheses kept a picture; 1 is greedy.  [default: 5 with consensus, else 3]",
+    help="Hypotheses kept a picture; 1 is greedy.  [default: 10 where --consensus or --matching "
+    "choose, else 3]",
     show_default=False,
 )
 @click.option(
     "--consensus",
     type=click.FloatRange(min=0),
     default=None,
-    help="Weight of the agreement with the captions of similar training pictures; 0: none.  "
-    "[default: 2 where the model has such pictures]",
+    help="Weight of a caption's agreement with those of similar training pictures; 0: none. It "
+    "prefers what people say of such pictures.  [default: 2 where the model has such pictures]",
+    show_default=False,
+)
+@click.option(
+    "--matching",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Weight of how well a caption fits the picture; 0: none. Higher, up to 4, makes captions "
+    "more various.  [default: 2 where the model has a matcher]",
     show_default=False,
 )
 @click.option(
@@ -93,6 +102,12 @@ from pipeline.errors import UserError
     "run. Below a p of 0.05 the difference is unlikely to be the luck of these images; what "
     "another seed gives is not in it.",
 )
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Score RUNS as one model whose decoders caption together; they must be of one encoder and "
+    "recipe, with other seeds. The files go into the first run's folder, as predictions-together.",
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 def main(
     runs: tuple[Path, ...],
@@ -102,10 +117,12 @@ def main(
     split: str,
     beam_size: int | None,
     consensus: float | None,
+    matching: float | None,
     length_penalty: float,
     output: Path | None,
     java: bool,
     compare: tuple[Path, Path] | None,
+    together: bool,
     device: str,
 ) -> None:
     """Score the best epoch of RUNS (run folders, or checkpoints) on a split.
@@ -115,6 +132,7 @@ def main(
       python evaluate.py runs/decoder
       python evaluate.py runs/decoder --split test --beam-size 5
       python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
+      python evaluate.py --together runs/seed-0 runs/seed-1 runs/seed-2
       python evaluate.py --compare a.json b.json
 
     Several runs, such as the same with several seeds, are scored one by one and summed up by
@@ -122,7 +140,7 @@ def main(
     """
     if bool(runs) == (compare is not None):
         raise UserError("give the runs to score, or --compare with two predictions files")
-    if output is not None and len(runs) > 1:
+    if output is not None and len(runs) > 1 and not together:
         raise UserError("--output is for one run; each of several writes into its own folder")
     if compare is not None:
         from pipeline.evaluation import compare_predictions, print_comparison
@@ -131,13 +149,16 @@ def main(
         print_comparison(compare_predictions(*compare, data, captions, split), *compare)
         return
     from pipeline.devices import choose_device
-    from pipeline.evaluation import SearchOptions, evaluate_run, print_table
+    from pipeline.evaluation import SearchOptions, evaluate_runs, print_table
 
-    search = SearchOptions(beam_size, consensus, length_penalty)
+    search = SearchOptions(beam_size, consensus, matching, length_penalty)
     chosen = choose_device(device)
+    groups = [runs] if together else [(run,) for run in runs]
     results = {
-        str(run): evaluate_run(run, chosen, data, captions, features, split, search, output, java)
-        for run in runs
+        " + ".join(map(str, group)): evaluate_runs(
+            group, chosen, data, captions, features, split, search, output, java
+        )
+        for group in groups
     }
     print_table(results)
     if any(result.unreadable for result in results.values()):

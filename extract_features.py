@@ -46,9 +46,11 @@ For your own pictures: --data FOLDER"""
 )
 @click.option(
     "--weights",
-    default="imagenet",
-    help="'imagenet' (torchvision's, downloaded once), a torchvision inception_v3 state dict, "
-    "a checkpoint of finetune_joint.py, or 'random' (untrained: for trying the program out).",
+    default="auto",
+    help="'imagenet' (torchvision's, downloaded once), 'pretrained' (those of the model that comes "
+    "with the program), a torchvision inception_v3 state dict, a checkpoint of finetune_joint.py, "
+    "or 'random' (untrained, for tests). auto goes on with what the cache was begun with; else it "
+    "takes imagenet, or pretrained where that cannot be had.",
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
@@ -138,7 +140,7 @@ def main(
             default_workers,
             inference_batch_size,
         )
-        from pipeline.encoder import load_encoder
+        from pipeline.encoder import NAMED_WEIGHTS, load_encoder
         from pipeline.extraction import Extraction, extract, extract_share
         from pipeline.feature_shards import begun_identity
         from pipeline.features import default_cache_path
@@ -151,7 +153,14 @@ def main(
             precision = begun.precision if precision == "auto" else precision
             engine = begun.engine if engine == "auto" else engine
         precision = choose_precision(precision, chosen)
+        if weights == "auto" and begun is not None:
+            source = begun.weights_source
+            weights = source if source in NAMED_WEIGHTS or Path(source).is_file() else weights
         encoder = job.one_a_machine_first(lambda: load_encoder(weights, precision)).to(chosen)
+        if len(set(job.collect(encoder.source))) > 1:
+            raise UserError(
+                "the machines of this job found different weights; name some with --weights"
+            )
         if weights == "random" and job.rank == 0:
             click.echo(
                 "The encoder is untrained (--weights random): captions will be poor.", err=True

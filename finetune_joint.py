@@ -21,8 +21,12 @@ import click
 @click.option(
     "--start",
     type=click.Path(path_type=Path),
-    default="runs/decoder",
-    help="The run to start from: a folder of train_decoder.py, or a checkpoint.",
+    multiple=True,
+    default=["runs/decoder"],
+    help="The run to start from: a folder of train_decoder.py, a checkpoint, or 'pretrained', the "
+    "model that comes with the program. Given several "
+    "times, for runs of one recipe with other seeds, all their decoders are trained on one encoder "
+    "and caption together: better captions for little more time a picture.",
 )
 @click.option(
     "--data",
@@ -83,6 +87,13 @@ import click
     help="Share of the target spread over all words.",
 )
 @click.option(
+    "--average",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.998,
+    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
+    "0: no mean.",
+)
+@click.option(
     "--unfreeze-from",
     default="Mixed_7a",
     help="First InceptionV3 block that learns. Earlier blocks (Mixed_6a) learn more, and cost "
@@ -127,7 +138,7 @@ import click
 )
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 def main(
-    start: Path,
+    start: tuple[Path, ...],
     data: Path | None,
     captions: Path | None,
     weights: str | None,
@@ -143,6 +154,8 @@ def main(
     \b
     Examples:
       python finetune_joint.py
+      python finetune_joint.py --start pretrained --data photos --run runs/photos
+      python finetune_joint.py --start runs/seed-0 --start runs/seed-1 --run runs/joint-2
       python finetune_joint.py --unfreeze-from Mixed_6e --encoder-lr 5e-5 --run runs/joint-6e
 
     BatchNorm's statistics stay as they are. Stopped at any moment, the same command goes on
@@ -150,16 +163,16 @@ def main(
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
-    from pipeline.evaluation import evaluate_run, print_table
+    from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.joint_training import JointOptions, finetune_joint
 
-    settings = load_checkpoint(start).settings
+    settings = load_checkpoint(start[0]).settings
     if data is None:
         data = Path(settings["data"])
         captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
     chosen = choose_device(device)
     joint_options = JointOptions(
-        start=str(start),
+        start=tuple(map(str, start)),
         data=str(data),
         captions=str(captions) if captions else None,
         weights=weights,
@@ -174,7 +187,7 @@ def main(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
-    print_table({str(run): evaluate_run(run, chosen, java=False)})
+    print_table({str(run): evaluate_runs([run], chosen, java=False)})
     for path, reason in unreadable.items():
         click.echo(f"failed: {path}: {reason}", err=True)
     if unreadable:

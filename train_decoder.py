@@ -175,7 +175,7 @@ def main(
     """
     from pipeline.decoder_training import DecoderOptions, train_decoder
     from pipeline.devices import choose_device, choose_training_precision
-    from pipeline.evaluation import evaluate_run, print_table
+    from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.features import default_cache_path
 
     if numbers["self_critical_epochs"] >= numbers["epochs"]:
@@ -196,7 +196,7 @@ def main(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
-    print_table({str(run): evaluate_run(run, chosen, java=False)})
+    print_table({str(run): evaluate_runs([run], chosen, java=False)})
 
 
 if __name__ == "__main__":

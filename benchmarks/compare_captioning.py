@@ -24,7 +24,9 @@ from pipeline.devices import (
 from pipeline.encoder import load_encoder
 from pipeline.extraction import Extraction, extract
 from pipeline.images import find_images
+from pipeline.matching import Matcher, MatcherConfig
 from pipeline.openvino_engine import choose_engine
+from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig, search
 
 CPU = torch.device("cpu")
@@ -79,6 +81,9 @@ def compare_captioning(
     encoder = load_encoder(material.weights, choose_precision("auto", CPU))
     identity = encoder.identity
     neighbours = neighbours_of(material, trained)
+    matcher = Matcher(
+        MatcherConfig(len(material.vocabulary))
+    ).eval()  # takes its time, untrained too
     engine = choose_engine("auto", CPU)
     encoder.for_inference(engine)
     save_checkpoint(
@@ -89,10 +94,14 @@ def compare_captioning(
             material.vocabulary,
             identity,
             neighbours=neighbours,
+            matcher=matcher,
         ),
     )
     captioner = Captioner(
-        encoder, trained.decoder.eval(), material.vocabulary, Consensus(neighbours)
+        encoder,
+        trained.decoder.eval(),
+        material.vocabulary,
+        Reranker(Consensus(neighbours), matcher),
     )
     names = find_images(material.pictures)
 

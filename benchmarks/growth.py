@@ -32,6 +32,7 @@ from pipeline.encoder import Encoder
 from pipeline.extraction import Extraction, extract
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import find_images
+from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig
 from pipeline.validation import search_all
 
@@ -108,7 +109,7 @@ def grow_captioning(count: int, folder: Path) -> float:
     features = PictureFeatures(cache, torch.arange(count), 0.0)
     began = time.perf_counter()
     batches = (features[pictures] for pictures in torch.arange(count).split(256))
-    found = sum(1 for _ in search_all(decoder, batches, SearchConfig(max_length=8)))
+    found = sum(1 for _ in search_all(decoder, batches, SearchConfig(max_length=8), Reranker()))
     assert found == count
     cache.path.unlink()
     return (time.perf_counter() - began) / count * 1e3

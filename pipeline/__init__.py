@@ -1,7 +1,7 @@
 """Show and Tell (Vinyals et al., arXiv 1411.4555) on precomputed InceptionV3 features.
 
 >>> from pipeline import Captioner
->>> Captioner.load("runs/decoder/best.pt").caption(["a.jpg"])
+>>> Captioner.load().caption(["a.jpg"])
 ['a dog runs through the grass']
 
 Importing this package is cheap: torch loads when the first name that needs it is used.

@@ -1,6 +1,6 @@
 """The public interface: pictures in, captions out.
 
->>> captioner = Captioner.load("runs/decoder/best.pt")
+>>> captioner = Captioner.load()  # the one in the box; or Captioner.load("runs/decoder")
 >>> captioner.caption(["a.jpg", "b.jpg"])
 ['a dog runs through the grass', 'two children play on a beach']
 """
@@ -15,18 +15,26 @@ from pathlib import Path
 import numpy
 import torch
 
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.consensus import Consensus, best_captions, search_config
-from pipeline.decoder import Decoder
+from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.devices import (
     choose_device,
     choose_precision,
     default_workers,
     inference_batch_size,
 )
-from pipeline.encoder import EncodedBatch, Encoder, encode_files, load_encoder, load_trunk
+from pipeline.encoder import (
+    NAMED_WEIGHTS,
+    EncodedBatch,
+    Encoder,
+    encode_files,
+    load_encoder,
+    load_trunk,
+)
+from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError, UserError
 from pipeline.openvino_engine import choose_engine
+from pipeline.pretrained import PRETRAINED
+from pipeline.reranking import Reranker, best_captions, search_config
 from pipeline.search import Hypothesis, SearchConfig
 from pipeline.vocabulary import Vocabulary, detokenize
 
@@ -71,25 +79,25 @@ class Captioner:
         encoder: pictures to features; checked to be the one that the decoder was trained on.
         decoder: features to captions.
         vocabulary: the decoder's words.
-        consensus: ranks captions by similar training pictures, or None.
+        reranker: the second opinions on captions that the model has.
     """
 
     def __init__(
         self,
         encoder: Encoder,
-        decoder: Decoder,
+        decoder: CaptionDecoder,
         vocabulary: Vocabulary,
-        consensus: Consensus | None = None,
+        reranker: Reranker | None = None,
     ) -> None:
         self.encoder = encoder
         self.decoder = decoder
         self.vocabulary = vocabulary
-        self.consensus = consensus
+        self.reranker = reranker or Reranker()
 
     @classmethod
     def load(
         cls,
-        model: StrPath,
+        model: StrPath | Sequence[StrPath] = PRETRAINED,
         device: str = "auto",
         weights: str | None = None,
         precision: str = "auto",
@@ -98,7 +106,9 @@ class Captioner:
         """Load a checkpoint, or the best one of a run folder, and its encoder.
 
         Args:
-            model: ``best.pt`` of a run, or the run's folder.
+            model: ``best.pt`` of a run, or the run's folder; by default the model that comes with
+                the program. Of several, which must be of one encoder, vocabulary and recipe, the
+                decoders caption together (``ensemble``).
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             weights: where the encoder's weights are, if not where they were in training;
                 a checkpoint of stage 3 has them inside and needs none.
@@ -110,7 +120,8 @@ class Captioner:
             UserError: no such checkpoint, or the encoder's weights are not those that the
                 decoder was trained with.
         """
-        checkpoint = load_checkpoint(Path(model))
+        models = [model] if isinstance(model, str | os.PathLike) else model
+        checkpoint = load_together([Path(path) for path in models])
         chosen = choose_device(device)
         encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
         encoder.for_inference(choose_engine(engine, chosen)).to(chosen)
@@ -118,7 +129,7 @@ class Captioner:
             encoder,
             checkpoint.build_decoder().to(chosen),
             checkpoint.vocabulary,
-            checkpoint.build_consensus(),
+            checkpoint.build_reranker().to(chosen),
         )
 
     def caption(
@@ -132,14 +143,14 @@ class Captioner:
 
         Args:
             images: paths.
-            beam_size: hypotheses kept a picture; by default see ``consensus.search_config``.
+            beam_size: hypotheses kept a picture; by default see ``reranking.search_config``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             max_length: most words in a caption.
 
         Raises:
             InputError: a picture cannot be read; ``stream`` reports it and goes on.
         """
-        config = search_config(self.consensus, beam_size, max_length=max_length)
+        config = search_config(self.reranker, beam_size, max_length=max_length)
         texts = []
         for prediction in self.stream(images, config, batch_size=batch_size):
             if prediction.error is not None:
@@ -159,7 +170,7 @@ class Captioner:
 
         Args:
             images: paths.
-            config: how to search; by default see ``consensus.search_config``.
+            config: how to search; by default see ``reranking.search_config``.
             num_captions: captions a picture, at most ``config.beam_size``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
@@ -167,7 +178,7 @@ class Captioner:
         Yields:
             A prediction for every path, in their order, also for those that cannot be read.
         """
-        config = config or search_config(self.consensus, least=num_captions)
+        config = config or search_config(self.reranker, least=num_captions)
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
         workers = workers or default_workers(device)
@@ -192,7 +203,7 @@ class Captioner:
             if keys:
                 features = numpy.concatenate([encoded.features for encoded in group])
                 hypotheses = best_captions(
-                    self.decoder, torch.from_numpy(features).to(device), config, self.consensus
+                    self.decoder, torch.from_numpy(features).to(device), config, self.reranker
                 )
                 for key, best in zip(keys, hypotheses, strict=True):
                     found[key] = captions_of(best[:num_captions], self.vocabulary)
@@ -226,7 +237,7 @@ def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> E
         load_trunk(encoder, checkpoint.encoder_weights, "the checkpoint's encoder")
     else:
         source = weights or wanted.weights_source
-        if weights is None and source not in ("imagenet", "random") and not Path(source).is_file():
+        if weights is None and source not in NAMED_WEIGHTS and not Path(source).is_file():
             raise UserError(
                 f"the encoder's weights are no longer at {source}, where they were in training; "
                 "say where they are: --weights FILE"

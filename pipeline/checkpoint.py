@@ -8,18 +8,24 @@ epoch and scores; ``last.pt`` also what is needed to go on training. It is loade
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.consensus import Consensus, Neighbours
-from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.consensus import Consensus, Neighbours, merge_neighbours
+from pipeline.decoder import DecoderConfig
+from pipeline.ensemble import CaptionDecoder, make_decoder
 from pipeline.errors import UserError
 from pipeline.features import EncoderIdentity
 from pipeline.files import atomic_write
+from pipeline.matching import Matcher, MatcherConfig
+from pipeline.pretrained import is_pretrained, pretrained_path
+from pipeline.quantisation import dequantise
+from pipeline.reranking import Reranker
 from pipeline.vocabulary import Vocabulary
 
 SCHEMA_VERSION = 1
@@ -37,6 +43,7 @@ class Checkpoint:
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.
         neighbours: training pictures that ``consensus`` compares with, or None.
+        matcher: tells how well a caption fits a picture, or None; in eval mode.
         epoch: how many epochs were trained.
         scores: validation scores of these weights.
         settings: the options of the run, as plain values.
@@ -49,25 +56,28 @@ class Checkpoint:
     encoder: EncoderIdentity
     encoder_weights: dict[str, Tensor] | None = None
     neighbours: Neighbours | None = None
+    matcher: Matcher | None = None
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] | None = None
 
-    def build_decoder(self) -> Decoder:
+    def build_decoder(self) -> CaptionDecoder:
         """Make the decoder, in eval mode, on the CPU."""
-        decoder = Decoder(self.decoder_config)
+        decoder = make_decoder(self.decoder_config)
         decoder.load_state_dict(self.decoder_weights)
         return decoder.eval()
 
-    def build_consensus(self) -> Consensus | None:
-        """Make what ranks captions by similar training pictures, if the model has any."""
-        return Consensus(self.neighbours) if self.neighbours is not None else None
+    def build_reranker(self) -> Reranker:
+        """Make the second opinions on captions that the model has, on the CPU."""
+        return Reranker(
+            Consensus(self.neighbours) if self.neighbours is not None else None, self.matcher
+        )
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to a temporary file and move it to ``path``."""
-    content = {
+def checkpoint_content(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Give what a checkpoint's file holds: plain values and tensors, by name."""
+    return {
         "schema_version": SCHEMA_VERSION,
         "decoder_config": asdict(checkpoint.decoder_config),
         "decoder_weights": checkpoint.decoder_weights,
@@ -75,25 +85,33 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "encoder": asdict(checkpoint.encoder),
         "encoder_weights": checkpoint.encoder_weights,
         "neighbours": checkpoint.neighbours.to_tensors() if checkpoint.neighbours else None,
+        "matcher": matcher_content(checkpoint.matcher),
         "epoch": checkpoint.epoch,
         "scores": checkpoint.scores,
         "settings": checkpoint.settings,
         "training": checkpoint.training,
     }
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to a temporary file and move it to ``path``."""
     with atomic_write(path, "wb") as handle:
-        torch.save(content, handle)
+        torch.save(checkpoint_content(checkpoint), handle)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint to the CPU.
 
     Args:
-        path: the file, or a run folder, whose ``best.pt`` is taken.
+        path: the file; a run folder, whose ``best.pt`` is taken; or ``pretrained``, for the model
+            that comes with the program, if nothing here has that name.
 
     Raises:
         UserError: no such file, or not a checkpoint of this program and schema version.
     """
-    if path.is_dir():
+    if is_pretrained(path):
+        path = pretrained_path()
+    elif path.is_dir():
         path = path / "best.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
@@ -108,13 +126,17 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         neighbours = content.get("neighbours")  # older checkpoints have none
+        encoder_weights = content["encoder_weights"]
+        if "encoder_scales" in content:
+            encoder_weights = dequantise(encoder_weights, content["encoder_scales"])
         checkpoint = Checkpoint(
             decoder_config=DecoderConfig(**content["decoder_config"]),
-            decoder_weights=content["decoder_weights"],
+            decoder_weights={k: v.float() for k, v in content["decoder_weights"].items()},
             vocabulary=Vocabulary.from_list(content["vocabulary"]),
             encoder=EncoderIdentity(**content["encoder"]),
-            encoder_weights=content["encoder_weights"],
+            encoder_weights=encoder_weights,
             neighbours=Neighbours.from_tensors(neighbours) if neighbours else None,
+            matcher=_build_matcher(content.get("matcher")),
             epoch=content["epoch"],
             scores=content["scores"],
             settings=content["settings"],
@@ -123,9 +145,87 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if len(checkpoint.vocabulary) != checkpoint.decoder_config.vocabulary_size:
             raise ValueError("vocabulary and decoder differ in size")
         kept = checkpoint.neighbours
-        if kept is not None and len(kept.mean) != checkpoint.decoder_config.embed_size:
+        config = checkpoint.decoder_config
+        if kept is not None and len(kept.mean) != config.embed_size * config.members:
             raise ValueError("neighbours and decoder differ in size")
+        matcher = checkpoint.matcher
+        if matcher is not None and matcher.config.vocabulary_size != config.vocabulary_size:
+            raise ValueError("matcher and decoder differ in size")
         checkpoint.build_decoder()
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error})") from error
     return checkpoint
+
+
+def matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
+    """Give what a checkpoint's file holds of a matcher."""
+    if matcher is None:
+        return None
+    weights = {name: tensor.cpu() for name, tensor in matcher.state_dict().items()}
+    return {"config": asdict(matcher.config), "weights": weights}
+
+
+def _build_matcher(content: dict[str, Any] | None) -> Matcher | None:
+    if content is None:
+        return None
+    matcher = Matcher(MatcherConfig(**content["config"]))
+    matcher.load_state_dict({k: v.float() for k, v in content["weights"].items()})
+    return matcher.eval()
+
+
+def load_together(paths: Sequence[Path]) -> Checkpoint:
+    """Read one checkpoint, or several as one whose decoders caption together.
+
+    Of several the epoch, scores, settings and matcher are the first one's, and all ``seeds`` are
+    among the settings.
+
+    Args:
+        paths: see ``load_checkpoint``; at least one.
+
+    Raises:
+        UserError: see ``load_checkpoint``; or the models are not of one encoder, vocabulary and
+            recipe, as ``ensemble`` needs them.
+    """
+    first, *others = checkpoints = [load_checkpoint(path) for path in paths]
+    if not others:
+        return first
+    for path, other in zip(paths[1:], others, strict=True):
+        unlike = first.encoder.mismatch(other.encoder)
+        if unlike is not None:
+            raise UserError(f"{path}: not of the same encoder as {paths[0]} ({unlike})")
+        if other.vocabulary.to_list() != first.vocabulary.to_list():
+            raise UserError(f"{path}: has not the vocabulary of {paths[0]}")
+        if replace(other.decoder_config, members=1) != replace(first.decoder_config, members=1):
+            raise UserError(f"{path}: its decoder is not of the sizes of that of {paths[0]}")
+    members = [part for checkpoint in checkpoints for part in _members(checkpoint)]
+    neighbours = [checkpoint.neighbours for checkpoint in checkpoints]
+    return replace(
+        first,
+        decoder_config=replace(first.decoder_config, members=len(members)),
+        decoder_weights={
+            f"members.{number}.{name}": tensor
+            for number, part in enumerate(members)
+            for name, tensor in part.items()
+        },
+        neighbours=merge_neighbours([n for n in neighbours if n is not None])
+        if None not in neighbours
+        else None,
+        settings={**first.settings, "seeds": [c.settings.get("seed") for c in checkpoints]},
+        matcher=next((c.matcher for c in checkpoints if c.matcher is not None), None),
+        training=None,
+    )
+
+
+def _members(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
+    """Give the weights of each of a checkpoint's decoders."""
+    count = checkpoint.decoder_config.members
+    if count == 1:
+        return [checkpoint.decoder_weights]
+    return [
+        {
+            name.removeprefix(prefix): tensor
+            for name, tensor in checkpoint.decoder_weights.items()
+            if name.startswith(prefix)
+        }
+        for prefix in (f"members.{number}." for number in range(count))
+    ]

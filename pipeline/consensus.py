@@ -22,18 +22,14 @@ from torch import Tensor
 
 from pipeline.cider import LONGEST_NGRAM, SIGMA
 from pipeline.dataset import EncodedCaptions
-from pipeline.decoder import Decoder
-from pipeline.errors import UserError
-from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.ensemble import CaptionDecoder
+from pipeline.search import Hypothesis
 from pipeline.vocabulary import END_ID
 
 # Of more training pictures an evenly spaced sample is kept: with Flickr8k's 6,000 a checkpoint
 # grows by 4 MB.
 MOST_PICTURES = 10_000
 NEIGHBOURS = 60
-# How captions are searched where there are neighbours to ask: more candidates than the decoder
-# alone needs, and what an agreement of 1 (of 10) weighs against a log-probability a word of 1.
-CONSENSUS_BEAM, CONSENSUS_WEIGHT = 5, 2.0
 # A neighbour counts exp(cosine / TEMPERATURE). On val all from 0.05 to 0.1 did alike.
 TEMPERATURE = 0.05
 # For hashing n-grams into 64 bits: an odd number whose bits are well mixed.
@@ -98,7 +94,7 @@ def sampled_pictures(count: int) -> Tensor:
 
 @torch.inference_mode()
 def choose_neighbours(
-    decoder: Decoder, pictures: Tensor, features: Iterable[Tensor], captions: EncodedCaptions
+    decoder: CaptionDecoder, pictures: Tensor, features: Iterable[Tensor], captions: EncodedCaptions
 ) -> Neighbours:
     """Keep training pictures to compare with.
 
@@ -118,6 +114,26 @@ def choose_neighbours(
         mean.clone(),
         F.normalize(embeddings - mean, dim=1).half().clone(),
         captions if everyone else captions.of_pictures(pictures),
+    )
+
+
+def merge_neighbours(neighbours: Sequence[Neighbours]) -> Neighbours | None:
+    """Make those of an ensemble of its members': near is what is near to all of them.
+
+    Returns:
+        None where the members keep other training pictures, or captions, than each other.
+    """
+    first, *others = neighbours
+    for other in others:
+        mine, theirs = first.captions, other.captions
+        if not (
+            torch.equal(mine.pictures, theirs.pictures) and torch.equal(mine.tokens, theirs.tokens)
+        ):
+            return None
+    return Neighbours(
+        torch.cat([member.mean for member in neighbours]),
+        F.normalize(torch.cat([m.directions.float() for m in neighbours], dim=1), dim=1).half(),
+        first.captions,
     )
 
 
@@ -216,56 +232,6 @@ class Consensus:
         cosines *= numpy.exp(-(difference**2) / (2 * SIGMA**2))
         number = self._first_caption[pictures + 1] - self._first_caption[pictures]
         return 10 / LONGEST_NGRAM * cosines @ numpy.repeat(shares / number, number)
-
-
-def search_config(
-    consensus: Consensus | None,
-    beam_size: int | None = None,
-    weight: float | None = None,
-    least: int = 1,
-    length_penalty: float = SearchConfig.length_penalty,
-    max_length: int = SearchConfig.max_length,
-) -> SearchConfig:
-    """Choose how to search where not all is said: by consensus where there are neighbours.
-
-    Args:
-        consensus: the model's neighbours, or None where it has none.
-        beam_size: hypotheses a picture, or None: 5 with consensus, 3 without, but ``least``.
-        weight: of the agreement; 0 is without consensus.
-        least: how many hypotheses are needed.
-        length_penalty, max_length: see ``SearchConfig``.
-
-    Raises:
-        UserError: consensus is asked for, but the model has no neighbours.
-    """
-    if weight and consensus is None:
-        raise UserError(
-            f"--consensus {weight:g}: this model has no training pictures to compare with; train "
-            "it with this version, or use --consensus 0"
-        )
-    if weight is None:
-        weight = CONSENSUS_WEIGHT if consensus is not None else 0.0
-    if beam_size == 1:
-        weight = 0.0  # there is nothing to choose from
-    usual = CONSENSUS_BEAM if weight else SearchConfig.beam_size
-    return SearchConfig(
-        beam_size=max(usual, least) if beam_size is None else beam_size,
-        max_length=max_length,
-        length_penalty=length_penalty,
-        consensus=weight,
-    )
-
-
-def best_captions(
-    decoder: Decoder, features: Tensor, config: SearchConfig, consensus: Consensus | None
-) -> list[list[Hypothesis]]:
-    """Search captions for features (B, 2048), and rank them by consensus where there is one."""
-    found = search(decoder, features, config)
-    if consensus is None or not config.consensus:
-        return found
-    with torch.inference_mode():
-        images = decoder.embed_image(features)[0][:, 0]
-    return consensus.rank(images, found, config.consensus)
 
 
 def _ranges(first: numpy.ndarray, last: numpy.ndarray) -> numpy.ndarray:

@@ -49,6 +49,7 @@ class DecoderConfig:
         feature_dropout: probability, on the standardised features.
         image_state: whether the picture gives the LSTM's first state, besides its first input.
         tied: whether words are told by the vectors that they are read by.
+        members: how many decoders of these sizes caption together, see ``ensemble``.
     """
 
     vocabulary_size: int
@@ -59,6 +60,7 @@ class DecoderConfig:
     feature_dropout: float = 0.0
     image_state: bool = False
     tied: bool = False
+    members: int = 1
 
 
 def dropout(values: Tensor, probability: float) -> Tensor:

@@ -12,7 +12,7 @@ import click
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import Checkpoint, load_checkpoint
+from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.consensus import choose_neighbours, sampled_pictures
 from pipeline.dataset import (
     EncodedCaptions,
@@ -28,6 +28,7 @@ from pipeline.dataset import (
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.features import DONE, EncoderIdentity, FeatureCache
+from pipeline.matching import train_matcher
 from pipeline.self_critical import SAMPLES, SelfCritical
 from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
@@ -206,7 +207,19 @@ def train_decoder(
             or val empty; the run there has other settings.
     """
     stage = prepare_stage(options, run, device, memory, force)
-    return train(stage, run, stage.config())
+    progress = train(stage, run, stage.config())
+    best = load_checkpoint(run)
+    if best.matcher is None:
+        best.matcher = train_matcher(
+            stage.features,
+            stage.captions,
+            len(stage.vocabulary),
+            (best.decoder_weights["feature_mean"], best.decoder_weights["feature_scale"]),
+            options.seed,
+            device,
+        )
+        save_checkpoint(run / "best.pt", best)
+    return progress
 
 
 def prepare_stage(

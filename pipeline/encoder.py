@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import click
 import numpy
 import torch
 import torchvision
@@ -31,6 +33,8 @@ from pipeline.devices import DTYPES, autocast, inference_batch_size, threads_per
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import IMAGE_SIZE, ImageError, prefetch, read_square
+from pipeline.pretrained import PRETRAINED, pretrained_path
+from pipeline.quantisation import dequantise
 
 # torchvision's Inception3 from its first layer to its pooling, in the order in which its
 # forward runs them. All are one after the other, so they can be cut anywhere.
@@ -42,6 +46,12 @@ TRUNK_LAYERS = (
     *("Mixed_7a", "Mixed_7b", "Mixed_7c", "avgpool"),
 )
 
+# What weights may be called by; all else is a file.
+NAMED_WEIGHTS = ("imagenet", PRETRAINED, "random")
+
+# Seconds that a server may be silent.
+PATIENCE = 30.0
+
 # Several threads decode for one GPU; what lies between two layers should lie there only once.
 ONE_AT_A_TIME = threading.Lock()
 
@@ -50,7 +60,7 @@ class Encoder(nn.Module):
     """InceptionV3's trunk: uint8 pictures (B, 299, 299, 3) to float32 features (B, 2048).
 
     Attributes:
-        source: where the weights came from: ``imagenet``, ``random`` or a file's path.
+        source: where the weights came from: one of ``NAMED_WEIGHTS`` or a file's path.
         precision: ``fp32``, ``bf16`` or ``fp16``, the arithmetic of the network.
         engine: what runs the network: ``torch`` or ``openvino``.
     """
@@ -214,8 +224,9 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
     """Build an encoder with the weights that ``weights`` names.
 
     Args:
-        weights: ``imagenet`` (torchvision's, downloaded once), ``random`` (seeded and
-            untrained, for demonstrations and tests), or a file: a torchvision
+        weights: ``imagenet`` (torchvision's, downloaded once), ``pretrained`` (those that come
+            with the program), ``auto`` (the first of these that can be had; the second is said
+            aloud), ``random`` (seeded and untrained, for tests), or a file: a torchvision
             ``inception_v3`` state dict, full or trunk only, or a checkpoint of
             ``finetune_joint.py``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -223,13 +234,27 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
     Raises:
         UserError: the weights cannot be had or do not fit.
     """
-    named = weights in ("imagenet", "random")
+    state: dict[str, Tensor] | None = None
+    if weights == "auto":
+        try:
+            state, weights = _imagenet_state(), "imagenet"
+        except UserError as error:
+            click.echo(
+                f"{error}. For now the encoder of the model that comes with the program is taken "
+                "(--weights pretrained)",
+                err=True,
+            )
+            weights = PRETRAINED
+    named = weights in NAMED_WEIGHTS
     encoder = Encoder(weights if named else str(Path(weights).resolve()), precision)
     if weights == "random":
         initialise_untrained(encoder)
-    else:
-        state = _imagenet_state() if weights == "imagenet" else _read_state(Path(weights))
-        load_trunk(encoder, state, encoder.source)
+        return encoder
+    if state is None and weights == "imagenet":
+        state = _imagenet_state()
+    elif state is None:
+        state = _read_state(pretrained_path() if weights == PRETRAINED else Path(weights))
+    load_trunk(encoder, state, encoder.source)
     return encoder
 
 
@@ -266,7 +291,9 @@ def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
 def _imagenet_state() -> dict[str, Tensor]:
     """Get torchvision's ImageNet weights from its cache or, once, from the network."""
     weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
+    usual = socket.getdefaulttimeout()
     try:
+        socket.setdefaulttimeout(PATIENCE)  # torch.hub waits for ever
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError, HTTPException, EOFError, UnpicklingError) as error:
         # No network or a full disk; a wrong checksum; a connection that broke off; a file in
@@ -275,18 +302,26 @@ def _imagenet_state() -> dict[str, Tensor]:
             f"the ImageNet weights of InceptionV3 cannot be had ({error}); give a file of "
             f"them: --weights FILE (get {weights.url} where there is a network)"
         ) from error
+    finally:
+        socket.setdefaulttimeout(usual)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict, or the encoder inside a checkpoint, without running its pickles."""
     if not path.is_file():
-        raise UserError(f"--weights {path}: no such file (say imagenet, random or a file's path)")
+        raise UserError(
+            f"--weights {path}: no such file (say imagenet, pretrained or a file's path)"
+        )
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"--weights {path}: not a state dict that torch can read") from error
     if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
-        state = state["encoder_weights"]
+        scales = state.get("encoder_scales", {})
+        try:
+            state = dequantise(state["encoder_weights"], scales)
+        except (LookupError, RuntimeError, AttributeError, TypeError) as error:
+            raise UserError(f"--weights {path}: the checkpoint is damaged ({error})") from error
     elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(

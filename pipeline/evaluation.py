@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pipeline.captioner import captions_of, encoder_of
 from pipeline.captions import CaptionTable, read_captions
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.consensus import search_config
+from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.dataset import load_table, rows_of, tokenised
 from pipeline.devices import choose_precision, default_workers
 from pipeline.encoder import encode_all
@@ -31,7 +30,9 @@ from pipeline.images import find_images, unreadable_images
 from pipeline.java_metrics import java_metrics
 from pipeline.metrics import Scorer, diversity
 from pipeline.openvino_engine import choose_engine
+from pipeline.pretrained import PRETRAINED, is_pretrained
 from pipeline.progress import progress_bar
+from pipeline.reranking import search_config
 from pipeline.search import SearchConfig
 from pipeline.significance import (
     RESAMPLES,
@@ -72,10 +73,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What was said of the search; None is left to ``consensus.search_config``."""
+    """What was said of the search; None is left to ``reranking.search_config``."""
 
     beam_size: int | None = None
     consensus: float | None = None
+    matching: float | None = None
     length_penalty: float = SearchConfig.length_penalty
 
 
@@ -98,8 +100,8 @@ class SplitData:
     unreadable: int
 
 
-def evaluate_run(
-    run: Path,
+def evaluate_runs(
+    runs: Sequence[Path],
     device: torch.device,
     data: Path | None = None,
     captions: Path | None = None,
@@ -109,24 +111,25 @@ def evaluate_run(
     output: Path | None = None,
     java: bool = True,
 ) -> Evaluation:
-    """Score ``best.pt`` of a run, and write predictions and scores.
+    """Score ``best.pt`` of a run, or of several as one model, and write predictions and scores.
 
     Args:
-        run: a run folder, or a checkpoint.
+        runs: run folders, or checkpoints; the decoders of several caption together.
         device: where to decode.
         data, captions, features: by default those of the training; for other data, features
             are looked for under their default name.
         split: ``train``, ``val`` or ``test``.
         search: how captions are searched.
         output: where the predictions go, in the COCO results format; by default
-            ``predictions.json`` in the run folder, or ``predictions-test.json``. The scores go
-            to ``scores.json`` or ``scores-test.json`` beside it.
+            ``predictions.json`` in the first run's folder (in runs/pretrained for the model that
+            comes with the program); the scores go to ``scores.json``
+            beside it. The names tell the split if it is not val, and ``-together``.
         java: whether METEOR and SPICE are wanted, which take Java and some seconds.
 
     Raises:
         UserError: checkpoint, captions or features are missing or do not belong together.
     """
-    checkpoint = load_checkpoint(run)
+    checkpoint = load_together(runs)
     settings = checkpoint.settings
     data = data or Path(settings["data"])
     if captions is None and str(data) == settings["data"] and settings["captions"]:
@@ -136,8 +139,12 @@ def evaluate_run(
         features = Path(settings["features"]) if own else default_cache_path(data)
     search = search or SearchOptions()
     result = evaluate(checkpoint, device, data, captions, features, split, search, java)
-    folder = run if run.is_dir() else run.parent
-    suffix = "" if split == "val" or output else f"-{split}"
+    if is_pretrained(runs[0]):
+        folder = Path("runs") / PRETRAINED
+    else:
+        folder = runs[0] if runs[0].is_dir() else runs[0].parent
+    suffix = "-together" if len(runs) > 1 and not output else ""
+    suffix += "" if split == "val" or output else f"-{split}"
     output = output or folder / f"predictions{suffix}.json"
     _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
     _write_json(
@@ -163,17 +170,21 @@ def evaluate(
     search: SearchOptions,
     java: bool,
 ) -> Evaluation:
-    """Caption the pictures of a split and score the captions; see ``evaluate_run``."""
+    """Caption the pictures of a split and score the captions; see ``evaluate_runs``."""
     opened = _open_split(checkpoint, device, data, captions, features, split)
     groups = opened.references
     decoder = checkpoint.build_decoder().to(device)
     vocabulary = checkpoint.vocabulary
-    consensus = checkpoint.build_consensus()
+    reranker = checkpoint.build_reranker().to(device)
     config = search_config(
-        consensus, search.beam_size, search.consensus, length_penalty=search.length_penalty
+        reranker,
+        search.beam_size,
+        search.consensus,
+        search.matching,
+        length_penalty=search.length_penalty,
     )
     bar = progress_bar(
-        search_all(decoder, opened.features, config, consensus),
+        search_all(decoder, opened.features, config, reranker),
         total=len(groups),
         unit="image",
         desc="captioning",
@@ -198,7 +209,8 @@ def evaluate(
         "search": asdict(config),
         "epoch": checkpoint.epoch,
         "features": opened.source,
-        "seed": checkpoint.settings.get("seed"),
+        "decoders": checkpoint.decoder_config.members,
+        "seed": checkpoint.settings.get("seeds", checkpoint.settings.get("seed")),
         "options": checkpoint.settings,
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED},
     }
@@ -298,9 +310,11 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
 
 def search_in_words(search: Mapping[str, Any]) -> str:
     """Say in a few words how captions were searched."""
-    beam, weight = search["beam_size"], search["consensus"]
-    words = "greedy" if beam == 1 else f"beam {beam}"
-    return f"{words}, consensus {weight:g}" if weight else words
+    beam = search["beam_size"]
+    words = ["greedy" if beam == 1 else f"beam {beam}"]
+    return ", ".join(
+        [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
+    )
 
 
 def compare_predictions(
@@ -309,7 +323,7 @@ def compare_predictions(
     """Test whether two prediction files for the same images differ.
 
     Args:
-        first, second: in the COCO results format, as ``evaluate_run`` writes them.
+        first, second: in the COCO results format, as ``evaluate_runs`` writes them.
         data, captions: where the references are.
         split: of which the images are.
 

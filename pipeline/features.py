@@ -58,7 +58,7 @@ class EncoderIdentity:
         weights_sha256: hash of its weights, see ``encoder.weights_sha256``.
         transform: how a picture is brought to the network's input.
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        weights_source: ``imagenet``, ``random`` or the path of a file; where to look again.
+        weights_source: ``imagenet``, ``pretrained``, ``random`` or a file.
         torchvision: the version that built the network.
         engine: what ran it: ``torch`` or ``openvino``.
     """

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from pipeline.captioner import encoder_of
-from pipeline.checkpoint import Checkpoint, load_checkpoint
-from pipeline.consensus import Neighbours, choose_neighbours, sampled_pictures
+from pipeline.checkpoint import Checkpoint, load_checkpoint, load_together, save_checkpoint
+from pipeline.consensus import choose_neighbours, sampled_pictures
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
-from pipeline.decoder import Decoder
 from pipeline.devices import inference_batch_size
 from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
+from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError, UserError
 from pipeline.features import FEATURE_SIZE
 from pipeline.images import (
@@ -39,6 +39,8 @@ from pipeline.images import (
     prefetch,
     unreadable_images,
 )
+from pipeline.matching import train_matcher
+from pipeline.progress import progress_bar
 from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
 from pipeline.validation import Validator
 from pipeline.vocabulary import Vocabulary
@@ -54,7 +56,7 @@ class JointOptions:
     Attributes are explained by ``python finetune_joint.py --help``.
     """
 
-    start: str
+    start: tuple[str, ...]
     data: str
     captions: str | None
     weights: str | None
@@ -66,6 +68,7 @@ class JointOptions:
     decoder_lr: float
     weight_decay: float
     label_smoothing: float
+    average: float
     unfreeze_from: str
     smallest_crop: float
     flip: bool
@@ -87,13 +90,11 @@ class JointBatch:
     """Pictures with all their captions.
 
     Attributes:
-        numbers: int64 (B,): the pictures' numbers.
         pixels: uint8 (B, 299, 299, 3).
         picture: int64 (C,): which of the B pictures each caption is of.
         captions: int64 (C, T), padded.
     """
 
-    numbers: Tensor
     pixels: Tensor
     picture: Tensor
     captions: Tensor
@@ -104,7 +105,7 @@ class JointStage:
     """Encoder, decoder, pictures and captions, as ``training.train`` wants them."""
 
     encoder: Encoder
-    decoder: Decoder
+    decoder: CaptionDecoder
     vocabulary: Vocabulary
     pictures: Sequence[Picture]
     captions: EncodedCaptions
@@ -113,7 +114,6 @@ class JointStage:
     options: JointOptions
     workers: int
     device: torch.device
-    neighbours: Neighbours | None
     unreadable: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,11 +126,6 @@ class JointStage:
         self.unfrozen.requires_grad_(True)
         self.unfrozen.to(memory_format=torch.channels_last)
         self.first_caption = self.captions.first_of_picture
-        # Of the pictures that checkpoints keep to compare with, the features of the present epoch,
-        # as they come by: to encode them once more would take as long as half an epoch.
-        self.kept = sampled_pictures(len(self.pictures))
-        self.seen = torch.zeros(len(self.kept), dtype=torch.bool)
-        self.features = torch.zeros(len(self.kept), FEATURE_SIZE, dtype=torch.float16)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Encoder and decoder, each with its learning rate."""
@@ -196,7 +191,6 @@ class JointStage:
         ]
         counts = torch.tensor([len(indices) for indices in ranges])
         return JointBatch(
-            torch.tensor(numbers),
             torch.from_numpy(numpy.stack(pixels)),
             torch.repeat_interleave(torch.arange(len(numbers)), counts),
             self.captions.padded(torch.cat(ranges)),
@@ -214,19 +208,11 @@ class JointStage:
         with torch.no_grad():
             hidden = torch.cat([self.frozen(part) for part in few])
         features = self.unfrozen(hidden).flatten(1).float()  # (B, 2048)
-        self._remember(batch.numbers, features)
         return self.decoder.loss(
             features[batch.picture.to(self.device)],
             batch.captions.to(self.device),
             self.options.label_smoothing,
         )
-
-    def _remember(self, numbers: Tensor, features: Tensor) -> None:
-        """Keep the features of those of these pictures that are to be kept."""
-        places = torch.searchsorted(self.kept, numbers).clamp_(max=len(self.kept) - 1)
-        chosen = self.kept[places] == numbers
-        self.features[places[chosen]] = features.detach()[chosen.to(features.device)].half().cpu()
-        self.seen[places[chosen]] = True
 
     def facts(self) -> dict[str, float]:
         """Nothing else."""
@@ -248,11 +234,6 @@ class JointStage:
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights, the encoder's among them."""
         self.encoder.forget_identity()
-        if self.seen.any():
-            features = self.features[self.seen].float().split(4096)
-            self.neighbours = choose_neighbours(
-                self.decoder, self.kept[self.seen], features, self.captions
-            )
         return Checkpoint(
             decoder_config=self.decoder.config,
             decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
@@ -261,7 +242,6 @@ class JointStage:
             encoder_weights={
                 k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()
             },
-            neighbours=self.neighbours,
             epoch=epoch,
             scores=scores,
             settings=asdict(self.options),
@@ -276,7 +256,7 @@ def may_flip(captions: Sequence[str]) -> bool:
 def finetune_joint(
     options: JointOptions, run: Path, device: torch.device, workers: int, force: bool
 ) -> tuple[Progress, Mapping[str, str]]:
-    """Fine-tune the run ``options.start`` in the folder ``run``, or go on with that.
+    """Fine-tune the runs ``options.start`` in the folder ``run``, or go on with that.
 
     Returns:
         The state at the end, and the pictures that could not be read, with reasons.
@@ -290,13 +270,15 @@ def finetune_joint(
             f"--unfreeze-from {options.unfreeze_from}: no such block; one of "
             f"{', '.join(TRUNK_LAYERS[:-1])}"
         )
-    if run.resolve() in (Path(options.start).resolve(), Path(options.start).resolve().parent):
-        raise UserError(f"--run {run}: is the run that --start names; give another folder")
+    starts = [Path(start) for start in options.start]
+    for path in starts:
+        if run.resolve() in (path.resolve(), path.resolve().parent):
+            raise UserError(f"--run {run}: is the run that --start names; give another folder")
     data = Path(options.data)
     captions_file = Path(options.captions) if options.captions else None
     last = run / "last.pt"
     resumed = last.is_file() and not force
-    start = load_checkpoint(last if resumed else Path(options.start))
+    start = load_together([last] if resumed else starts)
     table, names = load_table(data, captions_file, find_images(data))
     train_captions = tokenised(table.of_split("train"))
     val_captions = tokenised(table.of_split("val"))
@@ -321,7 +303,6 @@ def finetune_joint(
         options=options,
         workers=workers,
         device=device,
-        neighbours=start.neighbours,
         unreadable={str(path): reason for path, reason in broken.items()},
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
@@ -337,6 +318,43 @@ def finetune_joint(
         options.seed,
         options.precision,
         accumulate=options.accumulate,
+        average=options.average,
     )
     progress = train(stage, run, config, score_start=True)
+    add_second_opinions(stage, run)
     return progress, stage.unreadable
+
+
+def add_second_opinions(stage: JointStage, run: Path) -> None:
+    """Give ``best.pt`` of a finished run its neighbours and its matcher (see ``reranking``).
+
+    For that the training pictures are encoded once more, as they are, by the encoder that was
+    chosen: of many a sample.
+    """
+    best = load_checkpoint(run)
+    if best.matcher is not None:
+        return
+    kept = sampled_pictures(len(stage.pictures))
+    encoder = encoder_of(best, None, stage.options.precision).for_inference().to(stage.device)
+    features = torch.zeros(len(kept), FEATURE_SIZE, dtype=torch.float16)
+    whole = torch.zeros(len(kept), dtype=torch.bool)
+    paths = [stage.pictures[number].path for number in kept.tolist()]
+    with progress_bar(total=len(paths), unit="image", desc="encoding train") as bar:
+        for batch in encode_all(encoder, paths, stage.workers):
+            features[batch.keys] = torch.from_numpy(batch.features).half()
+            whole[batch.keys] = True
+            stage.unreadable |= {str(paths[key]): why for key, why in batch.failures.items()}
+            bar.update(len(batch.keys) + len(batch.failures))
+    features, kept = features[whole], kept[whole]
+    decoder = best.build_decoder().to(stage.device)
+    batches = (part.float() for part in features.split(4096))
+    best.neighbours = choose_neighbours(decoder, kept, batches, stage.captions)
+    best.matcher = train_matcher(
+        features,
+        best.neighbours.captions,
+        len(stage.vocabulary),
+        (decoder.feature_mean, decoder.feature_scale),
+        stage.options.seed,
+        stage.device,
+    )
+    save_checkpoint(run / "best.pt", best)

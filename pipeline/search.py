@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.decoder import Decoder
+from pipeline.ensemble import CaptionDecoder
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 
 FORBIDDEN = (PAD_ID, START_ID, UNKNOWN_ID)
@@ -28,8 +28,9 @@ class SearchConfig:
         min_length: fewest words in a caption.
         length_penalty: the exponent a in score = log p / (words + 1)^a. 0 prefers short
             captions, as the sum of log-probabilities does; 1 compares means.
-        consensus: weight of the agreement with similar pictures' captions, see ``consensus``;
-            0 leaves the choice to the decoder alone.
+        consensus: weight of the agreement with similar pictures' captions, see ``reranking``.
+        matching: weight of how well a caption fits the picture; with both 0 the decoder alone
+            chooses.
     """
 
     beam_size: int = 3
@@ -37,6 +38,7 @@ class SearchConfig:
     min_length: int = 1
     length_penalty: float = 0.9
     consensus: float = 0.0
+    matching: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,9 @@ class Hypothesis:
     score: float
 
 
-def search(decoder: Decoder, features: Tensor, config: SearchConfig) -> list[list[Hypothesis]]:
+def search(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+) -> list[list[Hypothesis]]:
     """Caption features (B, 2048): for each picture its hypotheses, best first.
 
     There are ``beam_size`` of them, fewer only if the vocabulary allows no more.
@@ -97,7 +101,9 @@ def _forbid(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> list[Hypothesis]:
+def greedy_search(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+) -> list[Hypothesis]:
     """Take the likeliest next token each time: one hypothesis for each of features (B, 2048)."""
     batch = len(features)
     state = decoder.start(features)
@@ -118,7 +124,9 @@ def greedy_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> l
 
 
 @torch.inference_mode()
-def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> list[list[Hypothesis]]:
+def beam_search(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+) -> list[list[Hypothesis]]:
     """Keep the ``beam_size`` likeliest openings of each picture; see ``search``.
 
     An opening that ends among the best ``beam_size`` continuations is a finished
@@ -189,7 +197,7 @@ def beam_search(decoder: Decoder, features: Tensor, config: SearchConfig) -> lis
 
 @torch.inference_mode()
 def sample(
-    decoder: Decoder, features: Tensor, count: int, config: SearchConfig
+    decoder: CaptionDecoder, features: Tensor, count: int, config: SearchConfig
 ) -> list[list[Hypothesis]]:
     """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
 

@@ -370,6 +370,7 @@ def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
         UserError: the folder holds a run with other settings, and ``force`` is not set.
     """
     path = run / "config.json"
+    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if force:
         for name in RUN_FILES:
             (run / name).unlink(missing_ok=True)

@@ -7,29 +7,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.consensus import Consensus, best_captions
 from pipeline.dataset import EncodedCaptions, PictureFeatures, encode_captions
-from pipeline.decoder import Decoder
+from pipeline.ensemble import CaptionDecoder
 from pipeline.metrics import Scorer
+from pipeline.reranking import Reranker, best_captions
 from pipeline.search import Hypothesis, SearchConfig
 from pipeline.vocabulary import Vocabulary
 
 
 def search_all(
-    decoder: Decoder,
+    decoder: CaptionDecoder,
     features: Iterable[Tensor],
     config: SearchConfig,
-    consensus: Consensus | None = None,
+    reranker: Reranker,
 ) -> Iterator[list[Hypothesis]]:
     """Search captions for features that come in batches (B, 2048), on the decoder's device."""
     device = decoder.feature_mean.device
     for batch in features:
-        yield from best_captions(decoder, batch.to(device), config, consensus)
+        yield from best_captions(decoder, batch.to(device), config, reranker)
 
 
 @torch.inference_mode()
 def mean_loss(
-    decoder: Decoder,
+    decoder: CaptionDecoder,
     captions: EncodedCaptions,
     features: Tensor | PictureFeatures,
     batch_size: int = 256,
@@ -50,8 +50,8 @@ class Validator:
     """The val split, prepared once: captions as numbers, references for the scorer.
 
     Captions are searched with three beams, not greedily: greedy scores rank epochs
-    otherwise than the search that people use, and were seen to favour early ones. Consensus is
-    left out, as it would take longer than it tells.
+    otherwise than the search that people use, and were seen to favour early ones. Second
+    opinions (``reranking``) are left out, as they would take longer than they tell.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Validator:
         self.batch_size = batch_size
         self.search = SearchConfig()
 
-    def validate(self, decoder: Decoder, features: Tensor | PictureFeatures) -> dict[str, float]:
+    def validate(
+        self, decoder: CaptionDecoder, features: Tensor | PictureFeatures
+    ) -> dict[str, float]:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
         Returns:
@@ -75,7 +77,9 @@ class Validator:
             the number of different captions.
         """
         batches = torch.arange(len(self.names)).split(self.batch_size)
-        found = search_all(decoder, (features[pictures] for pictures in batches), self.search)
+        found = search_all(
+            decoder, (features[pictures] for pictures in batches), self.search, Reranker()
+        )
         predictions = {
             name: self.vocabulary.decode(hypotheses[0].tokens)
             for name, hypotheses in zip(self.names, found, strict=True)

@@ -194,14 +194,6 @@ def test_wrong_commands_are_one_line_and_exit_code_two(drawn_run: DrawnRun, albu
         assert result.stdout == ""
 
 
-def test_without_any_model_the_message_says_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, album: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(command.main, [str(album)])
-    assert result.exit_code == 2 and "--model" in result.stderr
-
-
 def test_the_encoder_must_be_that_of_the_training(drawn_run: DrawnRun, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(drawn_run.run)
     state = torch.load(drawn_run.weights, weights_only=True)

@@ -17,15 +17,13 @@ from pipeline.cider import Rarity, cider_d, ngrams
 from pipeline.consensus import (
     Consensus,
     Neighbours,
-    best_captions,
     choose_neighbours,
     sampled_pictures,
-    search_config,
 )
 from pipeline.dataset import EncodedCaptions, encode_captions
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
-from pipeline.search import Hypothesis, SearchConfig, search
+from pipeline.search import Hypothesis
 from pipeline.vocabulary import END_ID, Vocabulary
 
 WORDS = Vocabulary.build([[*"abcdefgh"]], min_count=1)
@@ -120,19 +118,6 @@ def test_what_similar_pictures_have_is_chosen() -> None:
         assert ranked[0].tokens == candidates[picture]
 
 
-def test_without_weight_or_neighbours_the_search_stands() -> None:
-    _, captions = made_up(3)
-    decoder, features = make_decoder(), torch.randn(4, 3)
-    ranking = Consensus(choose_neighbours(decoder, torch.arange(3), [torch.eye(3)], captions))
-    plain = search(decoder, features, SearchConfig(beam_size=4))
-    assert best_captions(decoder, features, SearchConfig(beam_size=4), ranking) == plain
-    assert best_captions(decoder, features, SearchConfig(4, consensus=2.0), None) == plain
-    ranked = best_captions(decoder, features, SearchConfig(4, consensus=2.0), ranking)
-    assert ranked != plain
-    for before, after in zip(plain, ranked, strict=True):
-        assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
-
-
 def test_of_many_pictures_a_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sampled_pictures(1).tolist() == [0]
     assert sampled_pictures(10_000).tolist() == list(range(10_000))
@@ -189,18 +174,4 @@ def test_a_checkpoint_keeps_them_and_refuses_damaged_ones(tmp_path: Path) -> Non
             load_checkpoint(path)
     del content["neighbours"]  # as older ones are
     torch.save(content, path)
-    assert load_checkpoint(path).build_consensus() is None
-
-
-def test_defaults_depend_on_whether_there_are_neighbours() -> None:
-    _, captions = made_up(3)
-    ranking = Consensus(neighbours_of(captions, 3))
-    assert search_config(None) == SearchConfig(3, consensus=0.0)
-    assert search_config(ranking) == SearchConfig(5, consensus=2.0)
-    assert search_config(ranking, weight=0.0) == SearchConfig(3, consensus=0.0)
-    assert search_config(ranking, beam_size=7, weight=1.0) == SearchConfig(7, consensus=1.0)
-    assert search_config(ranking, beam_size=1) == SearchConfig(1, consensus=0.0)
-    assert search_config(ranking, least=9).beam_size == 9
-    assert search_config(None, least=2).beam_size == 3
-    with pytest.raises(UserError, match="--consensus 2: this model has no training pictures"):
-        search_config(None, weight=2.0)
+    assert load_checkpoint(path).build_reranker().consensus is None

@@ -1,0 +1,191 @@
+"""What each lever of the recipe gives, over several seeds: the table in docs/ablation.md.
+
+    python benchmarks/ablation.py                              # 12 epochs, seeds 0, 1 and 2
+    python benchmarks/ablation.py --epochs 50 --only recipe    # the recipe alone, in full
+
+Trains the recipe of train_decoder.py, and then without each of its levers, with every seed, and
+scores each model on val with three beams; then the models of the whole recipe with every way to
+search. Stopped at any moment, the same command goes on: what is trained and scored is kept in
+--runs. On two cores two trainings side by side, with a core each, are done sooner than one after
+the other with both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+from measure import ROOT, say
+
+from pipeline.files import atomic_write
+
+# Options that take one lever away from the recipe, or all.
+LEVERS = {
+    "recipe": "",
+    "without dropout on features": "--feature-dropout 0",
+    "without the picture as first state": "--no-image-state",
+    "without tied embeddings": "--no-tied",
+    "without the mean of the weights": "--average 0",
+    "without label smoothing": "--label-smoothing 0",
+    "without all of these": "--feature-dropout 0 --no-image-state --no-tied --average 0 "
+    "--label-smoothing 0",
+}
+PLAIN = "--beam-size 3 --consensus 0 --matching 0"
+SEARCHES = {
+    "greedy": "--beam-size 1",
+    "3 beams": PLAIN,
+    "10 beams": "--beam-size 10 --consensus 0 --matching 0",
+    "10 beams, consensus": "--beam-size 10 --matching 0",
+    "10 beams, matching": "--beam-size 10 --consensus 0",
+    "10 beams, both (the default)": "",
+}
+TOGETHER = {
+    "all seeds together, 3 beams": PLAIN,
+    "all seeds together, 10 beams, both": "",
+}
+SCORES = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D", "distinct_captions")
+TABLE = ROOT / "docs" / "ablation.md"
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--data", type=click.Path(path_type=Path), default="data/flickr8k")
+@click.option("--features", type=click.Path(path_type=Path), default="data/features/flickr8k.h5")
+@click.option("--runs", type=click.Path(path_type=Path), default="runs/ablation")
+@click.option("--epochs", type=click.IntRange(min=1), default=12, help="Of every training.")
+@click.option("--seeds", type=click.IntRange(min=2), default=3, help="How many, from 0.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Trainings side by side.")
+@click.option("--only", type=click.Choice(list(LEVERS)), multiple=True, help="All if none.")
+@click.option("--output", type=click.Path(path_type=Path), default=TABLE, help="The table.")
+def main(
+    data: Path,
+    features: Path,
+    runs: Path,
+    epochs: int,
+    seeds: int,
+    jobs: int,
+    only: tuple[str, ...],
+    output: Path,
+) -> None:
+    """Train and score the recipe with and without each lever, and write the table."""
+    levers = {name: LEVERS[name] for name in only or LEVERS}
+    source = f"--data {data} --features {features}"
+    trainings = [
+        f"{source} --epochs {epochs} --seed {seed} --run {folder(runs, name, seed)} {options}"
+        for name, options in levers.items()
+        for seed in range(seeds)
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda options: train(options, jobs), trainings))
+    sections = {
+        "Training, scored with 3 beams": {
+            name: [score([folder(runs, name, seed)], PLAIN, source) for seed in range(seeds)]
+            for name in levers
+        }
+    }
+    if "recipe" in levers:
+        of_recipe = [folder(runs, "recipe", seed) for seed in range(seeds)]
+        searched = {
+            name: [score([run], options, source) for run in of_recipe]
+            for name, options in SEARCHES.items()
+        }
+        for name, options in TOGETHER.items():
+            searched[name] = [score(of_recipe, options, source)]
+        sections["Search, with the recipe's models"] = searched
+    text = report(sections, epochs, seeds)
+    with atomic_write(output) as handle:
+        handle.write(text)
+    click.echo(text)
+
+
+def folder(runs: Path, name: str, seed: int) -> Path:
+    """Name the run folder of a lever and a seed."""
+    return runs / f"{name.replace(' ', '-')}-{seed}"
+
+
+def train(options: str, jobs: int) -> None:
+    """Train one model, or go on with it, with its share of the cores; a finished one is passed."""
+    words = options.split()
+    run = Path(words[words.index("--run") + 1])
+    if (run / "scores.json").is_file():  # written when all is done
+        return
+    say(f"train_decoder.py {options}")
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "output.txt").open("a", encoding="utf-8") as log:
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / "train_decoder.py"), *words],
+            env={**os.environ, "OMP_NUM_THREADS": str(share)},
+            stdout=log,
+            stderr=log,
+            check=False,
+        )
+    if ended.returncode:
+        raise click.ClickException(f"train_decoder.py failed: see {run / 'output.txt'}")
+
+
+def score(models: Sequence[Path], options: str, source: str) -> dict[str, Any]:
+    """Score a model, or several together; what was scored before is read again."""
+    name = (options.replace("--", "").replace(" ", "-") or "default") + "-together" * (
+        len(models) > 1
+    )
+    output = models[0] / name / "predictions.json"
+    scores = output.with_name("scores.json")
+    if not scores.is_file():
+        output.parent.mkdir(exist_ok=True)
+        words = [*map(str, models), *options.split(), *source.split(), "--output", str(output)]
+        together = ["--together"] if len(models) > 1 else []
+        command = [sys.executable, str(ROOT / "evaluate.py"), *words, *together]
+        say(f"evaluate.py {' '.join(words)}")
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise click.ClickException(f"evaluate.py failed: {ended.stderr.strip()}")
+    content: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))
+    return content
+
+
+def report(
+    sections: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]], epochs: int, seeds: int
+) -> str:
+    """Write the tables: mean and deviation over the seeds, and the command of each row."""
+    [first, *_] = next(iter(next(iter(sections.values())).values()))
+    lines = [
+        "# What each lever gives",
+        "",
+        "Made by `python benchmarks/ablation.py`: " + f"{epochs} epochs, seeds 0 to {seeds - 1}, "
+        f"{first['split']} ({first['images']:,} images, list hash `{first['split_sha256']}`).",
+        "Mean ± standard deviation over the seeds.",
+    ]
+    for title, rows in sections.items():
+        commands = {**LEVERS, **SEARCHES, **TOGETHER}
+        program = "train_decoder.py" if title.startswith("Training") else "evaluate.py"
+        names = [name for name in SCORES if name in first["scores"]]
+        lines += ["", f"## {title}", ""]
+        lines += [
+            f"| | {program} | " + " | ".join(n.replace("_", " ") for n in names) + " |",
+            "|---|---|" + "---:|" * len(names),
+        ]
+        for row, results in rows.items():
+            options = f"`{commands[row]}`" if commands[row] else ""
+            if len(results) == 1:
+                options = f"`--together` {options}".strip()
+            cells = [_mean([r["scores"][name] for r in results], name) for name in names]
+            lines.append(f"| {row} | {options} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(values: Sequence[float], name: str) -> str:
+    digits = 0 if name.startswith("distinct") else 1
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+if __name__ == "__main__":
+    main()

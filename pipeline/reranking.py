@@ -1,0 +1,113 @@
+"""The choice among the captions that a search found, by second opinions.
+
+A caption's score is its log-probability, length-normalised; plus a weight times its agreement with
+the captions of similar training pictures (``consensus``); plus a weight times how well it fits the
+picture (``matching``). On Flickr8k each adds to the other: the first prefers what people say of
+such pictures, the second what tells this one from others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pipeline.consensus import Consensus
+from pipeline.ensemble import CaptionDecoder
+from pipeline.errors import UserError
+from pipeline.matching import Matcher
+from pipeline.search import Hypothesis, SearchConfig, search
+
+# How captions are searched where there are second opinions: more candidates than the decoder alone
+# needs; what an agreement of 1 (of 10), and a cosine of 1, weigh against a log-probability of 1.
+RERANKED_BEAM = 10
+CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """A model's second opinions; each may be missing.
+
+    Attributes:
+        consensus: ranks captions by similar training pictures.
+        matcher: tells how well a caption fits a picture.
+    """
+
+    consensus: Consensus | None = None
+    matcher: Matcher | None = None
+
+    def to(self, device: torch.device) -> Reranker:
+        """Move to the decoder's device what computes there."""
+        return replace(self, matcher=self.matcher.to(device) if self.matcher else None)
+
+
+def search_config(
+    reranker: Reranker,
+    beam_size: int | None = None,
+    consensus: float | None = None,
+    matching: float | None = None,
+    least: int = 1,
+    length_penalty: float = SearchConfig.length_penalty,
+    max_length: int = SearchConfig.max_length,
+) -> SearchConfig:
+    """Choose how to search where not all is said: with every second opinion that there is.
+
+    Args:
+        reranker: the model's second opinions.
+        beam_size: hypotheses a picture, or None: 10 with second opinions, 3 without, but ``least``.
+        consensus, matching: weights of the second opinions; 0 is without, None the usual one.
+        least: how many hypotheses are needed.
+        length_penalty, max_length: see ``SearchConfig``.
+
+    Raises:
+        UserError: a second opinion is asked for that the model does not have.
+    """
+    for option, weight, there in (
+        ("--consensus", consensus, reranker.consensus is not None),
+        ("--matching", matching, reranker.matcher is not None),
+    ):
+        if weight and not there:
+            raise UserError(
+                f"{option} {weight:g}: this model has not what it takes; train it with this "
+                f"version, or use {option} 0"
+            )
+    if consensus is None:
+        consensus = CONSENSUS_WEIGHT if reranker.consensus is not None else 0.0
+    if matching is None:
+        matching = MATCHING_WEIGHT if reranker.matcher is not None else 0.0
+    if beam_size == 1:
+        consensus = matching = 0.0  # there is nothing to choose from
+    usual = RERANKED_BEAM if consensus or matching else SearchConfig.beam_size
+    return SearchConfig(
+        beam_size=max(usual, least) if beam_size is None else beam_size,
+        max_length=max_length,
+        length_penalty=length_penalty,
+        consensus=consensus,
+        matching=matching,
+    )
+
+
+def best_captions(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, reranker: Reranker
+) -> list[list[Hypothesis]]:
+    """Search captions for features (B, 2048), and rank them by what ``config`` gives a weight."""
+    found = search(decoder, features, config)
+    if reranker.matcher is not None and config.matching:
+        cosines = reranker.matcher.fit(features, [[h.tokens for h in group] for group in found])
+        found = [
+            sorted(
+                (
+                    replace(hypothesis, score=hypothesis.score + config.matching * cosine)
+                    for hypothesis, cosine in zip(group, values.tolist(), strict=True)
+                ),
+                key=lambda hypothesis: hypothesis.score,
+                reverse=True,
+            )
+            for group, values in zip(found, cosines, strict=True)
+        ]
+    if reranker.consensus is not None and config.consensus:
+        with torch.inference_mode():
+            images = decoder.embed_image(features)[0][:, 0]
+        found = reranker.consensus.rank(images, found, config.consensus)
+    return found

@@ -1,0 +1,48 @@
+"""The ablation table: every row is trained and scored once, and a second run does nothing."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import ablation
+import pytest
+from click.testing import CliRunner
+from small_data import make_small_data
+
+
+def test_the_table_has_every_row_and_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "--embed-size 8 --hidden-size 8 --batch-size 16 --min-count 1"
+    monkeypatch.setattr(
+        ablation, "LEVERS", {"recipe": small, "without tied embeddings": f"{small} --no-tied"}
+    )
+    monkeypatch.setattr(ablation, "SEARCHES", {"greedy": "--beam-size 1"})
+    monkeypatch.setattr(ablation, "TOGETHER", {"both seeds, greedy": "--beam-size 1"})
+    data, features = make_small_data(tmp_path)
+    output = tmp_path / "ablation.md"
+    words = f"--data {data} --features {features} --runs {tmp_path / 'runs'} --epochs 1 --seeds 2"
+    options = [*words.split(), "--output", str(output)]
+    result = CliRunner().invoke(ablation.main, options)
+    assert result.exit_code == 0, result.output
+    text = output.read_text()
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    named = ["| recipe", "| without tied embeddings", "| greedy", "| both seeds, greedy"]
+    assert [row for row in rows if row != "|"] == named
+    assert "`--together` `--beam-size 1`" in text and " ± " in text and "1 epochs" in text
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(subprocess, "run", never)
+    assert CliRunner().invoke(ablation.main, options).exit_code == 0
+    assert output.read_text() == text
+
+
+def test_a_training_that_fails_is_named(tmp_path: Path) -> None:
+    words = f"--data {tmp_path} --features {tmp_path / 'none.h5'} --runs {tmp_path / 'runs'}"
+    result = CliRunner().invoke(ablation.main, [*words.split(), "--only", "recipe", "--seeds", "2"])
+    assert result.exit_code == 1 and "train_decoder.py failed: see" in result.output
+    log = tmp_path / "runs" / "recipe-0" / "output.txt"
+    assert "none.h5" in log.read_text()
