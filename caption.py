@@ -48,7 +48,8 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     default=None,
     help="Hypotheses kept a picture. 1 is quickest, and poorest. Where --consensus or --matching "
     "choose among them 5 to 20 do alike; else 3 to 5 is best, and more makes captions shorter and "
-    "blander.  [default: 10 where they choose, else 3]",
+    "blander.  [default: 10 where they choose, 20 where several decoders "
+    "caption together; else 3]",
     show_default=False,
 )
 @click.option(
@@ -127,11 +128,10 @@ def main(
     from pipeline.captioner import Captioner
     from pipeline.openvino_engine import WORTH_COMPILING
     from pipeline.output import printable, write_predictions
-    from pipeline.reranking import search_config
 
     engine = "auto" if len(paths) >= WORTH_COMPILING else "torch"
     captioner = Captioner.load(models, device, weights, engine=engine)
-    search = search_config(captioner.reranker, beam_size, consensus, matching, least=num_captions)
+    search = captioner.search_config(beam_size, consensus, matching, least=num_captions)
     predictions = captioner.stream(paths, search, num_captions, batch_size)
     failures = write_predictions(predictions, len(paths), layout, output)
     for path, reason in failures.items():

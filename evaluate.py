@@ -55,7 +55,7 @@ from pipeline.errors import UserError
     type=click.IntRange(min=1),
     default=None,
     help="Hypotheses kept a picture; 1 is greedy.  [default: 10 where --consensus or --matching "
-    "choose, else 3]",
+    "choose, 20 where several decoders caption together; else 3]",
     show_default=False,
 )
 @click.option(

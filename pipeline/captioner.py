@@ -132,6 +132,21 @@ class Captioner:
             checkpoint.build_reranker().to(chosen),
         )
 
+    def search_config(
+        self,
+        beam_size: int | None = None,
+        consensus: float | None = None,
+        matching: float | None = None,
+        least: int = 1,
+        max_length: int = SearchConfig.max_length,
+    ) -> SearchConfig:
+        """Choose how to search for this model where not all is said: see ``reranking``."""
+        return search_config(
+            self.reranker,
+            *(beam_size, consensus, matching, least, self.decoder.config.members),
+            max_length=max_length,
+        )
+
     def caption(
         self,
         images: Sequence[StrPath],
@@ -143,14 +158,14 @@ class Captioner:
 
         Args:
             images: paths.
-            beam_size: hypotheses kept a picture; by default see ``reranking.search_config``.
+            beam_size: hypotheses kept a picture; by default see ``search_config``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             max_length: most words in a caption.
 
         Raises:
             InputError: a picture cannot be read; ``stream`` reports it and goes on.
         """
-        config = search_config(self.reranker, beam_size, max_length=max_length)
+        config = self.search_config(beam_size, max_length=max_length)
         texts = []
         for prediction in self.stream(images, config, batch_size=batch_size):
             if prediction.error is not None:
@@ -170,7 +185,7 @@ class Captioner:
 
         Args:
             images: paths.
-            config: how to search; by default see ``reranking.search_config``.
+            config: how to search; by default see ``search_config``.
             num_captions: captions a picture, at most ``config.beam_size``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
@@ -178,7 +193,7 @@ class Captioner:
         Yields:
             A prediction for every path, in their order, also for those that cannot be read.
         """
-        config = config or search_config(self.reranker, least=num_captions)
+        config = config or self.search_config(least=num_captions)
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
         workers = workers or default_workers(device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import click
 import torch
 from torch import Tensor
 
-from pipeline.captioner import captions_of, encoder_of
+from pipeline.captioner import SEARCHED_AT_ONCE, captions_of, encoder_of
 from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.dataset import load_table, rows_of, tokenised
@@ -181,6 +181,7 @@ def evaluate(
         search.beam_size,
         search.consensus,
         search.matching,
+        decoders=checkpoint.decoder_config.members,
         length_penalty=search.length_penalty,
     )
     bar = progress_bar(
@@ -252,7 +253,20 @@ def _open_split(
     encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
     paths = [data / names[name] for name in groups]
     encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, paths, workers))
-    return SplitData("the checkpoint's own encoder", table, groups, encoded, len(broken))
+    joined = _gathered(encoded, SEARCHED_AT_ONCE)
+    return SplitData("the checkpoint's own encoder", table, groups, joined, len(broken))
+
+
+def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
+    """Join small batches (B, 2048) until there are ``least`` rows."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= least:
+            yield torch.cat(waiting)
+            waiting = []
+    if waiting:
+        yield torch.cat(waiting)
 
 
 def _groups(table: CaptionTable, split: str) -> dict[str, list[list[str]]]:

@@ -20,8 +20,9 @@ from pipeline.matching import Matcher
 from pipeline.search import Hypothesis, SearchConfig, search
 
 # How captions are searched where there are second opinions: more candidates than the decoder alone
-# needs; what an agreement of 1 (of 10), and a cosine of 1, weigh against a log-probability of 1.
-RERANKED_BEAM = 10
+# needs, and more yet of several decoders together, whose lower ranks are better; what an agreement
+# of 1 (of 10), and a cosine of 1, weigh against a log-probability of 1.
+RERANKED_BEAM, RERANKED_BEAM_TOGETHER = 10, 20
 CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
 
 
@@ -48,6 +49,7 @@ def search_config(
     consensus: float | None = None,
     matching: float | None = None,
     least: int = 1,
+    decoders: int = 1,
     length_penalty: float = SearchConfig.length_penalty,
     max_length: int = SearchConfig.max_length,
 ) -> SearchConfig:
@@ -55,9 +57,11 @@ def search_config(
 
     Args:
         reranker: the model's second opinions.
-        beam_size: hypotheses a picture, or None: 10 with second opinions, 3 without, but ``least``.
+        beam_size: hypotheses a picture, or None: with second opinions 10, or 20 of several
+            decoders, without them 3; but ``least``.
         consensus, matching: weights of the second opinions; 0 is without, None the usual one.
         least: how many hypotheses are needed.
+        decoders: how many caption together.
         length_penalty, max_length: see ``SearchConfig``.
 
     Raises:
@@ -78,7 +82,9 @@ def search_config(
         matching = MATCHING_WEIGHT if reranker.matcher is not None else 0.0
     if beam_size == 1:
         consensus = matching = 0.0  # there is nothing to choose from
-    usual = RERANKED_BEAM if consensus or matching else SearchConfig.beam_size
+    usual = SearchConfig.beam_size
+    if consensus or matching:
+        usual = RERANKED_BEAM if decoders == 1 else RERANKED_BEAM_TOGETHER
     return SearchConfig(
         beam_size=max(usual, least) if beam_size is None else beam_size,
         max_length=max_length,

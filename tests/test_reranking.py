@@ -76,6 +76,9 @@ def test_defaults_depend_on_what_the_model_has() -> None:
         7, consensus=2.0, matching=1.0
     )
     assert search_config(both, beam_size=1) == SearchConfig(1)
+    together = SearchConfig(20, consensus=2.0, matching=2.0)
+    assert search_config(both, decoders=3) == together
+    assert search_config(Reranker(), decoders=3) == SearchConfig(3)
     assert search_config(both, least=12).beam_size == 12
     assert search_config(Reranker(), least=2).beam_size == 3
 
