@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +47,9 @@ def caption_photographs() -> None:
     if package is None or package.origin is None:
         say("scikit-image is not installed (pip install -e '.[photos]'): no photographs to caption")
         return
-    folder = Path(package.origin).parent / "data"
+    folder = os.path.relpath(Path(package.origin).parent / "data", ROOT)
     say("Photographs of scikit-image, and the captioner in the box:")
-    run("caption.py --model pretrained " + " ".join(str(folder / name) for name in PHOTOGRAPHS))
+    run("caption.py --model pretrained " + " ".join(f"{folder}/{name}" for name in PHOTOGRAPHS))
 
 
 def run(command: str) -> None:
