@@ -26,6 +26,8 @@ CONFIG = DecoderConfig(
     30, embed_size=8, hidden_size=12, feature_size=6, image_state=True, tied=True, members=3
 )
 
+SAME = ["--device", "cpu", "--beam-size", "10"]  # several decoders have more beams by default
+
 
 def make_ensemble(same: bool = False) -> Ensemble:
     torch.manual_seed(0)
@@ -153,13 +155,13 @@ def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> No
     run = str(drawn_run.run)
     picture = str(next((drawn_run.data / "Images").glob("*.jpg")))
     lines = [
-        CliRunner().invoke(caption.main, [picture, "--device", "cpu", *models]).stdout
+        CliRunner().invoke(caption.main, [picture, *SAME, *models]).stdout
         for models in (["--model", run], ["--model", run, "--model", run])
     ]
     assert lines[0] and lines[0] == lines[1]
     outputs = [tmp_path / "one" / "p.json", tmp_path / "two" / "p.json"]
     for output, more in zip(outputs, ([], [run, "--together"]), strict=True):
-        words = [run, *more, "--output", str(output), "--no-java", "--device", "cpu"]
+        words = [run, *more, "--output", str(output), "--no-java", *SAME]
         output.parent.mkdir()
         result = CliRunner().invoke(evaluate.main, words)
         assert result.exit_code == 0, result.output

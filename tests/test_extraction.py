@@ -496,7 +496,8 @@ def test_no_network(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", offline)
-    message = refusal("--data", pictures, "--output", tmp_path / "x.h5")
+    asked = ("--weights", "imagenet", "--output", tmp_path / "x.h5")
+    message = refusal("--data", pictures, *asked)
     assert len(message.splitlines()) == 1
     for words in ("no network", "--weights FILE", "https://download.pytorch.org/"):
         assert words in message
@@ -536,7 +537,7 @@ def test_weights_that_are_none(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no weights")
     assert "not a state dict" in refusal("--data", pictures, "--weights", tmp_path / "text")
     message = refusal("--data", pictures, "--weights", tmp_path / "gone.pth")
-    assert "gone.pth: no such file (say imagenet, random" in message
+    assert "gone.pth: no such file (say imagenet, pretrained" in message
     assert not (tmp_path / "exploded").exists()
     assert not list(tmp_path.glob("*.h5*"))
 
