@@ -47,9 +47,9 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     type=click.IntRange(min=1),
     default=None,
     help="Hypotheses kept a picture. 1 is quickest, and poorest. Where --consensus or --matching "
-    "choose among them 5 to 20 do alike; else 3 to 5 is best, and more makes captions shorter and "
-    "blander.  [default: 10 where they choose, 20 where several decoders "
-    "caption together; else 3]",
+    "choose among one decoder's, 5 to 20 do alike; else 3 to 5 is best, and more makes captions "
+    "shorter and blander.  [default: 10 where they choose, 20 where several decoders caption "
+    "together; else 3]",
     show_default=False,
 )
 @click.option(

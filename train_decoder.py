@@ -169,7 +169,9 @@ def main(
       python train_decoder.py --epochs 50
       python train_decoder.py --data photos --run runs/photos --min-count 2
 
-    Stopped at any moment, the same command goes on after the last finished epoch. Captions
+    At the end a matcher of pictures and captions is trained, in a minute or two, which helps to
+    choose among captions. Stopped at any moment, the same command goes on after the last finished
+    epoch. Captions
     come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV or JSON Lines; data
     without a split is split by a hash of the image names.
     """
