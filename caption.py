@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from pipeline import options
 from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.pretrained import PRETRAINED
@@ -42,32 +43,9 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
     help="The encoder's weights, where they moved since training; checked to be the same. A "
     "model of finetune_joint.py has them inside.",
 )
-@click.option(
-    "--beam-size",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Hypotheses kept a picture. 1 is quickest, and poorest. Where --consensus or --matching "
-    "choose among one decoder's, 5 to 20 do alike; else 3 to 5 is best, and more makes captions "
-    "shorter and blander.  [default: 10 where they choose, 20 where several decoders caption "
-    "together; else 3]",
-    show_default=False,
-)
-@click.option(
-    "--consensus",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of a caption's agreement with those of similar training pictures; 0: none. It "
-    "prefers what people say of such pictures.  [default: 2 where the model has such pictures]",
-    show_default=False,
-)
-@click.option(
-    "--matching",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of how well a caption fits the picture; 0: none. Higher, up to 4, makes captions "
-    "more various.  [default: 2 where the model has a matcher]",
-    show_default=False,
-)
+@options.beam_size
+@options.consensus
+@options.matching
 @click.option(
     "--num-captions",
     type=click.IntRange(min=1),

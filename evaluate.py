@@ -18,6 +18,7 @@ from pathlib import Path
 
 import click
 
+from pipeline import options
 from pipeline.errors import UserError
 
 
@@ -50,30 +51,9 @@ from pipeline.errors import UserError
     default="val",
     help="Choose models and options on val; look at test once, at the end.",
 )
-@click.option(
-    "--beam-size",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Hypotheses kept a picture; 1 is greedy.  [default: 10 where --consensus or --matching "
-    "choose, 20 where several decoders caption together; else 3]",
-    show_default=False,
-)
-@click.option(
-    "--consensus",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of a caption's agreement with those of similar training pictures; 0: none. It "
-    "prefers what people say of such pictures.  [default: 2 where the model has such pictures]",
-    show_default=False,
-)
-@click.option(
-    "--matching",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of how well a caption fits the picture; 0: none. Higher, up to 4, makes captions "
-    "more various.  [default: 2 where the model has a matcher]",
-    show_default=False,
-)
+@options.beam_size
+@options.consensus
+@options.matching
 @click.option(
     "--length-penalty",
     type=click.FloatRange(min=0),

@@ -24,9 +24,8 @@ import click
     multiple=True,
     default=["runs/decoder"],
     help="The run to start from: a folder of train_decoder.py, a checkpoint, or 'pretrained', the "
-    "model that comes with the program. Given several "
-    "times, for runs of one recipe with other seeds, all their decoders are trained on one encoder "
-    "and caption together: better captions for little more time a picture.",
+    "model that comes with the program. Given several times, for runs of one recipe with other "
+    "seeds, all their decoders are trained on one encoder and caption together.",
 )
 @click.option(
     "--data",

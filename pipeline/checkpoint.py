@@ -24,7 +24,7 @@ from pipeline.features import EncoderIdentity
 from pipeline.files import atomic_write
 from pipeline.matching import Matcher, MatcherConfig
 from pipeline.pretrained import is_pretrained, pretrained_path
-from pipeline.quantisation import dequantise
+from pipeline.quantisation import cast, dequantise
 from pipeline.reranking import Reranker
 from pipeline.vocabulary import Vocabulary
 
@@ -85,7 +85,7 @@ def checkpoint_content(checkpoint: Checkpoint) -> dict[str, Any]:
         "encoder": asdict(checkpoint.encoder),
         "encoder_weights": checkpoint.encoder_weights,
         "neighbours": checkpoint.neighbours.to_tensors() if checkpoint.neighbours else None,
-        "matcher": matcher_content(checkpoint.matcher),
+        "matcher": _matcher_content(checkpoint.matcher),
         "epoch": checkpoint.epoch,
         "scores": checkpoint.scores,
         "settings": checkpoint.settings,
@@ -94,9 +94,21 @@ def checkpoint_content(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to a temporary file and move it to ``path``."""
-    with atomic_write(path, "wb") as handle:
-        torch.save(checkpoint_content(checkpoint), handle)
+    """Write ``checkpoint`` to a temporary file and move it to ``path``; see ``write_content``."""
+    write_content(path, checkpoint_content(checkpoint))
+
+
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write what a checkpoint's file holds.
+
+    Raises:
+        UserError: the file cannot be written, as when the disk is full.
+    """
+    try:
+        with atomic_write(path, "wb") as handle:
+            torch.save(content, handle)
+    except RuntimeError as error:  # torch's word for a write that failed
+        raise UserError(f"{path}: cannot be written (is the disk full?)") from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -131,7 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             encoder_weights = dequantise(encoder_weights, content["encoder_scales"])
         checkpoint = Checkpoint(
             decoder_config=DecoderConfig(**content["decoder_config"]),
-            decoder_weights={k: v.float() for k, v in content["decoder_weights"].items()},
+            decoder_weights=cast(content["decoder_weights"], torch.float32),
             vocabulary=Vocabulary.from_list(content["vocabulary"]),
             encoder=EncoderIdentity(**content["encoder"]),
             encoder_weights=encoder_weights,
@@ -157,7 +169,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
+def _matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
     """Give what a checkpoint's file holds of a matcher."""
     if matcher is None:
         return None
@@ -169,7 +181,7 @@ def _build_matcher(content: dict[str, Any] | None) -> Matcher | None:
     if content is None:
         return None
     matcher = Matcher(MatcherConfig(**content["config"]))
-    matcher.load_state_dict({k: v.float() for k, v in content["weights"].items()})
+    matcher.load_state_dict(content["weights"])  # brings halves to float32
     return matcher.eval()
 
 

@@ -9,16 +9,13 @@ MODEL_CARD.md in data/pretrained tells how it was trained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # What --weights and --model call it.
 PRETRAINED = "pretrained"
@@ -58,10 +55,9 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
     import torch
 
     from pipeline.captioner import encoder_of
-    from pipeline.checkpoint import checkpoint_content, load_together
+    from pipeline.checkpoint import checkpoint_content, load_together, write_content
     from pipeline.encoder import Encoder, load_trunk
-    from pipeline.files import atomic_write
-    from pipeline.quantisation import dequantise, quantise
+    from pipeline.quantisation import cast, dequantise, quantise
 
     checkpoint = load_together(runs)
     whole = encoder_of(checkpoint, weights, "fp32").trunk.state_dict()
@@ -82,17 +78,10 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
     checkpoint.settings |= {k: v for k, v in elsewhere.items() if k in checkpoint.settings}
     content = checkpoint_content(checkpoint)
     content["encoder_weights"], content["encoder_scales"] = rounded, scales
-    content["decoder_weights"] = _halves(checkpoint.decoder_weights)
+    content["decoder_weights"] = cast(checkpoint.decoder_weights, torch.float16)
     if content["matcher"] is not None:
-        content["matcher"]["weights"] = _halves(content["matcher"]["weights"])
-    with atomic_write(target, "wb") as handle:
-        torch.save(content, handle)
-
-
-def _halves(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Round to half precision; a matrix with two names, as of tied embeddings, stays one."""
-    halves = {tensor.data_ptr(): tensor.half() for tensor in weights.values()}
-    return {name: halves[tensor.data_ptr()] for name, tensor in weights.items()}
+        content["matcher"]["weights"] = cast(content["matcher"]["weights"], torch.float16)
+    write_content(target, content)
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})

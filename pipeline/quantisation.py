@@ -1,4 +1,4 @@
-"""Convolution weights in 8 bits: a quarter of their size in a file.
+"""Weights in fewer bits: convolutions in 8, a quarter of their size in a file.
 
 Symmetric, one scale a filter (Krishnamoorthi, arXiv 1806.08342, section 3.1). What is computed
 with is float32 again, so results are the same on every machine.
@@ -44,3 +44,9 @@ def dequantise(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> d
     for name, scale in scales.items():
         whole[name] = weights[name].float().mul_(scale[:, None, None, None])
     return whole
+
+
+def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Bring all to one type; a matrix with two names, as of tied embeddings, stays one."""
+    converted = {tensor.data_ptr(): tensor.to(dtype) for tensor in weights.values()}
+    return {name: converted[tensor.data_ptr()] for name, tensor in weights.items()}

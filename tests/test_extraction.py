@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -493,6 +494,7 @@ def test_help_loads_no_torch() -> None:
 
 def test_no_network(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
+        assert socket.getdefaulttimeout() == 30.0  # a silent server is given up
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", offline)
@@ -502,6 +504,7 @@ def test_no_network(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for words in ("no network", "--weights FILE", "https://download.pytorch.org/"):
         assert words in message
     assert not list(tmp_path.glob("*.h5*"))
+    assert socket.getdefaulttimeout() is None
 
 
 class Bomb:

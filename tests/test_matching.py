@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from small_data import COLOURS, IDENTITY, THINGS, make_small_data
 from torch import Tensor
 
+import train_decoder
 from pipeline.captions import read_captions
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.dataset import PictureFeatures, encode_captions, feature_statistics, tokenised
@@ -165,3 +168,19 @@ def test_a_checkpoint_keeps_it_and_refuses_a_damaged_one(tmp_path: Path) -> None
     del content["matcher"]  # as older ones are
     torch.save(content, path)
     assert load_checkpoint(path).matcher is None
+
+
+def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    words = f"--data {data} --features {features} --run {run} --epochs 2 --min-count 1 --device cpu"
+    options = [*words.split(), "--embed-size", "8", "--hidden-size", "8"]
+    assert CliRunner().invoke(train_decoder.main, options).exit_code == 0
+    whole = load_checkpoint(run)
+    save_checkpoint(run / "best.pt", replace(whole, matcher=None))
+    result = CliRunner().invoke(train_decoder.main, options)
+    assert result.exit_code == 0 and "going on after epoch 2" in result.stderr, result.output
+    again = load_checkpoint(run).matcher
+    assert whole.matcher is not None and again is not None
+    for name, tensor in whole.matcher.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy
 import pytest
@@ -21,7 +22,7 @@ import extract_features
 import finetune_joint
 from pipeline import Captioner, encoder
 from pipeline import pretrained as command
-from pipeline.checkpoint import load_checkpoint
+from pipeline.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.encoder import load_encoder
 from pipeline.errors import UserError
 from pipeline.features import FeatureCache
@@ -110,6 +111,39 @@ def test_a_run_of_stage_2_takes_its_encoder_along(drawn_run: DrawnRun, tmp_path:
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 2 and "imagenet.pth" in result.stderr
     assert not (tmp_path / "none.pt").exists()
+
+
+def test_compressing_again_makes_it_no_larger(
+    small_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A matrix with two names, as of tied embeddings, is in the file once."""
+    again, whole = tmp_path / "again.pt", tmp_path / "whole.pt"
+    result = CliRunner().invoke(command.main, [str(small_model[1]), "--output", str(again)])
+    assert result.exit_code == 0, result.output
+    assert again.stat().st_size == pytest.approx(small_model[1].stat().st_size, rel=0.001)
+    save_checkpoint(whole, load_checkpoint(small_model[1]))
+    assert whole.stat().st_size == pytest.approx(
+        (small_model[0] / "best.pt").stat().st_size, rel=0.001
+    )
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails halfway, as torch reports it: not as an OSError."""
+
+    def full(content: object, handle: IO[bytes]) -> None:
+        handle.write(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0") from OSError(28, "No space left on device")
+
+    checkpoint = load_checkpoint(drawn_run.run)
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"the one before")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"best\.pt: cannot be written \(is the disk full\?\)"):
+        save_checkpoint(path, checkpoint)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+    assert path.read_bytes() == b"the one before"
 
 
 @pytest.mark.parametrize("change", ["scale of another shape", "scale of no filter"])
