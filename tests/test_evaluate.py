@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
 
 import evaluate as command
 from pipeline.captions import read_captions
+from pipeline.evaluation import _gathered
 from pipeline.metrics import Scorer
 from pipeline.vocabulary import tokenize
 
@@ -148,3 +150,10 @@ def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) ->
         refused = evaluate(*arguments)
         assert refused.exit_code == 2, refused.output
         assert message in refused.stderr and "Traceback" not in refused.output
+
+
+def test_small_batches_are_joined_in_order_and_none_is_lost() -> None:
+    rows = torch.arange(22.0).unsqueeze(1)
+    joined = list(_gathered(rows.split(4), 8))
+    assert [len(batch) for batch in joined] == [8, 8, 6]
+    assert torch.equal(torch.cat(joined), rows)
