@@ -45,16 +45,26 @@ SEARCHED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class Word:
+    """One token of a caption, and its probability given the picture and the tokens before."""
+
+    text: str
+    probability: float
+
+
+@dataclass(frozen=True)
 class Caption:
     """One caption of a picture.
 
     Attributes:
         text: words, lower case, without a period.
         log_probability: under the model, in nats; nearer to 0 is surer.
+        words: the tokens one by one, where details were asked for, else empty.
     """
 
     text: str
     log_probability: float
+    words: tuple[Word, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,75 @@
-"""Options that several commands have, with their advice.
+"""What the commands have in common: how their help looks, and options with their advice.
 
-A command takes one as a decorator: ``@options.beam_size``.
+A command takes an option as a decorator: ``@options.beam_size``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
 import click
+
+# What follows "captioner" where the program was installed -> the script of this repository.
+SCRIPTS = {
+    "extract": "extract_features.py",
+    "train": "train_decoder.py",
+    "finetune": "finetune_joint.py",
+    "caption": "caption.py",
+    "evaluate": "evaluate.py",
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options under headings.
+
+    Attributes:
+        groups: heading to the names of its options, as parameters; the others come first.
+    """
+
+    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups = groups
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        rows: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in ("Options", *self.groups, "Other options")
+        }
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None and isinstance(parameter, click.Option):
+                rows[self._heading(parameter.name or "")].append(record)
+        for heading, records in rows.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def _heading(self, name: str) -> str:
+        for heading, names in self.groups.items():
+            if name in names:
+                return heading
+        return "Other options" if self.groups and name in ("help", "force") else "Options"
+
+    def get_help(self, context: click.Context) -> str:
+        """Write the help; under ``captioner``, with its sub-commands in the examples."""
+        text = super().get_help(context)
+        if context.parent is not None:
+            for name, script in SCRIPTS.items():
+                text = text.replace(f"python {script}", f"{context.parent.command_path} {name}")
+        return text
+
+
+def command(
+    groups: Mapping[str, Sequence[str]] | None = None,
+) -> Callable[[Callable[..., Any]], GroupedCommand]:
+    """Make a function a command; its options stand under the headings of ``groups``."""
+    return click.command(
+        cls=GroupedCommand,
+        groups=groups or {},
+        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+    )
+
 
 beam_size = click.option(
     "--beam-size",

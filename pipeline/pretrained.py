@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from pipeline import options
 from pipeline.errors import UserError
 
 # What --weights and --model call it.
@@ -84,7 +85,7 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
     write_content(target, content)
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@options.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--weights",

@@ -1,0 +1,137 @@
+"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE where they can be had.
+
+The manual is in evaluate.py, the advice in its --help.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline import options
+from pipeline.errors import UserError
+
+
+@options.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder with the captions.  [default: that of the training]",
+    show_default=False,
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several.",
+)
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Feature cache of the run's encoder. A run of finetune_joint.py encodes the pictures "
+    "itself if this is not its own.  [default: that of the training]",
+    show_default=False,
+)
+@click.option(
+    "--split",
+    type=click.Choice(["val", "test", "train"]),
+    default="val",
+    help="Choose models and options on val; look at test once, at the end.",
+)
+@options.beam_size
+@options.consensus
+@options.matching
+@click.option(
+    "--length-penalty",
+    type=click.FloatRange(min=0),
+    default=0.9,
+    help="Exponent of the length normalisation: 0 favours short captions, 1 long ones.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Predictions file; scores.json goes beside it.  [default: RUN/predictions.json]",
+    show_default=False,
+)
+@click.option(
+    "--java/--no-java",
+    default=True,
+    help="METEOR and SPICE, where Java and pycocoevalcap are there; METEOR takes some seconds.",
+)
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FIRST SECOND",
+    help="Test whether two predictions files for the same images differ, instead of scoring a "
+    "run. Below a p of 0.05 the difference is unlikely to be the luck of these images; what "
+    "another seed gives is not in it.",
+)
+@click.option(
+    "--together",
+    is_flag=True,
+    help="Score RUNS as one model whose decoders caption together; they must be of one encoder and "
+    "recipe, with other seeds. The files go into the first run's folder, as predictions-together.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+def main(
+    runs: tuple[Path, ...],
+    data: Path | None,
+    captions: Path | None,
+    features: Path | None,
+    split: str,
+    beam_size: int | None,
+    consensus: float | None,
+    matching: float | None,
+    length_penalty: float,
+    output: Path | None,
+    java: bool,
+    compare: tuple[Path, Path] | None,
+    together: bool,
+    device: str,
+) -> None:
+    """Score the best epoch of RUNS (run folders, or checkpoints) on a split.
+
+    \b
+    Examples:
+      python evaluate.py runs/decoder
+      python evaluate.py runs/decoder --split test --beam-size 5
+      python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
+      python evaluate.py --together runs/seed-0 runs/seed-1 runs/seed-2
+      python evaluate.py --compare a.json b.json
+
+    Several runs, such as the same with several seeds, are scored one by one and summed up by
+    mean and deviation.
+    """
+    if bool(runs) == (compare is not None):
+        raise UserError("give the runs to score, or --compare with two predictions files")
+    if output is not None and len(runs) > 1 and not together:
+        raise UserError("--output is for one run; each of several writes into its own folder")
+    if compare is not None:
+        from pipeline.evaluation import compare_predictions, print_comparison
+
+        data = data or Path("data/flickr8k")
+        print_comparison(compare_predictions(*compare, data, captions, split), *compare)
+        return
+    from pipeline.devices import choose_device
+    from pipeline.evaluation import SearchOptions, evaluate_runs, print_table
+
+    search = SearchOptions(beam_size, consensus, matching, length_penalty)
+    chosen = choose_device(device)
+    groups = [runs] if together else [(run,) for run in runs]
+    results = {
+        " + ".join(map(str, group)): evaluate_runs(
+            group, chosen, data, captions, features, split, search, output, java
+        )
+        for group in groups
+    }
+    print_table(results)
+    if any(result.unreadable for result in results.values()):
+        sys.exit(1)

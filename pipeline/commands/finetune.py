@@ -1,0 +1,189 @@
+"""Stage 3, optional: train encoder and decoder together, on the pictures themselves.
+
+The manual is in finetune_joint.py, the advice in its --help.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from pipeline import options
+
+
+@options.command()
+@click.option(
+    "--start",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    default=["runs/decoder"],
+    help="The run to start from: a folder of train_decoder.py, a checkpoint, or 'pretrained', the "
+    "model that comes with the program. Given several times, for runs of one recipe with other "
+    "seeds, all their decoders are trained on one encoder and caption together.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Folder with pictures and captions.  [default: that of the starting run]",
+    show_default=False,
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several.",
+)
+@click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since the starting run; checked to be the same.",
+)
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    default="runs/joint",
+    help="Run folder to write or go on with.",
+)
+@click.option("--epochs", type=click.IntRange(min=1), default=5, help="Passes over the pictures.")
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=16,
+    help="Pictures a batch, each with all its captions.",
+)
+@click.option(
+    "--accumulate",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Batches a step: raise it where memory forces a small --batch-size.",
+)
+@click.option(
+    "--encoder-lr",
+    type=click.FloatRange(min=0),
+    default=3e-4,
+    help="Highest learning rate of the encoder.",
+)
+@click.option(
+    "--decoder-lr",
+    type=click.FloatRange(min=0),
+    default=1e-4,
+    help="Highest learning rate of the decoder, which is trained already.",
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+@click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+@click.option(
+    "--average",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.998,
+    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
+    "0: no mean.",
+)
+@click.option(
+    "--unfreeze-from",
+    default="Mixed_7a",
+    help="First InceptionV3 block that learns. Earlier blocks (Mixed_6a) learn more, and cost "
+    "time and memory.",
+)
+@click.option(
+    "--smallest-crop",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=0.85,
+    help="Least share of each side that a random crop keeps; 1 turns cropping off.",
+)
+@click.option(
+    "--flip/--no-flip",
+    default=True,
+    help="Mirror half of the pictures, except those whose captions say left or right.",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    help="Of order, augmentation and dropout.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Threads that decode pictures.  [default: one a core, at most 8, or 16 with a GPU]",
+    show_default=False,
+)
+@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+def main(
+    start: tuple[Path, ...],
+    data: Path | None,
+    captions: Path | None,
+    weights: str | None,
+    run: Path,
+    device: str,
+    precision: str,
+    workers: int | None,
+    force: bool,
+    **options: float,
+) -> None:
+    """Fine-tune encoder and decoder together, end to end, on pictures.
+
+    \b
+    Examples:
+      python finetune_joint.py
+      python finetune_joint.py --start pretrained --data photos --run runs/photos
+      python finetune_joint.py --start runs/seed-0 --start runs/seed-1 --run runs/joint-2
+      python finetune_joint.py --unfreeze-from Mixed_6e --encoder-lr 5e-5 --run runs/joint-6e
+
+    BatchNorm's statistics stay as they are. Stopped at any moment, the same command goes on
+    after the last finished epoch.
+    """
+    from pipeline.checkpoint import load_checkpoint
+    from pipeline.devices import choose_device, choose_training_precision, default_workers
+    from pipeline.evaluation import evaluate_runs, print_table
+    from pipeline.joint_training import JointOptions, finetune_joint
+
+    settings = load_checkpoint(start[0]).settings
+    if data is None:
+        data = Path(settings["data"])
+        captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
+    chosen = choose_device(device)
+    joint_options = JointOptions(
+        start=tuple(map(str, start)),
+        data=str(data),
+        captions=str(captions) if captions else None,
+        weights=weights,
+        features=settings["features"],
+        precision=choose_training_precision(precision, chosen),
+        **options,  # type: ignore[arg-type]
+    )
+    progress, unreadable = finetune_joint(
+        joint_options, run, chosen, workers or default_workers(chosen), force
+    )
+    click.echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
+        err=True,
+    )
+    print_table({str(run): evaluate_runs([run], chosen, java=False)})
+    for path, reason in unreadable.items():
+        click.echo(f"failed: {path}: {reason}", err=True)
+    if unreadable:
+        sys.exit(1)

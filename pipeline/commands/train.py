@@ -1,0 +1,197 @@
+"""Stage 2: train the Show-and-Tell LSTM on cached features.
+
+The manual is in train_decoder.py, the advice in its --help.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline import options
+from pipeline.errors import UserError
+
+
+@options.command()
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    default="data/flickr8k",
+    help="Folder with the captions, and the pictures that the features were made of.",
+)
+@click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's "
+    "JSON, CSV or JSON Lines.",
+)
+@click.option(
+    "--features",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Feature cache of extract_features.py.  [default: data/features/NAME-OF-DATA.h5]",
+    show_default=False,
+)
+@click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    default="runs/decoder",
+    help="Run folder to write or go on with.",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=50,
+    help="Passes over the captions. The learning rate falls to zero over all of them, so more "
+    "epochs is also a slower fall.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), default=128, help="Captions a batch.")
+@click.option(
+    "--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, help="Highest learning rate."
+)
+@click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+@click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+@click.option(
+    "--embed-size",
+    type=click.IntRange(min=1),
+    default=256,
+    help="Width of the image and word embeddings.",
+)
+@click.option("--hidden-size", type=click.IntRange(min=1), default=512, help="Width of the LSTM.")
+@click.option(
+    "--dropout",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.5,
+    help="Dropout on the LSTM's inputs and outputs. Raise it when val loss climbs early.",
+)
+@click.option(
+    "--feature-dropout",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.5,
+    help="Dropout on the picture's 2048 numbers, against learning the training pictures by heart.",
+)
+@click.option(
+    "--image-state/--no-image-state",
+    default=True,
+    help="Let the picture give the LSTM's first state, besides being its first input.",
+)
+@click.option(
+    "--tied/--no-tied",
+    default=True,
+    help="Tell words by the vectors that they are read by: fewer weights, a quicker step.",
+)
+@click.option(
+    "--average",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.998,
+    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
+    "0: no mean. Nearer to 1 is over more steps.",
+)
+@click.option(
+    "--min-count",
+    type=click.IntRange(min=1),
+    default=5,
+    help="Words seen less often in the training captions become <unk>.",
+)
+@click.option(
+    "--self-critical-epochs",
+    type=click.IntRange(min=0),
+    default=0,
+    help="So many of the last epochs learn from captions that the decoder draws itself, by their "
+    "CIDEr-D (arXiv 1612.00563). An epoch takes about twice as long; a single one gained nothing "
+    "sure on Flickr8k.",
+)
+@click.option(
+    "--self-critical-lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-4,
+    help="Highest learning rate of those epochs.",
+)
+@click.option(
+    "--self-critical-truth",
+    type=click.FloatRange(min=0),
+    default=0.05,
+    help="Weight of people's captions in those epochs, which keeps the language sound; 0: none.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of weights, order and dropout."
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never. The last epochs, "
+    "at a low learning rate, are often the best: stopping saves time, not quality.",
+)
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
+)
+@click.option(
+    "--feature-memory",
+    type=click.FloatRange(min=0),
+    default=2.0,
+    help="GB that features may take in memory (a million pictures: 4.1 GB); larger caches are "
+    "read from the file batch by batch.",
+)
+@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+def main(
+    data: Path,
+    captions: Path | None,
+    features: Path | None,
+    run: Path,
+    device: str,
+    precision: str,
+    feature_memory: float,
+    force: bool,
+    **numbers: float,
+) -> None:
+    """Train the LSTM decoder on cached features and score it on val after every epoch.
+
+    \b
+    Examples:
+      python train_decoder.py --epochs 50
+      python train_decoder.py --data photos --run runs/photos --min-count 2
+
+    At the end a matcher of pictures and captions is trained, in a minute or two, which helps to
+    choose among captions. Stopped at any moment, the same command goes on after the last finished
+    epoch. Captions
+    come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV or JSON Lines; data
+    without a split is split by a hash of the image names.
+    """
+    from pipeline.decoder_training import DecoderOptions, train_decoder
+    from pipeline.devices import choose_device, choose_training_precision
+    from pipeline.evaluation import evaluate_runs, print_table
+    from pipeline.features import default_cache_path
+
+    if numbers["self_critical_epochs"] >= numbers["epochs"]:
+        raise UserError(
+            f"--self-critical-epochs {numbers['self_critical_epochs']:.0f}: must be fewer than "
+            f"--epochs {numbers['epochs']:.0f}, as the first epochs learn people's captions"
+        )
+    chosen = choose_device(device)
+    options = DecoderOptions(
+        data=str(data),
+        captions=str(captions) if captions else None,
+        features=str(features or default_cache_path(data)),
+        precision=choose_training_precision(precision, chosen),
+        **numbers,  # type: ignore[arg-type]
+    )
+    progress = train_decoder(options, run, chosen, feature_memory * 1e9, force)
+    click.echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
+        err=True,
+    )
+    print_table({str(run): evaluate_runs([run], chosen, java=False)})
