@@ -1,0 +1,347 @@
+"use strict";
+
+// Draws the page from its records. Text only ever goes in as text (textContent), never as markup.
+(() => {
+  const CHUNK = 60; // cards drawn at a time
+  const byId = (id) => document.getElementById(id);
+  const collator = new Intl.Collator(undefined, { numeric: true });
+
+  const all = [];
+  const failures = [];
+  for (const element of byId("records").children) {
+    const record = JSON.parse(element.textContent);
+    (record.error === null ? all : failures).push(record);
+  }
+  byId("records").remove(); // the text would stay in memory beside what was read from it
+
+  // Words are found whatever their case and accents.
+  const fold = (text) => text.normalize("NFKD").replace(/\p{M}+/gu, "").toLowerCase();
+  for (const record of all) {
+    const texts = record.captions.map((caption) => caption.text);
+    record.searched = fold([...texts, record.name, ...record.references].join("\n"));
+    record.confidence = record.captions.length ? record.captions[0].confidence : null;
+  }
+  [...all]
+    .sort((a, b) => collator.compare(a.name, b.name))
+    .forEach((record, rank) => { record.rank = rank; });
+
+  const percent = (share) => {
+    const value = 100 * share;
+    return `${value > 0 && value < 1 ? "< 1" : Math.round(value)} %`;
+  };
+  const count = (number, noun) =>
+    `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+  const bestText = (record) => (record.captions.length ? record.captions[0].text : "");
+
+  function make(tag, className, text) {
+    const element = document.createElement(tag);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    return element;
+  }
+
+  // Orders
+
+  const by = (key, direction) => (a, b) => {
+    if (a[key] === null || b[key] === null) {
+      return (a[key] === null) - (b[key] === null) || a.rank - b.rank;
+    }
+    return direction * (a[key] - b[key]) || a.rank - b.rank;
+  };
+  const scored = all.some((record) => record.score !== null);
+  const orders = new Map([
+    ...(scored
+      ? [
+          ["score-up", ["CIDEr-D, worst first", by("score", 1)]],
+          ["score-down", ["CIDEr-D, best first", by("score", -1)]],
+        ]
+      : []),
+    ["name", ["Name", (a, b) => a.rank - b.rank]],
+    ["sure-up", ["Least sure first", by("confidence", 1)]],
+    ["sure-down", ["Surest first", by("confidence", -1)]],
+  ]);
+  for (const [value, [label]] of orders) {
+    const option = make("option", "", label);
+    option.value = value;
+    byId("order").append(option);
+  }
+
+  // The list
+
+  const grid = byId("grid");
+  let shown = [];
+  let drawn = 0;
+
+  function figures(record, parent) {
+    if (record.score !== null) {
+      parent.append(make("span", "", `CIDEr-D ${record.score.toFixed(1)}`));
+    }
+    if (record.confidence !== null) {
+      const part = make("span", "", `${percent(record.confidence)} a word`);
+      part.title = "The mean probability of the caption’s words (geometric)";
+      parent.append(part);
+    }
+  }
+
+  function picture(record) {
+    if (record.thumbnail === null) {
+      const frame = make("span", "frame");
+      frame.setAttribute("role", "img");
+      frame.setAttribute("aria-label", `${bestText(record)} (no picture: ${record.missing})`);
+      frame.append(make("span", "", "No picture"), make("bdi", "", record.missing));
+      return frame;
+    }
+    const image = make("img");
+    image.alt = bestText(record) || "A picture without a caption";
+    image.width = record.width;
+    image.height = record.height;
+    image.decoding = "async";
+    image.loading = "lazy";
+    image.src = record.thumbnail;
+    return image;
+  }
+
+  function card(record, position) {
+    const item = byId("card").content.firstElementChild.cloneNode(true);
+    item.dataset.position = position;
+    item.setAttribute("aria-setsize", shown.length);
+    item.setAttribute("aria-posinset", position + 1);
+    item.querySelector(".open").append(picture(record));
+    item.querySelector(".caption").textContent = bestText(record);
+    item.querySelector(".name bdi").textContent = record.name;
+    figures(record, item.querySelector(".figure"));
+    item.querySelector(".copy").hidden = !bestText(record);
+    return item;
+  }
+
+  function draw(until) {
+    const cards = document.createDocumentFragment();
+    const end = Math.min(shown.length, until);
+    for (; drawn < end; drawn++) cards.append(card(shown[drawn], drawn));
+    grid.append(cards);
+    byId("more").hidden = drawn === shown.length;
+  }
+
+  function refresh() {
+    const words = fold(byId("search").value).split(/\s+/).filter(Boolean);
+    shown = all.filter((record) => words.every((word) => record.searched.includes(word)));
+    shown.sort(orders.get(byId("order").value)[1]);
+    grid.replaceChildren();
+    drawn = 0;
+    draw(CHUNK);
+    byId("nothing").hidden = shown.length > 0 || words.length === 0;
+    showCount();
+  }
+
+  function showCount() {
+    const total = count(all.length, "picture");
+    byId("count").textContent =
+      shown.length < all.length ? `${shown.length.toLocaleString("en")} of ${total}` : total;
+  }
+
+  byId("search").addEventListener("input", refresh);
+  byId("order").addEventListener("change", () => {
+    refresh();
+    scrollTo(0, Math.min(scrollY, byId("pictures").offsetTop));
+  });
+  byId("clear").addEventListener("click", () => {
+    byId("search").value = "";
+    byId("search").focus();
+    refresh();
+  });
+  byId("more").addEventListener("click", () => {
+    const first = drawn;
+    draw(drawn + CHUNK);
+    grid.children[first].querySelector(".open").focus();
+  });
+  new IntersectionObserver(
+    (entries) => { if (entries[0].isIntersecting) draw(drawn + CHUNK); },
+    { rootMargin: "1500px" },
+  ).observe(byId("more"));
+  addEventListener("beforeprint", () => draw(shown.length));
+
+  // Copying
+
+  async function copy(button, text) {
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      // Where there is no such interface, or no permission: the old way.
+      const field = make("textarea", "unseen");
+      field.value = text;
+      button.after(field);
+      field.select();
+      document.execCommand("copy");
+      field.remove();
+      button.focus();
+    }
+    const label = button.querySelector(".unseen");
+    label.textContent = "Copied";
+    button.classList.add("done");
+    (viewer.open ? byId("announcement") : byId("count")).textContent = "Copied";
+    setTimeout(() => {
+      label.textContent = "Copy the caption";
+      button.classList.remove("done");
+      showCount();
+    }, 1500);
+  }
+
+  // One picture in large
+
+  const viewer = byId("viewer");
+  let current = 0;
+
+  function spoken(caption, best) {
+    const item = byId("spoken").content.firstElementChild.cloneNode(true);
+    const line = item.querySelector(".caption");
+    item.classList.toggle("best", best);
+    if (caption.words.length) {
+      let written = 0; // of the text: it joins some tokens, such as "man" and "'s"
+      for (const [text, probability] of caption.words) {
+        const start = caption.text.indexOf(text, written);
+        if (start < 0) continue;
+        const word = make("span", "word", text);
+        if (probability !== null) {
+          word.style.setProperty("--doubtful", (1 - probability).toFixed(3));
+          word.title = percent(probability);
+          word.dataset.probability = Math.round(100 * probability);
+        }
+        line.append(caption.text.slice(written, start), word);
+        written = start + text.length;
+      }
+      line.append(caption.text.slice(written));
+      item.querySelector(".probabilities").textContent = `Word by word: ${caption.words
+        .map(([text, probability]) => `${text} ${probability === null ? "" : percent(probability)}`)
+        .join(", ")}`;
+    } else {
+      line.textContent = caption.text;
+    }
+    const figure = item.querySelector(".figure");
+    if (caption.confidence !== null) {
+      figure.append(make("span", "", `${percent(caption.confidence)} a word`));
+    }
+    if (caption.logProbability !== null) {
+      figure.append(make("span", "", `log-probability ${caption.logProbability.toFixed(2)}`));
+    }
+    item.querySelector(".copy").addEventListener("click", (event) => {
+      copy(event.currentTarget, caption.text);
+    });
+    return item;
+  }
+
+  function showLarge(record) {
+    const shownPicture = picture(record);
+    shownPicture.loading = "eager";
+    byId("stage").replaceChildren(shownPicture);
+    if (record.original === null) return;
+    // The thumbnail stays until the picture is there, and for good if it is gone.
+    const large = new Image();
+    large.src = record.original;
+    large.decode().then(
+      () => {
+        if (!shownPicture.isConnected) return;
+        shownPicture.width = large.naturalWidth;
+        shownPicture.height = large.naturalHeight;
+        shownPicture.src = record.original;
+      },
+      () => {},
+    );
+  }
+
+  function show(position) {
+    const record = shown[position];
+    current = position;
+    showLarge(record);
+    byId("viewer-name").firstElementChild.textContent = record.name;
+    byId("viewer-place").textContent =
+      `${(position + 1).toLocaleString("en")} of ${shown.length.toLocaleString("en")}`;
+    byId("viewer-captions").replaceChildren(
+      ...record.captions.map((caption, rank) => spoken(caption, rank === 0)),
+    );
+    byId("legend").hidden = !record.captions.some((caption) => caption.words.length);
+    const references = byId("viewer-references");
+    references.hidden = record.references.length === 0 && record.score === null;
+    references.querySelector("ul").replaceChildren(
+      ...record.references.map((reference) => {
+        const item = make("li", "", reference);
+        item.dir = "auto";
+        return item;
+      }),
+    );
+    byId("viewer-score").textContent =
+      record.score === null ? "" : `CIDEr-D of the best caption: ${record.score.toFixed(1)}`;
+    byId("previous").setAttribute("aria-disabled", position === 0);
+    byId("next").setAttribute("aria-disabled", position === shown.length - 1);
+    byId("sheet").scrollTop = 0;
+  }
+
+  function step(distance) {
+    const position = current + distance;
+    if (position < 0 || position >= shown.length) return;
+    show(position);
+    byId("announcement").textContent =
+      `${byId("viewer-place").textContent}: ${bestText(shown[position]) || shown[position].name}`;
+  }
+
+  grid.addEventListener("click", (event) => {
+    const item = event.target.closest(".card");
+    if (!item) return;
+    const position = Number(item.dataset.position);
+    const copier = event.target.closest(".copy");
+    if (copier) {
+      copy(copier, bestText(shown[position]));
+    } else if (event.target.closest(".open")) {
+      byId("announcement").textContent = "";
+      show(position);
+      viewer.showModal();
+    }
+  });
+  byId("previous").addEventListener("click", () => step(-1));
+  byId("next").addEventListener("click", () => step(1));
+  byId("close").addEventListener("click", () => viewer.close());
+  viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });
+  viewer.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    const distance = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (distance) {
+      event.preventDefault();
+      step(distance);
+    }
+  });
+  // Back to the card of the picture that was looked at last.
+  viewer.addEventListener("close", () => {
+    draw(current + 1);
+    byId("stage").replaceChildren();
+    grid.children[current].querySelector(".open").focus();
+  });
+
+  // Light and dark
+
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const root = document.documentElement;
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
+  const showTheme = () => byId("theme").setAttribute("aria-pressed", isDark());
+  byId("theme").addEventListener("click", () => {
+    root.dataset.theme = isDark() ? "light" : "dark";
+    showTheme();
+  });
+  system.addEventListener("change", showTheme);
+  showTheme();
+
+  if (failures.length) {
+    const part = byId("failures");
+    part.hidden = false;
+    part.querySelector("summary").textContent =
+      `${count(failures.length, "picture")} could not be captioned`;
+    part.querySelector("ul").append(
+      ...failures.map((record) => {
+        const item = make("li");
+        const reason = make("span", "reason", record.error);
+        reason.dir = "auto";
+        item.append(make("bdi", "", record.name), ": ", reason);
+        return item;
+      }),
+    );
+  }
+  refresh();
+})();
