@@ -17,7 +17,7 @@ import click
 import torch
 from torch import Tensor
 
-from pipeline.captioner import SEARCHED_AT_ONCE, captions_of, encoder_of
+from pipeline.captioner import SEARCHED_AT_ONCE, Caption, captions_of, encoder_of
 from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.dataset import load_table, rows_of, tokenised
@@ -47,6 +47,27 @@ from pipeline.vocabulary import tokenize
 
 BOOTSTRAP_SEED = 0
 SCORER = "pipeline.metrics (COCO definitions, PTB-style tokens, lower case, no punctuation)"
+# Captions kept a picture, for a page of them; the best alone is scored.
+KEPT_CAPTIONS = 5
+
+
+@dataclass(frozen=True)
+class ScoredPicture:
+    """One picture of a split.
+
+    Attributes:
+        name: what the captions file calls it.
+        path: where its file was; that features are cached does not tell that it still is.
+        captions: best first.
+        references: as people wrote them.
+        cider: CIDEr-D of the best caption, in percent.
+    """
+
+    name: str
+    path: Path
+    captions: list[Caption]
+    references: tuple[str, ...]
+    cider: float
 
 
 @dataclass
@@ -60,7 +81,8 @@ class Evaluation:
         intervals: 95 % bootstrap interval over images of BLEU-4 and CIDEr-D.
         facts: what the scores were taken on and how: scorer, split, hash, search, and the
             seed and the options of the training.
-        unreadable: how many pictures of the split could not be read and were left out.
+        pictures: what was scored, one by one.
+        unreadable: the pictures of the split that could not be read and were left out, and why.
     """
 
     predictions: dict[str, str]
@@ -68,7 +90,8 @@ class Evaluation:
     left_out: list[str]
     intervals: dict[str, Interval]
     facts: dict[str, Any]
-    unreadable: int
+    pictures: list[ScoredPicture]
+    unreadable: dict[Path, str]
 
 
 @dataclass(frozen=True)
@@ -89,15 +112,17 @@ class SplitData:
         source: where the features come from, in words.
         table: the captions of all splits.
         references: tokenised captions by image name.
+        paths: picture files by image name.
         features: batches (B, 2048), in the order of ``references``.
-        unreadable: how many pictures of the split had to be left out.
+        unreadable: the pictures of the split that had to be left out, and why.
     """
 
     source: str
     table: CaptionTable
     references: dict[str, list[list[str]]]
+    paths: dict[str, Path]
     features: Iterable[Tensor]
-    unreadable: int
+    unreadable: dict[Path, str]
 
 
 def evaluate_runs(
@@ -190,8 +215,9 @@ def evaluate(
         unit="image",
         desc="captioning",
     )
-    texts = [captions_of(hypotheses[:1], vocabulary)[0].text for hypotheses in bar]
-    predictions = dict(zip(groups, texts, strict=True))
+    found = [captions_of(hypotheses[:KEPT_CAPTIONS], vocabulary) for hypotheses in bar]
+    captioned = dict(zip(groups, found, strict=True))
+    predictions = {name: best[0].text for name, best in captioned.items()}
     tokens = {name: tokenize(text) for name, text in predictions.items()}
     java_scores, left_out = java_metrics(groups, tokens) if java else ({}, [])
     train = tokenised(opened.table.of_split("train"))
@@ -216,7 +242,13 @@ def evaluate(
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED},
     }
     intervals = bootstrap(PerImage(scorer, tokens), BOOTSTRAP_SEED)
-    return Evaluation(predictions, scores, left_out, intervals, facts, opened.unreadable)
+    cider = scorer.per_image_cider(tokens)
+    pictures = [
+        ScoredPicture(i.name, opened.paths[i.name], captioned[i.name], i.captions, cider[i.name])
+        for i in opened.table.of_split(split)
+        if i.name in captioned
+    ]
+    return Evaluation(predictions, scores, left_out, intervals, facts, pictures, opened.unreadable)
 
 
 def _open_split(
@@ -235,7 +267,8 @@ def _open_split(
         groups = _groups(table, split)
         rows = rows_of(cache, [names[name] for name in groups])
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
-        return SplitData(str(features), table, groups, batches, 0)
+        paths = {name: data / names[name] for name in groups}
+        return SplitData(str(features), table, groups, paths, batches, {})
     if checkpoint.encoder_weights is None and cache is not None:
         raise UserError(
             f"--features {features}: not of the encoder that this run was trained with ({mismatch})"
@@ -251,10 +284,11 @@ def _open_split(
     groups = {name: group for name, group in groups.items() if data / names[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
     encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
-    paths = [data / names[name] for name in groups]
-    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, paths, workers))
+    paths = {name: data / names[name] for name in groups}
+    files = [*paths.values()]
+    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, files, workers))
     joined = _gathered(encoded, SEARCHED_AT_ONCE)
-    return SplitData("the checkpoint's own encoder", table, groups, joined, len(broken))
+    return SplitData("the checkpoint's own encoder", table, groups, paths, joined, broken)
 
 
 def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:

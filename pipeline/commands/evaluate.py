@@ -12,6 +12,7 @@ import click
 
 from pipeline import options
 from pipeline.errors import UserError
+from pipeline.files import check_writable
 
 
 @options.command()
@@ -60,6 +61,14 @@ from pipeline.errors import UserError
     show_default=False,
 )
 @click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="PAGE",
+    help="Also write a page of the pictures with their captions, references and CIDEr-D, the worst "
+    "first, to see where the model fails. It can be sent alone.",
+)
+@click.option(
     "--java/--no-java",
     default=True,
     help="METEOR and SPICE, where Java and pycocoevalcap are there; METEOR takes some seconds.",
@@ -92,6 +101,7 @@ def main(
     matching: float | None,
     length_penalty: float,
     output: Path | None,
+    html: Path | None,
     java: bool,
     compare: tuple[Path, Path] | None,
     together: bool,
@@ -103,6 +113,7 @@ def main(
     Examples:
       python evaluate.py runs/decoder
       python evaluate.py runs/decoder --split test --beam-size 5
+      python evaluate.py runs/decoder --html decoder.html
       python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
       python evaluate.py --together runs/seed-0 runs/seed-1 runs/seed-2
       python evaluate.py --compare a.json b.json
@@ -114,6 +125,10 @@ def main(
         raise UserError("give the runs to score, or --compare with two predictions files")
     if output is not None and len(runs) > 1 and not together:
         raise UserError("--output is for one run; each of several writes into its own folder")
+    if html is not None and (compare is not None or (len(runs) > 1 and not together)):
+        raise UserError("--html is for one run, or several --together; write a page for each")
+    if html is not None:
+        check_writable(html)
     if compare is not None:
         from pipeline.evaluation import compare_predictions, print_comparison
 
@@ -133,5 +148,11 @@ def main(
         for group in groups
     }
     print_table(results)
+    if html is not None:
+        from pipeline.evaluation_page import write_page
+
+        [(run, result)] = results.items()
+        write_page(result, run, html)
+        click.echo(f"page: {html}", err=True)
     if any(result.unreadable for result in results.values()):
         sys.exit(1)

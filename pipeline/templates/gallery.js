@@ -77,7 +77,7 @@
       parent.append(make("span", "", `CIDEr-D ${record.score.toFixed(1)}`));
     }
     if (record.confidence !== null) {
-      const part = make("span", "", `${percent(record.confidence)} a word`);
+      const part = make("span", "", `${percent(record.confidence)} per word`);
       part.title = "The mean probability of the caption’s words (geometric)";
       parent.append(part);
     }
@@ -218,10 +218,10 @@
     }
     const figure = item.querySelector(".figure");
     if (caption.confidence !== null) {
-      figure.append(make("span", "", `${percent(caption.confidence)} a word`));
+      figure.append(make("span", "", `${percent(caption.confidence)} per word`));
     }
     if (caption.logProbability !== null) {
-      figure.append(make("span", "", `log-probability ${caption.logProbability.toFixed(2)}`));
+      figure.append(make("span", "", `log-probability ${caption.logProbability.toFixed(2).replace("-", "−")}`));
     }
     item.querySelector(".copy").addEventListener("click", (event) => {
       copy(event.currentTarget, caption.text);
