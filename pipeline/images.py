@@ -134,7 +134,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except Exception as error:
         # Pillow's format plugins let ValueError, SyntaxError, struct.error, IndexError and
         # others through on damaged files; whatever it is, the run must go on.
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def _why_unidentified(path: Path) -> str:

@@ -6,6 +6,7 @@ and the description reads back.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -132,10 +133,10 @@ def write_description(path: Path, text: str) -> None:
     if len(text.encode(errors="replace")) > MAXIMUM_BYTES:
         raise MetadataError(f"the description is longer than {MAXIMUM_BYTES:,} bytes")
     try:
-        _rewrite(path.resolve(strict=True), text)
+        _rewrite(Path(os.path.realpath(path, strict=True)), text)
     except images.ImageError as error:
         raise MetadataError(str(error)) from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+    except OSError as error:
         raise MetadataError(_reason(error)) from error
 
 
@@ -154,7 +155,7 @@ def _rewrite(path: Path, text: str) -> None:
     reasons = []
     for tool in tools:
         try:
-            if (tool.read(data).exif or "").lstrip().startswith(DATA):
+            if format == "TIFF" and (tool.read(data).exif or "").lstrip().startswith(DATA):
                 raise MetadataError("its description holds data of the program that made it")
             written = tool.write(data, format, text)
             with _beside(path, written, status) as temporary:
@@ -266,7 +267,9 @@ def _beside(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path
         temporary.unlink(missing_ok=True)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if error.errno == errno.ELOOP:
+        return "its symbolic links run in a circle"
+    return error.strerror or str(error)

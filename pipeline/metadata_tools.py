@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 EXIFTOOL_SECONDS = 120
 # Pillow's names of the formats in which IPTC is at home; elsewhere it is only kept in step.
 IPTC_FORMATS = frozenset({"JPEG", "MPO"})
+# Where it may stand.
+IPTC_POSSIBLE = IPTC_FORMATS | {"PNG", "TIFF", "JPEG2000"}
 # XMP is all that a GIF carries.
 WITHOUT_EXIF = frozenset({"GIF"})
 
@@ -260,13 +262,13 @@ def write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
     arguments = [f"-XMP-dc:Description-x-default={escaped}"]
     if format not in WITHOUT_EXIF:
         arguments.append(f"-IFD0:ImageDescription={escaped}")
-        iptc = _tags(data, "-IPTC:all")
-        if iptc or format in IPTC_FORMATS:
-            if iptc.get("CodedCharacterSet") != "UTF8":
-                # The texts that stand there are read, and written anew as UTF-8.
-                arguments += ["-tagsfromfile", "@", "-IPTC:all"] if iptc else []
-                arguments.append("-IPTC:CodedCharacterSet=UTF8")
-            arguments.append(f"-IPTC:Caption-Abstract={escaped}")
+    iptc = _tags(data, "-IPTC:all") if format in IPTC_POSSIBLE else {}
+    if iptc or format in IPTC_FORMATS:
+        if iptc.get("CodedCharacterSet") != "UTF8":
+            # The texts that stand there are read, and written anew as UTF-8.
+            arguments += ["-tagsfromfile", "@", "-IPTC:all"] if iptc else []
+            arguments.append("-IPTC:CodedCharacterSet=UTF8")
+        arguments.append(f"-IPTC:Caption-Abstract={escaped}")
     return _exiftool(data, *arguments, "-o", "-")
 
 
