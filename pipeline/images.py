@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, TypeVar
@@ -23,13 +24,18 @@ if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-# What Pillow reads without plugins and people keep photographs in.
+# What Pillow reads, for HEIC with the plugin pillow-heif, and people keep photographs in.
 IMAGE_EXTENSIONS = frozenset(
     f".{extension}"
     for extension in (
-        *("jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "avif", "gif"),
-        *("tif", "tiff", "bmp", "tga", "ppm", "pgm", "pbm"),
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2", "j2k", "jpx", "png", "apng", "webp"),
+        *("heic", "heif", "hif", "avif", "gif", "tif", "tiff", "bmp", "tga"),
+        *("ppm", "pgm", "pbm", "pnm"),
     )
+)
+# How HEIC files begin, after the four bytes of a length (ISO 23008-12, annex B).
+HEIC_BEGINNINGS = tuple(
+    b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
 )
 # InceptionV3's input: 299 x 299 pixels (Szegedy et al., arXiv 1512.00567, table 1).
 IMAGE_SIZE = 299
@@ -91,19 +97,32 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
         ImageError: the file is missing, empty, broken, truncated, far too large or no
             picture; the text says which.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
+
+    with opened(path) as image:
+        if size is not None and image.format == "JPEG":
+            image.draft(None, (2 * size, 2 * size))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Open a picture with Pillow, undecoded; whatever goes wrong in the block is an ImageError.
+
+    Raises:
+        ImageError: see ``load_image``.
+    """
+    from PIL import Image, UnidentifiedImageError
 
     _quieten_pillow()
+    _register_heif()
     try:
         with Image.open(path) as image:
-            if size is not None and image.format == "JPEG":
-                image.draft(None, (2 * size, 2 * size))
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield image
     except UnidentifiedImageError as error:
-        empty = Path(path).stat().st_size == 0
-        raise ImageError("empty file" if empty else "not a picture that Pillow reads") from error
+        raise ImageError(_why_unidentified(Path(path))) from error
     except Image.DecompressionBombError as error:
         raise ImageError("too many pixels (decompression bomb?)") from error
     except FileNotFoundError as error:
@@ -115,7 +134,31 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
     except Exception as error:
         # Pillow's format plugins let ValueError, SyntaxError, struct.error, IndexError and
         # others through on damaged files; whatever it is, the run must go on.
-        raise ImageError(f"{type(error).__name__}: {error}") from error
+        raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _why_unidentified(path: Path) -> str:
+    with path.open("rb") as file:
+        beginning = file.read(12)
+    if not beginning:
+        return "empty file"
+    if beginning[4:].startswith(HEIC_BEGINNINGS) and not _register_heif():
+        return "a HEIC picture, which needs a plugin: pip install pillow-heif"
+    return "not a picture that Pillow reads"
+
+
+@functools.cache
+def _register_heif() -> bool:
+    """Let Pillow read HEIC where the plugin is installed, and tell whether it is.
+
+    The plugin turns a picture upright itself, and says in its EXIF that nothing is left to do.
+    """
+    try:
+        import pillow_heif
+    except (ImportError, OSError):  # OSError: its library does not fit the system
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 @functools.cache

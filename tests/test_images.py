@@ -210,6 +210,40 @@ def test_orientation(tmp_path: Path, orientation: int, extension: str) -> None:
     assert difference(numpy.asarray(image), upright) < (0.1 if extension == "png" else 12)
 
 
+def heic(path: Path, image: Image.Image, **options: object) -> Path:
+    """Write a picture as HEIC, in the best quality."""
+    plugin = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    plugin.from_pillow(image).save(path, quality=100, chroma=444, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_turned_once(tmp_path: Path, orientation: int) -> None:
+    upright = Image.new("RGB", (96, 64))
+    upright.paste("red", (0, 0, 32, 32))
+    upright.paste("lime", (0, 32, 32, 64))
+    upright.paste("blue", (64, 0, 96, 32))
+    # What, turned as EXIF says, is upright again: PIL names how, EXIF numbers it.
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # The library notes the orientation as EXIF and as HEIC's own turn, as a phone does.
+    path = heic(tmp_path / "x.heic", stored, exif=exif.tobytes())
+    for size in (None, IMAGE_SIZE):
+        image = load_image(path, size)
+        assert image.size == (96, 64)
+        assert difference(numpy.asarray(image), numpy.asarray(upright)) < 8
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
@@ -248,6 +282,42 @@ def test_no_pictures(tmp_path: Path) -> None:
     assert reason(text) == "not a picture that Pillow reads"
     assert "directory" in reason(folder) or os.name == "nt"
     assert reason(tmp_path / "missing.jpg") == "no such file"
+
+
+@pytest.mark.parametrize("mode, colour", [("RGB", (200, 30, 90)), ("RGBA", (0, 0, 200, 0))])
+def test_heic_modes(tmp_path: Path, mode: str, colour: tuple[int, ...]) -> None:
+    path = heic(tmp_path / "x.heif", Image.new(mode, (40, 30), colour))
+    expected = colour if mode == "RGB" else (255, 255, 255)
+    assert difference(numpy.array(pixels(path)), numpy.array(expected)) < 2
+
+
+def test_heic_without_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes the import fail
+    for openers in ("OPEN", "MIME", "EXTENSION"):
+        kept = {key: value for key, value in getattr(Image, openers).items() if value != "HEIF"}
+        kept.pop("HEIF", None)
+        monkeypatch.setattr(Image, openers, kept)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    images._register_heif.cache_clear()
+    try:
+        assert reason(path) == "a HEIC picture, which needs a plugin: pip install pillow-heif"
+        path.write_bytes(b"\0\0\0\x18ftypqt  \0\0\0\0" + bytes(200))
+        assert reason(path) == "not a picture that Pillow reads"
+        draw(tmp_path / "x.png")
+        assert load_image(tmp_path / "x.png").size == (64, 48)
+    finally:
+        images._register_heif.cache_clear()
+
+
+def test_damaged_heic(tmp_path: Path) -> None:
+    path = heic(tmp_path / "x.heic", photograph(200, 150))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "pip install" not in reason(path)
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    assert "pip install" not in reason(path)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -376,6 +446,7 @@ def test_how_much_is_cut_off_and_where() -> None:
 
 def test_find_images(tmp_path: Path) -> None:
     wanted = ["B.JPG", "a b.png", "a.jpg", "a/é 狗.jpeg", "a/b/c.WebP", "Ångström.TIF", "z.Gif"]
+    wanted += ["y.HEIC", "y.heif", "y.hif", "y.avif", "y.mpo"]
     others = (
         *(".hidden.jpg", "._a.jpg", ".cache/x.jpg", "__MACOSX/a.jpg", "a/__MACOSX/b.jpg"),
         *("notes.txt", "jpg", "x.jpg.part", "features.h5"),
@@ -387,7 +458,8 @@ def test_find_images(tmp_path: Path) -> None:
     draw(tmp_path / "folder.jpg" / "inner.jpg")
     assert find_images(tmp_path) == [
         *("B.JPG", "a b.png", "a.jpg", "a/b/c.WebP", "a/é 狗.jpeg"),
-        *("folder.jpg/inner.jpg", "z.Gif", "Ångström.TIF"),
+        *("folder.jpg/inner.jpg", "y.HEIC", "y.avif", "y.heif", "y.hif", "y.mpo"),
+        *("z.Gif", "Ångström.TIF"),
     ]
 
 
