@@ -1,12 +1,17 @@
-"""Caption pictures: files, folders with their sub-folders, and patterns.
+"""Caption pictures: files, folders with their sub-folders, patterns, and lists of paths.
 
     python caption.py photos/
-    python caption.py a.jpg 'holiday/*.png' --beam-size 5 --num-captions 3
-    python caption.py photos/ --format csv --output captions.csv
+    python caption.py a.jpg 'holiday/*.png' --num-captions 3 --diverse
+    python caption.py photos/ --output captions.csv           # or .json, .jsonl
+    python caption.py photos/ --html captions.html            # a page to look at
+    python caption.py photos/ --sidecar                       # photo.jpg -> photo.txt
+    python caption.py photos/ --write-metadata                # into the pictures themselves
+    find . -name '*.jpg' -print0 | python caption.py -
+    python caption.py --serve                                 # a page to drop pictures on
 
-Captions go to standard output, progress and complaints to standard error. Exit codes:
-0 all pictures captioned, 1 some could not be read (each is named at the end), 2 the
-command was wrong.
+Captions go to standard output, progress and complaints to standard error. Stopped at any moment,
+the same command goes on where it was. Exit codes: 0 all pictures captioned, 1 some could not be
+read or written (each is named at the end), 2 the command was wrong.
 """
 
 from pipeline.commands.caption import main

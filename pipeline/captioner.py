@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
@@ -34,9 +36,9 @@ from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError, UserError
 from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED
-from pipeline.reranking import Reranker, best_captions, search_config
-from pipeline.search import Hypothesis, SearchConfig
-from pipeline.vocabulary import Vocabulary, detokenize
+from pipeline.reranking import Reranker, best_captions, diverse_captions, search_config
+from pipeline.search import Hypothesis, SearchConfig, token_log_probabilities
+from pipeline.vocabulary import Vocabulary, detokenize, tokenize
 
 StrPath = str | os.PathLike[str]
 # The encoder likes small batches, the decoder, whose weights pass through the cache for every
@@ -148,13 +150,59 @@ class Captioner:
         consensus: float | None = None,
         matching: float | None = None,
         least: int = 1,
+        *,
+        min_length: int = SearchConfig.min_length,
         max_length: int = SearchConfig.max_length,
+        prefix: str = "",
+        temperature: float | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        diversity: float = 0.0,
     ) -> SearchConfig:
-        """Choose how to search for this model where not all is said: see ``reranking``."""
+        """Choose how to search for this model.
+
+        Args:
+            beam_size, consensus, matching: see ``reranking.search_config``.
+            least: how many captions a picture are wanted.
+            min_length, max_length: fewest and most words in a caption.
+            prefix: words that every caption begins with.
+            temperature, top_p: where one is given, captions are drawn; see ``SearchConfig``.
+            seed: of the draws. What is drawn for a picture depends on it and on the name of the
+                picture's file alone, not on other pictures.
+            diversity: of several captions, see ``SearchConfig``.
+
+        Raises:
+            UserError: the options contradict each other, the model lacks a second opinion that is
+                asked for, or does not know a word of the prefix.
+        """
+        sampling = temperature is not None or top_p is not None
+        if sampling and diversity:
+            raise UserError("--diverse: drawn captions differ anyway; leave out --temperature")
+        if min_length > max_length:
+            raise UserError(
+                f"--min-length {min_length}: must not be above --max-length {max_length}"
+            )
+        words = tokenize(prefix)
+        unknown = [word for word in words if word not in self.vocabulary]
+        if unknown:
+            raise UserError(
+                f"--prefix: the model does not know {unknown[0]!r}; it has "
+                f"{len(self.vocabulary):,} words"
+            )
+        if len(words) > max_length:
+            raise UserError(
+                f"--prefix: has {len(words)} words, more than --max-length {max_length}"
+            )
         return search_config(
             self.reranker,
-            *(beam_size, consensus, matching, least, self.decoder.config.members),
+            *(beam_size, consensus, matching, least, self.decoder.config.members, sampling),
+            min_length=min_length,
             max_length=max_length,
+            prefix=tuple(self.vocabulary.encode(words)),
+            temperature=1.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            seed=seed,
+            diversity=diversity,
         )
 
     def caption(
@@ -190,15 +238,17 @@ class Captioner:
         num_captions: int = 1,
         batch_size: int | None = None,
         workers: int | None = None,
+        details: bool = False,
     ) -> Iterator[Prediction]:
         """Caption pictures as they come, decoding ahead; memory does not grow with their number.
 
         Args:
             images: paths.
             config: how to search; by default see ``search_config``.
-            num_captions: captions a picture, at most ``config.beam_size``.
+            num_captions: captions a picture, at most ``config.beam_size`` without diversity.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
+            details: give each word's probability too.
 
         Yields:
             A prediction for every path, in their order, also for those that cannot be read.
@@ -227,11 +277,11 @@ class Captioner:
             keys = [key for encoded in group for key in encoded.keys]
             if keys:
                 features = numpy.concatenate([encoded.features for encoded in group])
-                hypotheses = best_captions(
-                    self.decoder, torch.from_numpy(features).to(device), config, self.reranker
+                names = [Path(paths[key]).name for key in keys]
+                captions = self._caption_features(
+                    torch.from_numpy(features).to(device), names, config, num_captions, details
                 )
-                for key, best in zip(keys, hypotheses, strict=True):
-                    found[key] = captions_of(best[:num_captions], self.vocabulary)
+                found = dict(zip(keys, captions, strict=True))
             failures = {key: why for encoded in group for key, why in encoded.failures.items()}
             for key in sorted([*found, *failures]):
                 yield Prediction(paths.pop(key), found.get(key, []), failures.get(key))
@@ -244,10 +294,54 @@ class Captioner:
                 group = []
         yield from predictions(group)
 
+    def _caption_features(
+        self,
+        features: torch.Tensor,
+        names: Sequence[str],
+        config: SearchConfig,
+        num_captions: int,
+        details: bool,
+    ) -> list[list[Caption]]:
+        """Caption features (B, 2048) of pictures with these file names."""
+        if config.diversity:
+            found = diverse_captions(self.decoder, features, config, self.reranker, num_captions)
+        else:
+            keys = [zlib.crc32(os.fsencode(name)) for name in names]
+            found = best_captions(self.decoder, features, config, self.reranker, keys)
+        best = [hypotheses[:num_captions] for hypotheses in found]
+        if details:
+            return detailed_captions(self.decoder, features, best, self.vocabulary)
+        return [captions_of(hypotheses, self.vocabulary) for hypotheses in best]
+
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
     """Put hypotheses into words."""
     return [Caption(detokenize(vocabulary.decode(h.tokens)), h.log_probability) for h in hypotheses]
+
+
+def detailed_captions(
+    decoder: CaptionDecoder,
+    features: torch.Tensor,
+    found: Sequence[Sequence[Hypothesis]],
+    vocabulary: Vocabulary,
+) -> list[list[Caption]]:
+    """Put the hypotheses of features (B, 2048) into words, with the probability of each."""
+    chances = token_log_probabilities(decoder, features, [[h.tokens for h in g] for g in found])
+    return [
+        [
+            replace(
+                caption,
+                words=tuple(
+                    Word(word, math.exp(chance))
+                    for word, chance in zip(vocabulary.decode(h.tokens), each, strict=False)
+                ),
+            )
+            for caption, h, each in zip(
+                captions_of(group, vocabulary), group, of_group, strict=True
+            )
+        ]
+        for group, of_group in zip(found, chances, strict=True)
+    ]
 
 
 def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> Encoder:

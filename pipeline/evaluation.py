@@ -33,7 +33,7 @@ from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED, is_pretrained
 from pipeline.progress import progress_bar
 from pipeline.reranking import search_config
-from pipeline.search import SearchConfig
+from pipeline.search import SearchConfig, search_in_words
 from pipeline.significance import (
     RESAMPLES,
     Difference,
@@ -354,15 +354,6 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
         )
     for sentence in first.left_out:
         click.echo(sentence, err=True)
-
-
-def search_in_words(search: Mapping[str, Any]) -> str:
-    """Say in a few words how captions were searched."""
-    beam = search["beam_size"]
-    words = ["greedy" if beam == 1 else f"beam {beam}"]
-    return ", ".join(
-        [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
-    )
 
 
 def compare_predictions(

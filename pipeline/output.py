@@ -1,10 +1,11 @@
-"""Predictions written as text, JSON, JSON Lines, CSV or COCO results."""
+"""Predictions written as text, JSON, JSON Lines, CSV or COCO results, and read again."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,40 +13,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pipeline.captioner import Prediction
+from pipeline.captioner import Caption, Prediction, Word
+from pipeline.errors import UserError
 from pipeline.files import atomic_write
-from pipeline.progress import progress_bar
 
 
-def write_predictions(
-    predictions: Iterable[Prediction], total: int, layout: str, output: Path | None
-) -> dict[str, str]:
+def write_predictions(predictions: Iterable[Prediction], layout: str, output: Path | None) -> None:
     """Write ``predictions`` to ``output``, or to standard output, as they come.
 
     Args:
         predictions: a stream of them.
-        total: how many will come, for the progress bar on standard error.
         layout: ``text``, ``json``, ``jsonl``, ``csv`` or ``coco``.
         output: the file, written whole or not at all; None for standard output.
-
-    Returns:
-        Path and reason of each picture that could not be read.
     """
-    failures: dict[str, str] = {}
-
-    def watched() -> Iterator[Prediction]:
-        # A bar would run through captions that appear on the same terminal.
-        quiet = output is None and sys.stdout.isatty()
-        for prediction in progress_bar(
-            predictions, total=total, unit="image", desc="captioning", disable=quiet
-        ):
-            if prediction.error is not None:
-                failures[prediction.path] = prediction.error
-            yield prediction
-
     with _opened(output) as handle:
-        WRITERS[layout](watched(), handle)
-    return failures
+        WRITERS[layout](predictions, handle)
 
 
 @contextmanager
@@ -69,17 +51,31 @@ def as_record(prediction: Prediction) -> dict[str, Any]:
     """Describe a prediction as JSON: image and captions, or image and error."""
     if prediction.error is not None:
         return {"image": printable(prediction.path), "error": prediction.error}
-    captions = [
-        {"caption": c.text, "log_probability": round(c.log_probability, 4)}
-        for c in prediction.captions
-    ]
-    return {"image": printable(prediction.path), "captions": captions}
+    return {
+        "image": printable(prediction.path),
+        "captions": [caption_record(caption) for caption in prediction.captions],
+    }
+
+
+def caption_record(caption: Caption) -> dict[str, Any]:
+    """Describe a caption as JSON; its words only where they were asked for."""
+    record: dict[str, Any] = {
+        "caption": caption.text,
+        "log_probability": round(caption.log_probability, 4),
+    }
+    if caption.words:
+        record["words"] = [
+            {"text": word.text, "probability": round(word.probability, 4)} for word in caption.words
+        ]
+    return record
 
 
 def _write_text(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     for prediction in predictions:
+        several = len(prediction.captions) > 1
         for caption in prediction.captions:
-            handle.write(f"{printable(prediction.path)}\t{caption.text}\n")
+            score = f"\t{caption.log_probability:.4f}" if several else ""
+            handle.write(f"{printable(prediction.path)}\t{caption.text}{score}\n")
         handle.flush()
 
 
@@ -95,9 +91,12 @@ def _write_jsonl(predictions: Iterable[Prediction], handle: IO[str]) -> None:
         handle.flush()
 
 
+CSV_COLUMNS = ["image", "rank", "caption", "log_probability", "error"]
+
+
 def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     writer = csv.writer(handle, lineterminator="\n")
-    writer.writerow(["image", "rank", "caption", "log_probability", "error"])
+    writer.writerow(CSV_COLUMNS)
     for prediction in predictions:
         for rank, caption in enumerate(prediction.captions, start=1):
             score = round(caption.log_probability, 4)
@@ -123,4 +122,84 @@ WRITERS: dict[str, Callable[[Iterable[Prediction], IO[str]], None]] = {
     "jsonl": _write_jsonl,
     "csv": _write_csv,
     "coco": _write_coco,
+}
+
+
+def read_predictions(path: Path, layout: str) -> list[Prediction]:
+    """Read what ``write_predictions`` wrote in this layout: one prediction a picture.
+
+    Probabilities that the layout does not hold are NaN.
+
+    Raises:
+        UserError: the file cannot be read, or is not in this layout.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Prediction] = {}
+        for image, caption, error in READERS[layout](text):
+            prediction = found.setdefault(image, Prediction(image, [], error))
+            if caption is not None:
+                prediction.captions.append(caption)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not in --format {layout}, so that nothing can be added to it; give the "
+            "format that it has, or another --output"
+        ) from error
+    return list(found.values())
+
+
+Row = tuple[str, Caption | None, str | None]
+
+
+def _read_text(text: str) -> Iterator[Row]:
+    for line in text.split("\n"):
+        if line:
+            image, caption, *score = line.split("\t")
+            yield image, Caption(caption, float(score[0]) if score else math.nan), None
+
+
+def _read_json(text: str) -> Iterator[Row]:
+    for record in json.loads(text):
+        yield from _rows_of(record)
+
+
+def _read_jsonl(text: str) -> Iterator[Row]:
+    for line in text.split("\n"):
+        if line:
+            yield from _rows_of(json.loads(line))
+
+
+def _rows_of(record: dict[str, Any]) -> Iterator[Row]:
+    if "error" in record:
+        yield record["image"], None, record["error"]
+        return
+    for caption in record["captions"]:
+        words = tuple(Word(w["text"], w["probability"]) for w in caption.get("words", []))
+        yield record["image"], Caption(caption["caption"], caption["log_probability"], words), None
+
+
+def _read_csv(text: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if reader.fieldnames != CSV_COLUMNS:
+        raise ValueError(f"columns {reader.fieldnames}")
+    for row in reader:
+        if row["error"]:
+            yield row["image"], None, row["error"]
+        else:
+            yield row["image"], Caption(row["caption"], float(row["log_probability"])), None
+
+
+def _read_coco(text: str) -> Iterator[Row]:
+    for record in json.loads(text):
+        yield record["image_id"], Caption(record["caption"], math.nan), None
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    "text": _read_text,
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "coco": _read_coco,
 }

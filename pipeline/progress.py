@@ -8,13 +8,31 @@ from typing import Any
 
 from tqdm import tqdm
 
+LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}{postfix}, {remaining} left"
+
+
+class PlainLines:
+    """Standard error for ``tqdm``: each state that it draws over the last becomes a line."""
+
+    def write(self, text: str) -> None:
+        """Write what is to be seen of a drawing."""
+        line = text.strip()
+        if line:
+            sys.stderr.write(line + "\n")
+
+    def flush(self) -> None:
+        """Flush standard error."""
+        sys.stderr.flush()
+
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Make a ``tqdm`` bar that suits where standard error goes.
 
-    In a terminal it is redrawn twice a second; in a file or a pipe it prints a state every
+    In a terminal it is redrawn twice a second; in a file or a pipe it prints a line every
     30 seconds, and nothing at all for what takes less, so that logs stay readable.
     """
-    terminal = sys.stderr.isatty()
-    options |= {"mininterval": 0.5} if terminal else {"mininterval": 30.0, "delay": 30.0}
-    return tqdm(iterable, dynamic_ncols=True, **options)
+    if sys.stderr.isatty():
+        options |= {"mininterval": 0.5, "dynamic_ncols": True}
+    else:
+        options |= {"mininterval": 30.0, "delay": 30.0, "bar_format": LINE, "file": PlainLines()}
+    return tqdm(iterable, **options)

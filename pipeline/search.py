@@ -7,7 +7,10 @@ so that every search returns captions whatever the model wants.
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +34,15 @@ class SearchConfig:
         consensus: weight of the agreement with similar pictures' captions, see ``reranking``.
         matching: weight of how well a caption fits the picture; with both 0 the decoder alone
             chooses.
+        prefix: word ids that every caption begins with.
+        diversity: what it costs a caption, in nats, to have a word where an earlier caption of the
+            picture has it, see ``reranking.diverse_captions``; 0: the captions of one search.
+        sampling: draw ``beam_size`` captions, instead of searching for the likeliest.
+        temperature: of the draws; below 1 likelier words are drawn more often than the model
+            says, above 1 less often.
+        top_p: draw from the likeliest words that together have this probability (nucleus
+            sampling, arXiv 1904.09751); 1: from all.
+        seed: of the draws.
     """
 
     beam_size: int = 3
@@ -39,6 +51,12 @@ class SearchConfig:
     length_penalty: float = 0.9
     consensus: float = 0.0
     matching: float = 0.0
+    prefix: tuple[int, ...] = ()
+    diversity: float = 0.0
+    sampling: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,20 +74,62 @@ class Hypothesis:
     score: float
 
 
+def search_in_words(search: Mapping[str, Any]) -> str:
+    """Say in a few words how captions were searched: by the fields of a ``SearchConfig``."""
+    beam = search["beam_size"]
+    if search.get("sampling"):
+        words = [f"sampling, temperature {search['temperature']:g}, top-p {search['top_p']:g}"]
+    else:
+        words = ["greedy" if beam == 1 else f"beam {beam}"]
+    return ", ".join(
+        [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
+    )
+
+
 def search(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig,
+    keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
     """Caption features (B, 2048): for each picture its hypotheses, best first.
 
-    There are ``beam_size`` of them, fewer only if the vocabulary allows no more.
+    There are ``beam_size`` of them; fewer if the vocabulary allows no more, or if the same
+    caption was drawn twice.
+
+    Args:
+        decoder: on the device of ``features``.
+        features: of the pictures.
+        config: how to search.
+        keys: a number for each picture: with the seed it decides what is drawn, whatever else is
+            in the batch. By default their places in the batch.
     """
+    if config.sampling:
+        places = range(len(features)) if keys is None else keys
+        size = config.beam_size, config.max_length + 1
+        chance = torch.stack([_chance(config.seed, key, size) for key in places])
+        drawn = sample(decoder, features, config.beam_size, config, chance.to(features.device))
+        return [_distinct(group) for group in drawn]
     if config.beam_size == 1:
         return [[hypothesis] for hypothesis in greedy_search(decoder, features, config)]
     return beam_search(decoder, features, config)
 
 
+def _chance(seed: int, key: int, size: tuple[int, ...]) -> Tensor:
+    """Give random numbers from 0 to 1 that depend on ``seed`` and ``key`` alone."""
+    # torch takes only 32 bits of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+    return torch.rand(size, generator=generator)
+
+
+def _distinct(group: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """Keep one of each caption, best first."""
+    kept = {tuple(hypothesis.tokens): hypothesis for hypothesis in group}
+    return sorted(kept.values(), key=lambda hypothesis: hypothesis.score, reverse=True)
+
+
 def _best_tokens(
-    logits: Tensor, length: int, count: int, config: SearchConfig
+    logits: Tensor, length: int, count: int, config: SearchConfig, penalty: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Choose the likeliest tokens that may come after ``length`` words.
 
@@ -78,21 +138,26 @@ def _best_tokens(
         length: words so far.
         count: tokens wanted.
         config: how to search.
+        penalty: (R, V), taken from the log-probabilities.
 
     Returns:
         Log-probabilities, (R, min(count, V)), best first, -inf for forbidden ones, and tokens.
     """
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    if penalty is not None:
+        logits -= penalty
     best, tokens = _forbid(logits, length, config).topk(min(count, logits.shape[1]), dim=-1)
     return best - normaliser, tokens
 
 
 def _forbid(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
     """Set the logits (R, V) of what may not come after ``length`` words to -inf, in place."""
-    if length >= config.max_length:
-        end = logits[:, END_ID].clone()
+    forced = length < len(config.prefix)
+    if forced or length >= config.max_length:
+        only = config.prefix[length] if forced else END_ID
+        kept = logits[:, only].clone()
         logits.fill_(-torch.inf)
-        logits[:, END_ID] = end
+        logits[:, only] = kept
     else:
         logits[:, FORBIDDEN] = -torch.inf
         if length < config.min_length:
@@ -125,7 +190,10 @@ def greedy_search(
 
 @torch.inference_mode()
 def beam_search(
-    decoder: CaptionDecoder, features: Tensor, config: SearchConfig
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig,
+    penalty: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """Keep the ``beam_size`` likeliest openings of each picture; see ``search``.
 
@@ -133,6 +201,9 @@ def beam_search(
     hypothesis; its place is taken by the next best that goes on. A picture is done when it
     has ``beam_size`` finished hypotheses, and then leaves the batch. With one beam this is
     greedy search.
+
+    A ``penalty`` (B, max_length + 1, V) is taken from the log-probabilities of the tokens at each
+    place, and so from those of the hypotheses.
     """
     beams, device = config.beam_size, features.device
     results: list[list[Hypothesis]] = [[] for _ in features]
@@ -153,7 +224,10 @@ def beam_search(
     for length in range(config.max_length + 1):
         batch = len(pictures)
         logits, (hidden, cell) = decoder.step(token, (hidden, cell))
-        best, tokens = _best_tokens(logits, length, beams + 1, config)  # (B * K, K + 1)
+        costs = None
+        if penalty is not None:
+            costs = penalty[pictures, length].repeat_interleave(beams, 0)
+        best, tokens = _best_tokens(logits, length, beams + 1, config, costs)  # (B * K, K + 1)
         each = best.shape[1]
         totals = (live.view(-1, 1) + best).view(batch, beams * each)
         total, index = totals.topk(min(candidates, beams * each), dim=1)  # (B, 2K), best first
@@ -197,11 +271,21 @@ def beam_search(
 
 @torch.inference_mode()
 def sample(
-    decoder: CaptionDecoder, features: Tensor, count: int, config: SearchConfig
+    decoder: CaptionDecoder,
+    features: Tensor,
+    count: int,
+    config: SearchConfig,
+    chance: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
     """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
 
-    Chance is torch's own (``torch.manual_seed``). Of ``config`` the lengths are used.
+    Args:
+        decoder: on the device of ``features``.
+        features: of the pictures.
+        count: captions a picture.
+        config: the lengths, the temperature and top-p.
+        chance: random numbers from 0 to 1, (B, count, max_length + 1); by default torch's own
+            (``torch.manual_seed``).
 
     Returns:
         For each picture its captions as they were drawn, not sorted; some may be the same.
@@ -215,10 +299,12 @@ def sample(
     for length in range(config.max_length + 1):
         logits, (hidden, cell) = decoder.step(token, (hidden, cell))
         log_probabilities = logits.log_softmax(dim=-1)
-        # Where the running sum of probabilities passes a random share of it: a number a row.
-        sums = _forbid(logits, length, config).softmax(dim=-1).cumsum(dim=-1)
-        place = torch.rand(rows, 1, device=device) * sums[:, -1:]
-        drawn = torch.searchsorted(sums, place, right=True).clamp_(max=sums.shape[1] - 1)
+        luck = (
+            torch.rand(rows, 1, device=device)
+            if chance is None
+            else chance[:, :, length].reshape(rows, 1)
+        )
+        drawn = _draw(_forbid(logits, length, config), luck, config)
         total += log_probabilities.gather(1, drawn)[:, 0].masked_fill(finished, 0.0)
         token = drawn[:, 0].masked_fill(finished, PAD_ID)
         steps.append(token)
@@ -227,6 +313,57 @@ def sample(
             break
     hypotheses = _ended(steps, total, config)
     return [hypotheses[start : start + count] for start in range(0, rows, count)]
+
+
+def _draw(logits: Tensor, luck: Tensor, config: SearchConfig) -> Tensor:
+    """Draw a token for each row of logits (R, V) by its random number (R, 1): (R, 1)."""
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    probabilities = logits.softmax(dim=-1)
+    order = None
+    if config.top_p < 1:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+    sums = probabilities.cumsum(dim=-1)
+    last = sums[:, -1:]
+    if order is not None:  # of the sums the first that reaches top_p is the last that counts
+        reached = (sums < config.top_p * last).sum(dim=-1, keepdim=True)
+        last = sums.gather(1, reached.clamp_(max=sums.shape[1] - 1))
+    # Where the running sum of probabilities passes a random share of it: a number a row.
+    drawn = torch.searchsorted(sums, luck * last, right=True).clamp_(max=sums.shape[1] - 1)
+    return drawn if order is None else order.gather(1, drawn)
+
+
+@torch.inference_mode()
+def token_log_probabilities(
+    decoder: CaptionDecoder, features: Tensor, captions: Sequence[Sequence[Sequence[int]]]
+) -> list[list[list[float]]]:
+    """Give the log-probability, in nats, of every token of captions given those before it.
+
+    Args:
+        decoder: on the device of ``features``.
+        features: (B, 2048).
+        captions: for each picture its captions as word ids, without <start> and <end>.
+
+    Returns:
+        For each caption a number a word, and a last one for its <end>.
+    """
+    device = features.device
+    rows = [[*caption, END_ID] for group in captions for caption in group]
+    if not rows:
+        return [[] for _ in captions]
+    counts = torch.tensor([len(group) for group in captions], device=device)
+    hidden, cell = (part.repeat_interleave(counts, 0) for part in decoder.start(features))
+    longest = max(map(len, rows))
+    padded = [row + [PAD_ID] * (longest - len(row)) for row in rows]
+    targets = torch.tensor(padded, device=device)  # (R, T)
+    token = torch.full((len(rows),), START_ID, device=device)
+    found = []
+    for place in range(longest):
+        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        token = targets[:, place]
+        found.append(logits.log_softmax(dim=-1).gather(1, token.unsqueeze(1)))
+    each = iter(torch.cat(found, dim=1).tolist())
+    return [[next(each)[: len(caption) + 1] for caption in group] for group in captions]
 
 
 def _ended(steps: list[Tensor], totals: Tensor, config: SearchConfig) -> list[Hypothesis]:

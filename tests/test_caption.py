@@ -112,7 +112,7 @@ def test_formats_say_the_same(drawn_run: DrawnRun, album: Path, tmp_path: Path) 
     assert len(pairs) == 2 * len(GOOD) and len(set(pairs)) == len(pairs)
     assert all(p[2] < 0 for p in pairs)
     assert [tuple(line.split("\t")) for line in output("text").splitlines()] == [
-        p[:2] for p in pairs
+        (image, text, f"{score:.4f}") for image, text, score in pairs
     ]
     rows = list(csv.DictReader(output("csv").splitlines()))
     assert [(r["image"], r["caption"]) for r in rows if not r["error"]] == [p[:2] for p in pairs]

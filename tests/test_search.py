@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.decoder import Decoder, DecoderConfig
-from pipeline.search import SearchConfig, beam_search, greedy_search, sample, search
+from pipeline.reranking import Reranker, best_captions, diverse_captions
+from pipeline.search import (
+    SearchConfig,
+    beam_search,
+    greedy_search,
+    sample,
+    search,
+    token_log_probabilities,
+)
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 
 VOCABULARY = 30
@@ -167,3 +175,116 @@ def test_samples_follow_from_the_seed() -> None:
         found.append([[h.tokens for h in drawn] for drawn in sample(decoder, features, 4, config)])
     assert found[0] == found[1] != found[2]
     assert min(token for drawn in found[0] for tokens in drawn for token in tokens) > UNKNOWN_ID
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_prefix_begins_every_caption_and_counts_in_its_probability(beam_size: int) -> None:
+    decoder, features = make_decoder(), some_features(9)
+    prefix = (7, 11, 7)
+    config = SearchConfig(beam_size=beam_size, max_length=8, prefix=prefix)
+    for picture, found in zip(features, search(decoder, features, config), strict=True):
+        assert len(found) == beam_size
+        for hypothesis in found:
+            assert tuple(hypothesis.tokens[:3]) == prefix
+            expected = teacher_forced(decoder, picture, hypothesis.tokens)
+            assert hypothesis.log_probability == pytest.approx(expected, abs=1e-3)
+        assert len({tuple(hypothesis.tokens) for hypothesis in found}) == beam_size
+
+
+def test_a_prefix_as_long_as_a_caption_may_be_is_the_caption() -> None:
+    config = SearchConfig(beam_size=3, max_length=2, prefix=(9, 8))
+    for found in search(make_decoder(), some_features(4), config):
+        assert [hypothesis.tokens for hypothesis in found] == [[9, 8]]
+
+
+def test_every_search_keeps_the_shortest_length() -> None:
+    decoder, features = make_decoder(), some_features(12)
+    short = SearchConfig(beam_size=3, max_length=9)
+    assert min(len(h.tokens) for group in search(decoder, features, short) for h in group) < 6
+    for sampling in (False, True):
+        config = SearchConfig(beam_size=3, max_length=9, min_length=6, sampling=sampling)
+        found = search(decoder, features, config)
+        assert all(6 <= len(h.tokens) <= 9 for group in found for h in group)
+
+
+def test_token_probabilities_are_those_of_the_model_and_make_up_the_captions() -> None:
+    decoder, features = make_decoder(), some_features(6)
+    found = search(decoder, features, SearchConfig(beam_size=4, max_length=7))
+    found[2] = []  # a picture without captions must not shift the others
+    chances = token_log_probabilities(decoder, features, [[h.tokens for h in g] for g in found])
+    assert [len(group) for group in chances] == [4, 4, 0, 4, 4, 4]
+    for group, of_group in zip(found, chances, strict=True):
+        for hypothesis, chance in zip(group, of_group, strict=True):
+            assert len(chance) == len(hypothesis.tokens) + 1
+            assert sum(chance) == pytest.approx(hypothesis.log_probability, abs=1e-3)
+
+
+def test_what_is_drawn_for_a_picture_does_not_depend_on_the_others() -> None:
+    decoder, features = make_decoder(sharpness=0.5), some_features(8)
+    config = SearchConfig(beam_size=5, max_length=8, sampling=True, seed=4)
+    keys = [3, 1_000_000_007, 5, 2**32 - 1, 9, 10, 11, 12]
+    together = search(decoder, features, config, keys)
+    for place in (0, 3, 7):
+        [alone] = search(decoder, features[place : place + 1], config, keys[place : place + 1])
+        assert [h.tokens for h in alone] == [h.tokens for h in together[place]]
+    other = search(decoder, features, SearchConfig(5, 8, sampling=True, seed=5), keys)
+    assert [[h.tokens for h in g] for g in other] != [[h.tokens for h in g] for g in together]
+    scores = [[h.score for h in group] for group in together]
+    assert scores == [sorted(group, reverse=True) for group in scores]
+
+
+def first_words(config: SearchConfig, count: int = 4000) -> Counter[int]:
+    decoder, features = make_decoder(sharpness=1.0), some_features(1)
+    torch.manual_seed(0)
+    [drawn] = sample(decoder, features, count, config)
+    return Counter(h.tokens[0] for h in drawn)
+
+
+def first_word_probabilities(temperature: float) -> Tensor:
+    decoder, features = make_decoder(sharpness=1.0), some_features(1)
+    logits = decoder.step(torch.tensor([START_ID]), decoder.start(features))[0].clone()
+    logits[:, [PAD_ID, START_ID, UNKNOWN_ID, END_ID]] = -torch.inf
+    return (logits / temperature).softmax(-1)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_words_are_drawn_as_often_as_the_temperature_says(temperature: float) -> None:
+    drawn = first_words(SearchConfig(temperature=temperature))
+    wanted = first_word_probabilities(temperature)
+    for word in wanted.topk(5).indices.tolist():
+        deviation = (float(wanted[word]) * (1 - float(wanted[word])) / 4000) ** 0.5
+        assert drawn[word] / 4000 == pytest.approx(float(wanted[word]), abs=4 * deviation + 1e-3)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9])
+def test_top_p_draws_from_the_smallest_set_that_has_that_probability(top_p: float) -> None:
+    chances, order = first_word_probabilities(1.0).sort(descending=True)
+    size = int((chances.cumsum(0) < top_p).sum()) + 1
+    drawn = first_words(SearchConfig(top_p=top_p))
+    assert set(drawn) <= set(order[:size].tolist())
+    expected = chances[:size] / chances[:size].sum()
+    assert drawn[int(order[0])] / 4000 == pytest.approx(float(expected[0]), abs=0.04)
+    if top_p > 0.1:
+        assert len(drawn) > 1
+
+
+def test_diverse_captions_begin_with_the_best_and_share_fewer_words() -> None:
+    decoder, features = make_decoder(sharpness=0.7), some_features(10)
+    config = SearchConfig(beam_size=5, max_length=8, diversity=2.0)
+    best = best_captions(decoder, features, config, Reranker())
+    diverse = diverse_captions(decoder, features, config, Reranker(), 4)
+    assert [group[0].tokens for group in diverse] == [group[0].tokens for group in best]
+
+    def shared(groups: list[list[list[int]]]) -> int:
+        pairs = (pair for group in groups for pair in itertools.combinations(group, 2))
+        return sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+
+    beams = [[h.tokens for h in group[:4]] for group in best]
+    found = [[h.tokens for h in group] for group in diverse]
+    assert all(len({tuple(words) for words in group}) == len(group) == 4 for group in found)
+    assert shared(found) < 0.6 * shared(beams)
+    for picture, group in zip(features, diverse, strict=True):
+        for hypothesis in group:  # scores are of the model, without what words cost
+            expected = teacher_forced(decoder, picture, hypothesis.tokens)
+            assert hypothesis.log_probability == pytest.approx(expected, abs=1e-3)
+        assert [h.score for h in group[1:]] == sorted((h.score for h in group[1:]), reverse=True)

@@ -1,27 +1,51 @@
-"""Caption pictures: files, folders with their sub-folders, and patterns.
+"""Caption pictures: files, folders with their sub-folders, patterns, and lists of paths.
 
 The manual is in caption.py, the advice in its --help.
 """
 
 from __future__ import annotations
 
-import glob
+import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline import options
 from pipeline.errors import UserError
 from pipeline.files import check_writable
-from pipeline.pretrained import PRETRAINED
+from pipeline.inputs import collect
+from pipeline.pretrained import PRETRAINED, is_pretrained, pretrained_path
+
+if TYPE_CHECKING:
+    from pipeline.captioner import Captioner
 
 # The run folders of stages 3 and 2, the better one first.
 DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
+FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
+# What costs a caption a word that another one has in the same place.
+DIVERSITY = 1.0
+PAGE_CAPTIONS = 5
+
+GROUPS = {
+    "Where captions go": (
+        *("layout", "output", "skip_existing", "sidecar", "write_metadata", "overwrite"),
+        *("html", "thumbnails"),
+    ),
+    "How captions are searched": ("beam_size", "consensus", "matching"),
+    "What captions": (
+        *("num_captions", "diverse", "prefix", "min_length", "max_length"),
+        *("temperature", "top_p", "seed", "words"),
+    ),
+    "A page to drop pictures on": ("serve", "port"),
+    "Model and machine": ("model", "weights", "device", "batch_size"),
+}
 
 
-@options.command()
-@click.argument("images", nargs=-1, required=True)
+@options.command(GROUPS)
+@click.argument("images", nargs=-1)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -43,107 +67,258 @@ DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
 @click.option(
     "--num-captions",
     type=click.IntRange(min=1),
-    default=1,
-    help="Captions a picture, best first; at most --beam-size.",
+    default=None,
+    help="Captions a picture, best first, with their log-probabilities.  [default: 1; on a page "
+    f"{PAGE_CAPTIONS}]",
+    show_default=False,
 )
+@click.option(
+    "--diverse",
+    is_flag=True,
+    help="Make several captions say different things; beams alone differ in a word or two.",
+)
+@click.option(
+    "--prefix", default="", help="Words that every caption begins with, such as 'two dogs'."
+)
+@click.option(
+    "--min-length", type=click.IntRange(min=1), default=1, help="Fewest words in a caption."
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    default=20,
+    help="Most words in a caption. Longer ones than people wrote in training ramble.",
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0, min_open=True),
+    default=None,
+    help="Draw captions by chance instead of searching for the likeliest: livelier, and more often "
+    "wrong. 1 is as the model has learnt; 0.5 to 0.7 is a good range.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    default=None,
+    help="Draw only from the likeliest words that together have this probability; 0.9 avoids odd "
+    "words.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    help="Of the draws: the same seed and file name, the same caption.",
+)
+@click.option("--words", is_flag=True, help="Give each word's probability too, in json and jsonl.")
 @click.option(
     "--format",
     "layout",
     type=click.Choice(["text", "json", "jsonl", "csv", "coco"]),
-    default="text",
-    help="text: path, tab, caption; coco: the COCO results format.",
+    default=None,
+    help="text: path, tab, caption, and of several, tab, log-probability; jsonl: a line of JSON a "
+    "picture, as it is made; coco: the COCO results format.  [default: by the end of --output's "
+    "name, else text]",
+    show_default=False,
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=None,
-    help="File to write instead of standard output.",
+    help="File to write instead of standard output; whole or not at all.",
+)
+@click.option(
+    "--skip-existing",
+    is_flag=True,
+    help="Keep the captions that --output has, and add those of pictures that it has not.",
+)
+@click.option(
+    "--sidecar",
+    is_flag=True,
+    help="Write the caption to a text file beside each picture as well: photo.jpg, photo.txt. "
+    "Pictures that have one are passed over.",
+)
+@click.option(
+    "--write-metadata",
+    is_flag=True,
+    help="Write the caption into each picture's description as well (XMP, EXIF, IPTC); the pixels "
+    "and all else stay as they are. Pictures that have one are passed over.",
+)
+@click.option(
+    "--overwrite",
+    is_flag=True,
+    help="Replace text files and descriptions that are there.",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Write a page as well, with the pictures, their captions, and a search.",
+)
+@click.option(
+    "--thumbnails",
+    type=click.Choice(["inside", "beside"]),
+    default="inside",
+    help="Keep the page's small pictures inside it, or in a folder beside it: better for "
+    "thousands.",
+)
+@click.option(
+    "--serve",
+    is_flag=True,
+    help="Open a page in the browser, to drop pictures on and see their captions; it can be "
+    "reached from this computer alone.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=7860, help="Of that page; 0: any free one."
 )
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Pictures at a time.  [default: 4 on a CPU, 64 on a GPU]",
+    help="Pictures at a time; changes the speed, not the captions.  [default: 4 on a CPU, 64 on a "
+    "GPU]",
     show_default=False,
 )
 def main(
     images: tuple[str, ...],
     model: tuple[Path, ...],
     weights: str | None,
-    beam_size: int | None,
-    consensus: float | None,
-    matching: float | None,
-    num_captions: int,
-    layout: str,
+    num_captions: int | None,
+    diverse: bool,
+    words: bool,
+    layout: str | None,
     output: Path | None,
+    skip_existing: bool,
+    sidecar: bool,
+    write_metadata: bool,
+    overwrite: bool,
+    html: Path | None,
+    thumbnails: str,
+    serve: bool,
+    port: int,
     device: str,
     batch_size: int | None,
+    **search: Any,
 ) -> None:
-    """Caption IMAGES: files, folders (with sub-folders) and patterns such as '*.jpg'.
+    """Caption IMAGES: files, folders (with sub-folders), patterns such as '*.jpg', or - for a
+    list of paths on standard input.
 
     \b
     Examples:
       python caption.py photos/
-      python caption.py photos/ --format csv --output captions.csv
-      python caption.py a.jpg --beam-size 5 --num-captions 3
+      python caption.py photos/ --output captions.csv
+      python caption.py photos/ --html captions.html --thumbnails beside
+      python caption.py photos/ --sidecar --write-metadata
+      python caption.py a.jpg --num-captions 3 --diverse
+      python caption.py a.jpg --temperature 0.7 --num-captions 5 --seed 1
+      python caption.py a.jpg --prefix 'two dogs'
+      find . -name '*.jpg' -print0 | python caption.py - --format jsonl
+      python caption.py --serve
+
+    Stopped at any moment, the same command goes on where it was.
     """
-    if beam_size is not None and num_captions > beam_size:
-        raise UserError(
-            f"--num-captions {num_captions} needs a --beam-size of at least {num_captions}"
-        )
-    if output is not None:
-        check_writable(output)
-    paths = collect(images)
+    _check(images, serve, skip_existing, output, diverse, num_captions, search)
     models = model or (default_model(),)
+    if serve:
+        from pipeline.server import serve as serve_page
 
-    from pipeline.captioner import Captioner
-    from pipeline.openvino_engine import WORTH_COMPILING
-    from pipeline.output import printable, write_predictions
+        serve_page(_load(models, device, weights, 1), _name(models), port, open_browser=True)
+        return
+    for target in (output, html):
+        if target is not None:
+            check_writable(target)
+    paths = collect(images)
+    count = num_captions or (PAGE_CAPTIONS if html else 1)
 
-    engine = "auto" if len(paths) >= WORTH_COMPILING else "torch"
-    captioner = Captioner.load(models, device, weights, engine=engine)
-    search = captioner.search_config(beam_size, consensus, matching, least=num_captions)
-    predictions = captioner.stream(paths, search, num_captions, batch_size)
-    failures = write_predictions(predictions, len(paths), layout, output)
-    for path, reason in failures.items():
+    from pipeline.captioning import Places, Request, caption_pictures
+    from pipeline.output import printable
+
+    places = Places(
+        layout=layout or FORMATS.get(output.suffix.lower() if output else "", "text"),
+        output=output,
+        sidecar=sidecar,
+        metadata=write_metadata,
+        page=html,
+        thumbnails=thumbnails,
+        overwrite=overwrite,
+        skip_existing=skip_existing,
+    )
+    request = Request(
+        search={**search, "least": count, "diversity": DIVERSITY if diverse else 0.0},
+        num_captions=count,
+        details=words or html is not None,
+        batch_size=batch_size,
+        model=_name(models),
+        fingerprint=_fingerprint(models),
+    )
+    try:
+        outcome = caption_pictures(
+            lambda pictures: _load(models, device, weights, pictures), paths, places, request
+        )
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command goes on", err=True)
+        sys.exit(130)
+    if outcome.resumed:
+        click.echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
+    if outcome.passed_over:
+        click.echo(f"{outcome.passed_over:,} have captions already: passed over", err=True)
+    for path, reason in outcome.failures.items():
         click.echo(f"failed: {printable(path)}: {reason}", err=True)
-    if failures:
-        click.echo(f"{len(failures)} of {len(paths)} pictures could not be read", err=True)
+    if outcome.failures:
+        click.echo(
+            f"{len(outcome.failures):,} of {len(paths):,} pictures could not be read or written",
+            err=True,
+        )
         sys.exit(1)
 
 
-def collect(arguments: tuple[str, ...]) -> list[str]:
-    """Turn files, folders and patterns into a list of paths, each once, in their order.
-
-    Raises:
-        UserError: an argument names nothing, or no picture.
-    """
-    from pipeline.images import IMAGE_EXTENSIONS, find_images
-
-    paths: dict[str, None] = {}
-    for argument in arguments:
-        if Path(argument).is_file():
-            found = [argument]  # whatever its name says
-        else:
-            # The shell expands patterns, but not on Windows and not in quotes.
-            matches = [argument] if Path(argument).is_dir() else sorted(_matches(argument))
-            found = []
-            for path in map(Path, matches):
-                if path.is_dir():
-                    found += [str(path / name) for name in find_images(path)]
-                elif path.suffix.lower() in IMAGE_EXTENSIONS:
-                    found.append(str(path))
-            if not matches:
-                raise UserError(f"{argument}: no such file, folder or pattern")
-            if not found:
-                raise UserError(f"{argument}: no pictures there")
-        paths.update(dict.fromkeys(found))
-    return list(paths)
+def _check(
+    images: Sequence[str],
+    serve: bool,
+    skip_existing: bool,
+    output: Path | None,
+    diverse: bool,
+    num_captions: int | None,
+    search: dict[str, Any],
+) -> None:
+    """Refuse what makes no sense together, before anything is loaded."""
+    beams = search["beam_size"]
+    if not images and not serve:
+        raise click.UsageError("name pictures or a folder of them, or use --serve")
+    if images and serve:
+        raise click.UsageError("--serve takes no pictures: they are dropped on its page")
+    if skip_existing and output is None:
+        raise UserError("--skip-existing: needs the --output to add to")
+    if num_captions and beams and not diverse and num_captions > beams:
+        raise UserError(
+            f"--num-captions {num_captions} needs a --beam-size of at least {num_captions}"
+        )
+    if diverse and (num_captions or 1) < 2:
+        raise UserError("--diverse: is for several captions; add --num-captions 3")
 
 
-def _matches(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - also for absolute patterns
+def _load(models: Sequence[Path], device: str, weights: str | None, pictures: int) -> Captioner:
+    from pipeline.captioner import Captioner
+    from pipeline.openvino_engine import WORTH_COMPILING
+
+    engine = "auto" if pictures >= WORTH_COMPILING else "torch"
+    return Captioner.load(models, device, weights, engine=engine)
+
+
+def _name(models: Sequence[Path]) -> str:
+    return " + ".join(map(str, models))
+
+
+def _fingerprint(models: Sequence[Path]) -> str:
+    """Tell these model files from others, by size and time."""
+    parts = []
+    for model in models:
+        path = pretrained_path() if is_pretrained(model) else model
+        path = path / "best.pt" if path.is_dir() else path
+        if path.is_file():  # else loading says what is missing
+            information = path.stat()
+            parts.append(f"{information.st_size} {information.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def default_model() -> Path:

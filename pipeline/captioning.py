@@ -1,0 +1,216 @@
+"""Caption many pictures and put the captions where they are wanted: what caption.py does.
+
+Text files and metadata that are there already stay as they are, unless they are to be overwritten;
+a picture is captioned if any place wants a caption for it. What goes into one file, written whole
+at the end, is also noted in a journal, from which the same command goes on when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.captioner import Captioner, Prediction
+from pipeline.errors import UserError
+from pipeline.gallery import GalleryItem, write_gallery
+from pipeline.journal import Journal
+from pipeline.metadata import MetadataError, check_available, read_description, write_description
+from pipeline.output import printable, read_predictions, write_predictions
+from pipeline.progress import progress_bar
+from pipeline.search import search_in_words
+from pipeline.sidecars import has_sidecar, shared_sidecars, sidecar_path, write_sidecar
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where captions go.
+
+    Attributes:
+        layout: of the captions on standard output or in ``output``: see ``output.WRITERS``.
+        output: a file instead of standard output.
+        sidecar: also a text file beside each picture.
+        metadata: also the picture's own description.
+        page: also a page to look at.
+        thumbnails: whether the page's small pictures are ``inside`` it or in a folder ``beside``.
+        overwrite: replace text files and descriptions that are there.
+        skip_existing: keep the captions that ``output`` has, and add to them.
+    """
+
+    layout: str = "text"
+    output: Path | None = None
+    sidecar: bool = False
+    metadata: bool = False
+    page: Path | None = None
+    thumbnails: str = "inside"
+    overwrite: bool = False
+    skip_existing: bool = False
+
+    @property
+    def beside(self) -> bool:
+        """Whether captions go to places beside or inside the pictures."""
+        return self.sidecar or self.metadata
+
+    def beside_wants(self, path: str) -> bool:
+        """Tell whether a picture lacks a text file or a description that it should have."""
+        picture = Path(path)
+        if self.sidecar and (self.overwrite or not has_sidecar(picture)):
+            return True
+        try:
+            return self.metadata and (self.overwrite or read_description(picture) is None)
+        except MetadataError:
+            return True  # writing will say what is wrong
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted for each picture.
+
+    Attributes:
+        search: what ``Captioner.search_config`` takes.
+        num_captions: captions a picture.
+        details: each word's probability, too.
+        batch_size: pictures a batch, see ``Captioner.stream``.
+        model: its name, for the page.
+        fingerprint: what tells it from other models.
+    """
+
+    search: Mapping[str, Any]
+    num_captions: int = 1
+    details: bool = False
+    batch_size: int | None = None
+    model: str = ""
+    fingerprint: str = ""
+
+
+@dataclass
+class Outcome:
+    """What became of the pictures.
+
+    Attributes:
+        failures: path to reason, of what could not be read or written.
+        passed_over: how many have captions in every place already.
+        resumed: how many an interrupted run had captioned.
+    """
+
+    failures: dict[str, str] = field(default_factory=dict)
+    passed_over: int = 0
+    resumed: int = 0
+
+
+def caption_pictures(
+    load: Callable[[int], Captioner], paths: Sequence[str], places: Places, request: Request
+) -> Outcome:
+    """Caption pictures and write the captions everywhere they are wanted.
+
+    Args:
+        load: gives the captioner for so many pictures; not called where there is nothing to do.
+        paths: the pictures, each once.
+        places: where captions go.
+        request: what captions.
+
+    Raises:
+        UserError: a place cannot be written, or ``output`` cannot be added to.
+    """
+    if places.metadata:
+        check_available()
+    kept = _kept(places)
+    wanted = [path for path in paths if _is_wanted(path, places, kept)]
+    outcome = Outcome(passed_over=len(paths) - len(wanted))
+    if not wanted:
+        return outcome
+    captioner = load(len(wanted))
+    config = captioner.search_config(**request.search)
+    target = places.output or places.page
+    settings = {
+        "model": request.fingerprint,
+        "search": asdict(config),
+        "captions": request.num_captions,
+        "details": request.details,
+    }
+    journal = Journal(target, settings) if target else None
+    known = journal.known if journal else {}
+    remaining = [path for path in wanted if path not in known]
+    outcome.resumed = len(wanted) - len(remaining)
+    made = captioner.stream(
+        remaining, config, request.num_captions, request.batch_size, details=request.details
+    )
+    taken = shared_sidecars(paths) if places.sidecar else {}
+    finished: list[Prediction] = []
+
+    def captioned() -> Iterator[Prediction]:
+        """Give the wanted pictures in their order, each written beside and noted."""
+        # A bar would run through captions that appear on the same terminal.
+        quiet = places.output is None and sys.stdout.isatty()
+        for path in progress_bar(wanted, unit="image", desc="captioning", disable=quiet):
+            prediction = known[path] if path in known else next(made)
+            if prediction.error is not None:
+                outcome.failures[path] = prediction.error
+            else:
+                failure = _write_beside(prediction, places, taken)
+                if failure is not None:
+                    outcome.failures[path] = failure
+                if journal is not None and path not in known:
+                    journal.add(prediction)
+            if places.page:
+                finished.append(prediction)
+            yield prediction
+
+    write_predictions(_joined(captioned(), paths, set(wanted), kept), places.layout, places.output)
+    if places.page:
+        items = (
+            GalleryItem(Path(p.path), printable(p.path), p.captions, p.error) for p in finished
+        )
+        facts = {"model": request.model, "search": search_in_words(asdict(config))}
+        write_gallery(items, places.page, "Captions", facts, places.thumbnails)
+    if journal is not None:
+        journal.finish()
+    return outcome
+
+
+def _kept(places: Places) -> dict[str, Prediction]:
+    """Read the captions that ``output`` has and is to keep, by the names that it gives."""
+    if not places.skip_existing or places.output is None or not places.output.is_file():
+        return {}
+    found = read_predictions(places.output, places.layout)
+    return {prediction.path: prediction for prediction in found if prediction.error is None}
+
+
+def _is_wanted(path: str, places: Places, kept: Mapping[str, Prediction]) -> bool:
+    if places.page or (printable(path) not in kept and (places.output or not places.beside)):
+        return True
+    return places.beside_wants(path)
+
+
+def _joined(
+    captioned: Iterator[Prediction],
+    paths: Sequence[str],
+    wanted: Collection[str],
+    kept: Mapping[str, Prediction],
+) -> Iterator[Prediction]:
+    """Put what is captioned now in one order with what is kept: first what was not asked for."""
+    listed = set(map(printable, paths))
+    yield from (prediction for name, prediction in kept.items() if name not in listed)
+    for path in paths:
+        if path in wanted:
+            yield next(captioned)
+        elif printable(path) in kept:
+            yield kept[printable(path)]
+
+
+def _write_beside(prediction: Prediction, places: Places, taken: Mapping[str, str]) -> str | None:
+    """Write a picture's text file and description, where wanted; returns why that failed."""
+    picture = Path(prediction.path)
+    try:
+        if places.sidecar and prediction.path in taken:
+            name = sidecar_path(picture).name
+            return f"{name} belongs to {printable(Path(taken[prediction.path]).name)}"
+        if places.sidecar and (places.overwrite or not has_sidecar(picture)):
+            write_sidecar(picture, prediction.captions)
+        if places.metadata and (places.overwrite or read_description(picture) is None):
+            write_description(picture, prediction.captions[0].text)
+    except (UserError, MetadataError) as error:
+        return str(error)
+    return None
