@@ -26,7 +26,9 @@ def write_page(result: Evaluation, run: str, target: Path) -> None:
     """
     total = len(result.pictures) + len(result.unreadable)
     items = progress_bar(_items(result), total=total, unit="image", desc="page")
-    write_gallery(items, target, f"{run} on {result.facts['split']}", _facts(result, run))
+    write_gallery(
+        items, target, f"Captions of {result.facts['split']} by {run}", _facts(result, run)
+    )
 
 
 def _items(result: Evaluation) -> Iterator[GalleryItem]:
@@ -50,7 +52,6 @@ def _facts(result: Evaluation, run: str) -> dict[str, str]:
         "Split": f"{facts['split']} ({facts['split_sha256']})",
         "Size": f"{facts['images']:,} images, {facts['references']:,} references",
         "Search": search_in_words(facts["search"]),
-        "Features": facts["features"],
         "Date": time.strftime("%Y-%m-%d %H:%M"),
     }
     for name, value in result.scores.items():

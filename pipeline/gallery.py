@@ -7,6 +7,7 @@ policy allows only those and pictures beside it, and names and captions never ar
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import math
@@ -146,7 +147,8 @@ class ThumbnailFolder:
                 temporary.write_bytes(thumbnail.content)
                 temporary.replace(path)
             except OSError as error:
-                temporary.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
                 reason = error.strerror or error
                 raise UserError(f"{path}: cannot be written ({reason})") from error
             self.new.add(name)
@@ -215,7 +217,7 @@ def make_thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> Thumbnail:
     image = load_image(path, side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     content = io.BytesIO()
-    image.save(content, "WEBP", quality=THUMBNAIL_QUALITY)
+    image.save(content, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
     try:
         with Image.open(path) as original:
             shown = original.format in SHOWN_BY_BROWSERS

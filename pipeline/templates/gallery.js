@@ -2,7 +2,8 @@
 
 // Draws the page from its records. Text only ever goes in as text (textContent), never as markup.
 (() => {
-  const CHUNK = 60; // cards drawn at a time
+  const FIRST = 24; // cards drawn at once, so that typing stays quick; the next follow unasked
+  const CHUNK = 60; // cards drawn at a time from then on
   const byId = (id) => document.getElementById(id);
   const collator = new Intl.Collator(undefined, { numeric: true });
 
@@ -69,6 +70,7 @@
   // The list
 
   const grid = byId("grid");
+  let ordered = all;
   let shown = [];
   let drawn = 0;
 
@@ -102,10 +104,15 @@
   }
 
   function card(record, position) {
+    record.card ??= newCard(record);
+    record.card.dataset.position = position;
+    record.card.setAttribute("aria-setsize", shown.length);
+    record.card.setAttribute("aria-posinset", position + 1);
+    return record.card;
+  }
+
+  function newCard(record) {
     const item = byId("card").content.firstElementChild.cloneNode(true);
-    item.dataset.position = position;
-    item.setAttribute("aria-setsize", shown.length);
-    item.setAttribute("aria-posinset", position + 1);
     item.querySelector(".open").append(picture(record));
     item.querySelector(".caption").textContent = bestText(record);
     item.querySelector(".name bdi").textContent = record.name;
@@ -124,13 +131,17 @@
 
   function refresh() {
     const words = fold(byId("search").value).split(/\s+/).filter(Boolean);
-    shown = all.filter((record) => words.every((word) => record.searched.includes(word)));
-    shown.sort(orders.get(byId("order").value)[1]);
+    shown = ordered.filter((record) => words.every((word) => record.searched.includes(word)));
     grid.replaceChildren();
     drawn = 0;
-    draw(CHUNK);
+    draw(FIRST);
     byId("nothing").hidden = shown.length > 0 || words.length === 0;
     showCount();
+  }
+
+  function sort() {
+    ordered = [...all].sort(orders.get(byId("order").value)[1]);
+    refresh();
   }
 
   function showCount() {
@@ -141,7 +152,7 @@
 
   byId("search").addEventListener("input", refresh);
   byId("order").addEventListener("change", () => {
-    refresh();
+    sort();
     scrollTo(0, Math.min(scrollY, byId("pictures").offsetTop));
   });
   byId("clear").addEventListener("click", () => {
@@ -154,10 +165,17 @@
     draw(drawn + CHUNK);
     grid.children[first].querySelector(".open").focus();
   });
-  new IntersectionObserver(
-    (entries) => { if (entries[0].isIntersecting) draw(drawn + CHUNK); },
+  const observer = new IntersectionObserver(
+    (entries) => {
+      if (!entries.at(-1).isIntersecting) return;
+      draw(drawn + CHUNK);
+      // It reports changes only: on a tall screen the end may be in sight still.
+      observer.unobserve(byId("more"));
+      observer.observe(byId("more"));
+    },
     { rootMargin: "1500px" },
-  ).observe(byId("more"));
+  );
+  observer.observe(byId("more"));
   addEventListener("beforeprint", () => draw(shown.length));
 
   // Copying
@@ -343,5 +361,5 @@
       }),
     );
   }
-  refresh();
+  sort();
 })();
