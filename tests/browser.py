@@ -53,7 +53,9 @@ def browser_page(**options: Any) -> Iterator[tuple[Page, list[str]]]:
             page.on(
                 "request",
                 lambda request: (
-                    complaints.append(f"request: {request.url}") if _is_foreign(request.url) else None
+                    complaints.append(f"request: {request.url}")
+                    if _is_foreign(request.url)
+                    else None
                 ),
             )
             yield page, complaints
