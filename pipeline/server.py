@@ -285,6 +285,7 @@ def serve(captioner: Captioner, model_name: str, port: int, open_browser: bool) 
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=5,
         )
         with contextlib.suppress(KeyboardInterrupt):

@@ -7,6 +7,7 @@ import importlib
 import io
 import math
 import os
+import queue
 import re
 import signal
 import socket
@@ -487,6 +488,19 @@ def test_a_taken_or_impossible_port_is_one_line(captioner: Captioner) -> None:
             server.serve(captioner, "drawn", port, open_browser=False)
     with pytest.raises(UserError, match=r"^--port 70000: cannot be had"):
         server.serve(captioner, "drawn", 70000, open_browser=False)
+
+
+def test_the_browser_is_shown_the_address_that_was_found(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: queue.Queue[str] = queue.Queue()
+    monkeypatch.setattr("webbrowser.open", shown.put)
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_: None)
+    server.serve(captioner, "drawn", 0, open_browser=True)
+    address = shown.get(timeout=20)
+    assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+/", address)
+    captured = capsys.readouterr()
+    assert address in captured.err and captured.out == ""
 
 
 @pytest.mark.parametrize("missing", ["uvicorn", "starlette.routing", "python_multipart.multipart"])
