@@ -20,11 +20,11 @@ ARGUMENTS = [
 
 
 @contextmanager
-def browser_page(own: str, **options: Any) -> Iterator[tuple[Page, list[str]]]:
+def browser_page(own: str = "http://127.0.0.1:", **options: Any) -> Iterator[tuple[Page, list[str]]]:
     """Open an empty page in a browser of its own.
 
     Args:
-        own: how the addresses begin that the page may ask for, such as ``http://127.0.0.1:80/``.
+        own: how the addresses begin that the page may ask for.
         options: of Playwright's ``new_page``: ``viewport``, ``color_scheme``, ``permissions``.
 
     Yields:
@@ -49,6 +49,7 @@ def browser_page(own: str, **options: Any) -> Iterator[tuple[Page, list[str]]]:
         launched = playwright.chromium.launch(executable_path=browser, args=ARGUMENTS)
         try:
             page = launched.new_page(**options)
+            page.set_default_timeout(20_000)  # ms; other work may go on beside the tests
             page.on("console", on_console)
             page.on("pageerror", lambda error: problems.append(f"exception: {error}"))
             page.on("request", on_request)

@@ -1,0 +1,308 @@
+"use strict";
+
+// Requests under way: one is captioned while the next travels.
+const AT_ONCE = 2;
+const MAX_FILE_BYTES = Number(document.body.dataset.maxFileBytes);
+const PICTURE = /\.(jpe?g|jpe|jfif|jp2|png|webp|avif|gif|tiff?|bmp|tga|p[pgb]m|hei[cf])$/i;
+
+const find = (id) => document.getElementById(id);
+const controls = find("controls");
+const cards = [];
+let running = 0;
+
+// --- Pictures come in: chosen, dropped or pasted ------------------------------------------------
+
+function add(files) {
+  for (const file of files) {
+    const element = find("card").content.firstElementChild.cloneNode(true);
+    const part = (selector) => element.querySelector(selector);
+    const card = {
+      file, element, address: URL.createObjectURL(file), state: "waiting", captions: [], error: "",
+      note: part(".note"), list: part(".captions"), retry: part(".retry"), cancel: null,
+    };
+    const image = part("img");
+    image.alt = `Picture ${file.name}`;
+    image.addEventListener("error", () => image.replaceWith("No preview in this browser"));
+    image.src = card.address;
+    part("h2").textContent = file.name;
+    part("h2").title = file.name;
+    part(".remove").setAttribute("aria-label", `Remove ${file.name}`);
+    part(".remove").addEventListener("click", () => remove(card));
+    card.retry.addEventListener("click", () => { enqueue(card); pump(); });
+    cards.push(card);
+    find("cards").append(element);
+    enqueue(card);
+  }
+  pump();
+}
+
+function remove(card) {
+  forget(card);
+  const place = cards.indexOf(card);
+  cards.splice(place, 1);
+  // The focus was in what is gone; without this it would go back to the top of the page.
+  (cards[place] ?? cards[place - 1])?.element.querySelector(".remove").focus();
+  if (!cards.length) find("files").focus();
+  pump();
+}
+
+function forget(card) {
+  card.cancel?.abort();
+  card.cancel = null;
+  URL.revokeObjectURL(card.address);
+  card.element.remove();
+}
+
+// The files of what was dropped, folders opened, in the order of their names.
+async function filesOf(transfer) {
+  const entries = Array.from(transfer.items, (item) => item.webkitGetAsEntry?.());
+  if (!entries.some((entry) => entry?.isDirectory)) return Array.from(transfer.files);
+  const files = [];
+  const walk = async (entry, asked) => {
+    if (entry.isFile) {
+      // In a folder there is much that nobody means to be captioned.
+      if (!asked && (entry.name.startsWith(".") || !PICTURE.test(entry.name))) return;
+      files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
+      return;
+    }
+    const reader = entry.createReader();
+    const inside = [];
+    for (;;) {
+      const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!some.length) break;
+      inside.push(...some);
+    }
+    inside.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+    for (const member of inside) if (!member.name.startsWith(".")) await walk(member, false);
+  };
+  for (const entry of entries) if (entry) await walk(entry, true);
+  return files;
+}
+
+find("files").addEventListener("change", (event) => {
+  add(Array.from(event.target.files));
+  event.target.value = ""; // so that the same picture can be chosen again
+});
+
+let depth = 0; // dragging over a child leaves its parent
+const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
+const veil = (shown) => { find("veil").hidden = !shown; };
+addEventListener("dragenter", (event) => { if (carriesFiles(event)) { depth += 1; veil(true); } });
+addEventListener("dragleave", (event) => { if (carriesFiles(event)) { depth = Math.max(0, depth - 1); veil(depth > 0); } });
+addEventListener("dragover", (event) => { if (carriesFiles(event)) event.preventDefault(); });
+addEventListener("drop", async (event) => {
+  depth = 0;
+  veil(false);
+  if (!carriesFiles(event)) return;
+  event.preventDefault();
+  try {
+    const files = await filesOf(event.dataTransfer);
+    if (files.length) add(files);
+    else say("No pictures in what was dropped");
+  } catch {
+    say("What was dropped cannot be read");
+  }
+});
+addEventListener("paste", (event) => {
+  const files = Array.from(event.clipboardData?.files ?? []);
+  if (!files.length) return; // text, into a field
+  event.preventDefault();
+  add(files);
+});
+
+// --- Captions are asked for, a picture a request --------------------------------------------------
+
+function enqueue(card) {
+  card.cancel?.abort();
+  card.cancel = null;
+  card.error = "";
+  card.state = "waiting";
+  if (card.file.size > MAX_FILE_BYTES) {
+    card.state = "failed";
+    card.final = true; // no setting changes that
+    card.error = `Larger than ${MAX_FILE_BYTES / 1e6} MB, which is the most that is taken.`;
+  }
+  show(card);
+}
+
+function pump() {
+  while (running < AT_ONCE) {
+    const next = cards.find((card) => card.state === "waiting");
+    if (!next) break;
+    run(next);
+  }
+  report();
+}
+
+async function run(card) {
+  const cancel = new AbortController();
+  card.cancel = cancel;
+  card.state = "running";
+  running += 1;
+  show(card);
+  try {
+    const answer = await ask(card.file, cancel.signal);
+    if (card.cancel !== cancel) return; // the settings have changed meanwhile
+    card.captions = answer.captions ?? [];
+    card.error = answer.error ? `Cannot be captioned: ${answer.error}.` : "";
+    card.state = answer.error ? "failed" : "done";
+    card.final = Boolean(answer.error);
+  } catch (error) {
+    if (card.cancel !== cancel) return;
+    card.state = "failed";
+    card.error = error instanceof TypeError
+      ? "No answer. The captioner may have been stopped, or the picture moved."
+      : `${error.message}.`;
+  } finally {
+    running -= 1;
+    show(card);
+    pump();
+  }
+}
+
+async function ask(file, signal) {
+  const body = new FormData();
+  for (const [name, value] of new FormData(controls)) if (value !== "") body.append(name, value);
+  body.append("image", file, file.name);
+  for (;;) {
+    const response = await fetch("caption", { method: "POST", body, signal });
+    if (response.status === 503) { // others are using it too
+      const seconds = Number(response.headers.get("Retry-After")) || 2;
+      await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+      signal.throwIfAborted();
+      continue;
+    }
+    const answer = await response.json();
+    if (!response.ok) throw new Error(answer.error);
+    return answer.images[0];
+  }
+}
+
+// --- What is seen ----------------------------------------------------------------------------------
+
+function show(card) {
+  const { element, state } = card;
+  const busy = state === "waiting" || state === "running";
+  element.classList.toggle("failed", state === "failed");
+  element.classList.toggle("stale", busy);
+  element.setAttribute("aria-busy", busy);
+  card.retry.hidden = state !== "failed" || card.final === true;
+  card.note.textContent = state === "failed" ? card.error
+    : card.list.childElementCount ? "" : state === "running" ? "Looking…" : state === "waiting" ? "Waiting" : "";
+  if (!busy) card.list.replaceChildren(...(state === "done" ? card.captions.map(captionElement) : []));
+}
+
+function captionElement({ caption, log_probability: score, words }) {
+  const element = find("caption").content.firstElementChild.cloneNode(true);
+  const part = (selector) => element.querySelector(selector);
+  part(".whole").textContent = caption;
+  part(".words").append(...shaded(caption, words));
+  part("ul").append(...words.map(({ text, probability }) => {
+    const item = document.createElement("li");
+    item.textContent = `${text}: ${percent(probability)} %`;
+    return item;
+  }));
+  part(".value").textContent = score.toFixed(2).replace("-", "−");
+  part(".score").title = `log-probability ${score}`;
+  part(".copy").setAttribute("aria-label", `Copy: ${caption}`);
+  part(".copy").addEventListener("click", () => copy(caption, "Caption copied"));
+  return element;
+}
+
+// The caption with its words shaded. Words are the model's; between them stands what is in the
+// caption, where "dog 's" may have become "dog's".
+function shaded(caption, words) {
+  const nodes = [];
+  let place = 0;
+  for (const { text, probability } of words) {
+    const start = caption.indexOf(text, place);
+    if (start < 0) continue;
+    nodes.push(caption.slice(place, start));
+    const word = document.createElement("span");
+    word.className = "word";
+    word.textContent = text;
+    word.title = `${percent(probability)} %`;
+    word.dataset.percent = percent(probability);
+    word.style.setProperty("--probability", probability);
+    nodes.push(word);
+    place = start + text.length;
+  }
+  nodes.push(caption.slice(place));
+  return nodes;
+}
+
+function percent(probability) {
+  return probability < 0.01 ? "<1" : String(Math.round(100 * probability));
+}
+
+function report() {
+  const count = (state) => cards.filter((card) => card.state === state).length;
+  const failed = count("failed");
+  const left = count("waiting") + count("running");
+  const pictures = cards.length === 1 ? "picture" : "pictures";
+  document.body.classList.toggle("filled", cards.length > 0);
+  find("bar").hidden = find("legend").hidden = !cards.length;
+  if (left) say(`${cards.length - left} of ${cards.length} ${pictures} done`);
+  else say(`${cards.length} ${pictures}${failed ? `, ${failed} not captioned` : ""}`);
+}
+
+function say(text) {
+  find("bar").hidden = false;
+  find("status").textContent = text;
+}
+
+async function copy(text, done) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say(done);
+  } catch {
+    say("The browser did not allow copying");
+  }
+}
+
+// --- Controls --------------------------------------------------------------------------------------
+
+function recaption() {
+  const beam = controls.elements.beam_size;
+  const number = controls.elements.num_captions;
+  const tooFew = !beam.disabled && beam.value !== "" && Number(number.value) > Number(beam.value);
+  number.setCustomValidity(tooFew ? `At most the beam size, ${beam.value}.` : "");
+  const wrong = Array.from(controls.elements).find((field) => field.willValidate && !field.validity.valid);
+  find("complaint").textContent = wrong
+    ? `${wrong.labels[0].textContent.trim()}: ${wrong.validationMessage}` : "";
+  if (wrong) return;
+  for (const card of cards) if (!card.final) enqueue(card);
+  pump();
+}
+
+let pause;
+controls.addEventListener("input", () => {
+  clearTimeout(pause);
+  pause = setTimeout(recaption, 300);
+});
+controls.addEventListener("submit", (event) => event.preventDefault());
+find("sampling").addEventListener("change", (event) => {
+  const on = event.target.checked;
+  find("draws").hidden = find("draws").disabled = !on;
+  controls.elements.beam_size.disabled = on;
+  document.body.classList.toggle("sampling", on);
+});
+find("again").addEventListener("click", () => {
+  const seed = controls.elements.seed;
+  seed.value = (Number(seed.value) + 1) % (Number(seed.max) + 1);
+  recaption();
+});
+find("numbers").addEventListener("change", (event) => {
+  document.body.classList.toggle("numbers", event.target.checked);
+});
+find("copy-all").addEventListener("click", () => {
+  const clean = (text) => text.replace(/[\t\r\n]+/g, " ");
+  const rows = cards.flatMap(({ file, state, captions }) => (state === "failed" ? [] : captions)
+    .map((each) => [clean(file.name), clean(each.caption), each.log_probability].join("\t")));
+  copy(["image\tcaption\tlog_probability", ...rows, ""].join("\n"), `${rows.length} captions copied`);
+});
+find("clear").addEventListener("click", () => {
+  cards.splice(0).forEach(forget);
+  report();
+  find("files").focus();
+});
