@@ -160,7 +160,7 @@ def captioner_settings(
 
     config, encoder, usual = checkpoint.decoder_config, checkpoint.encoder, SearchConfig()
     source = encoder.weights_source
-    boxed = PRETRAINED in (source, *checkpoint.settings.get("start", []), *map(str, models))
+    boxed = PRETRAINED in (source, *(checkpoint.settings.get("start") or ()), *map(str, models))
     return {
         "format": FORMAT,
         "format_version": VERSION,
@@ -197,7 +197,8 @@ def captioner_settings(
 def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
     """Give the rules by which tokens are written together, as ``detokenize`` does it.
 
-    That asks the tokenizer, which a runner does not have; for one vocabulary it comes down to:
+    That asks the tokenizer, which a runner does not have; for one vocabulary it comes down to the
+    following, but for what nobody says (a lone symbol before three contractions or more):
 
     * ``attached``: tokens that are written on to the one before;
     * ``apart``: words on to which nothing is, where they stand alone ("'s" at the beginning);
