@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from pipeline.errors import UserError
+from pipeline.output import caption_record
 
 try:
     import uvicorn
@@ -80,17 +81,7 @@ def as_answer(upload: Upload, prediction: Prediction) -> dict[str, Any]:
     """Describe what became of a picture, under the name that it came with."""
     if prediction.error is not None:
         return {"image": upload.name, "error": prediction.error}
-    captions = [
-        {
-            "caption": caption.text,
-            "log_probability": round(caption.log_probability, 4),
-            "words": [
-                {"text": word.text, "probability": round(word.probability, 4)}
-                for word in caption.words
-            ],
-        }
-        for caption in prediction.captions
-    ]
+    captions = [caption_record(caption) for caption in prediction.captions]
     return {"image": upload.name, "captions": captions}
 
 

@@ -20,7 +20,9 @@ ARGUMENTS = [
 
 
 @contextmanager
-def browser_page(own: str = "http://127.0.0.1:", **options: Any) -> Iterator[tuple[Page, list[str]]]:
+def browser_page(
+    own: str = "http://127.0.0.1:", **options: Any
+) -> Iterator[tuple[Page, list[str]]]:
     """Open an empty page in a browser of its own.
 
     Args:
