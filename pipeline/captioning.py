@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,10 @@ class Request:
     """What is wanted for each picture.
 
     Attributes:
-        search: what ``Captioner.search_config`` takes.
+        search: what ``Captioner.search_config`` takes, ``least`` left out.
         num_captions: captions a picture.
-        details: each word's probability, too.
+        page_captions: captions a picture on the page.
+        details: each word's probability, too; a page has them always.
         batch_size: pictures a batch, see ``Captioner.stream``.
         model: its name, for the page.
         fingerprint: what tells it from other models.
@@ -79,6 +80,7 @@ class Request:
 
     search: Mapping[str, Any]
     num_captions: int = 1
+    page_captions: int = 1
     details: bool = False
     batch_size: int | None = None
     model: str = ""
@@ -122,21 +124,21 @@ def caption_pictures(
     if not wanted:
         return outcome
     captioner = load(len(wanted))
-    config = captioner.search_config(**request.search)
+    count = max(request.num_captions, request.page_captions if places.page else 1)
+    details = request.details or places.page is not None
+    config = captioner.search_config(**request.search, least=count)
     target = places.output or places.page
     settings = {
         "model": request.fingerprint,
         "search": asdict(config),
-        "captions": request.num_captions,
-        "details": request.details,
+        "captions": count,
+        "details": details,
     }
     journal = Journal(target, settings) if target else None
     known = journal.known if journal else {}
     remaining = [path for path in wanted if path not in known]
     outcome.resumed = len(wanted) - len(remaining)
-    made = captioner.stream(
-        remaining, config, request.num_captions, request.batch_size, details=request.details
-    )
+    made = captioner.stream(remaining, config, count, request.batch_size, details=details)
     taken = shared_sidecars(paths) if places.sidecar else {}
     finished: list[Prediction] = []
 
@@ -145,7 +147,8 @@ def caption_pictures(
         # A bar would run through captions that appear on the same terminal.
         quiet = places.output is None and sys.stdout.isatty()
         for path in progress_bar(wanted, unit="image", desc="captioning", disable=quiet):
-            prediction = known[path] if path in known else next(made)
+            whole = known[path] if path in known else next(made)
+            prediction = _as_requested(whole, request)
             if prediction.error is not None:
                 outcome.failures[path] = prediction.error
             else:
@@ -153,9 +156,9 @@ def caption_pictures(
                 if failure is not None:
                     outcome.failures[path] = failure
                 if journal is not None and path not in known:
-                    journal.add(prediction)
+                    journal.add(whole)
             if places.page:
-                finished.append(prediction)
+                finished.append(whole)
             yield prediction
 
     write_predictions(_joined(captioned(), paths, set(wanted), kept), places.layout, places.output)
@@ -182,6 +185,14 @@ def _is_wanted(path: str, places: Places, kept: Mapping[str, Prediction]) -> boo
     if places.page or (printable(path) not in kept and (places.output or not places.beside)):
         return True
     return places.beside_wants(path)
+
+
+def _as_requested(prediction: Prediction, request: Request) -> Prediction:
+    """Leave out what only a page needs."""
+    captions = prediction.captions[: request.num_captions]
+    if not request.details:
+        captions = [replace(caption, words=()) for caption in captions]
+    return replace(prediction, captions=captions)
 
 
 def _joined(

@@ -169,12 +169,12 @@ def check_installed() -> None:
     """
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"{name} is not installed: pip install 'show-and-tell-captioner[onnx]'")
+            raise UserError(f"{name} is not installed: pip install onnx onnxscript onnxruntime")
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < (2, 6):
         raise UserError(
             f"export needs torch 2.6 or newer, not {torch.__version__}: "
-            "pip install --upgrade 'show-and-tell-captioner[onnx]'"
+            "pip install --upgrade torch onnx onnxscript onnxruntime"
         )
 
 

@@ -37,7 +37,7 @@ try:
     from pipeline.uploads import MAX_FILE_BYTES, RANGES, RefusedError, Upload, Wishes, read_form
 except ImportError as error:
     raise UserError(
-        f"--serve: {error.name} is not installed; pip install 'show-and-tell-captioner[serve]'"
+        f"--serve: {error.name} is not installed; pip install starlette uvicorn python-multipart"
     ) from error
 
 if TYPE_CHECKING:

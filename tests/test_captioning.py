@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -296,6 +297,26 @@ def test_metadata_get_the_caption_once(drawn_run: DrawnRun, album: Path, asked: 
     asked.clear()
     assert caption(drawn_run, album, "--write-metadata").exit_code == 0
     assert asked == []
+
+
+def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, album: Path) -> None:
+    (album / "broken.jpg").write_bytes(b"no picture")
+    page = album.parent / "page.html"
+    result = caption(drawn_run, album, "--html", page, "--sidecar", "--format", "jsonl")
+    assert result.exit_code == 1 and f"page: {page}" in result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [len(r.get("captions", [])) for r in records] == [1, 1, 0, 1, 1, 1, 1]
+    assert '"words"' not in result.stdout
+    assert len((album / "a.txt").read_text(encoding="utf-8").splitlines()) == 1
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/webp") == 6 and "not a picture" in text
+    scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
+    items = [item for item in map(json.loads, scripts) if item.get("captions")]
+    assert [len(item["captions"]) for item in items] == [5] * 6
+    for item in items:
+        for found in item["captions"]:
+            assert [word for word, _ in found["words"]] == found["text"].split()
+    assert not journal_path(page).exists()
 
 
 # Which pictures

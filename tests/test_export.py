@@ -465,7 +465,7 @@ def test_a_missing_extra_is_one_line(
     result = export(drawn_run.run, "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert result.stderr == (
-        "Error: onnxscript is not installed: pip install 'show-and-tell-captioner[onnx]'\n"
+        "Error: onnxscript is not installed: pip install onnx onnxscript onnxruntime\n"
     )
     assert not (tmp_path / "out").exists()
 

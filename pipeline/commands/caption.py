@@ -68,8 +68,8 @@ GROUPS = {
     "--num-captions",
     type=click.IntRange(min=1),
     default=None,
-    help="Captions a picture, best first, with their log-probabilities.  [default: 1; on a page "
-    f"{PAGE_CAPTIONS}]",
+    help="Captions a picture, best first, with their log-probabilities.  [default: 1, and "
+    f"{PAGE_CAPTIONS} on a page]",
     show_default=False,
 )
 @click.option(
@@ -228,8 +228,6 @@ def main(
         if target is not None:
             check_writable(target)
     paths = collect(images)
-    count = num_captions or (PAGE_CAPTIONS if html else 1)
-
     from pipeline.captioning import Places, Request, caption_pictures
     from pipeline.output import printable
 
@@ -244,9 +242,10 @@ def main(
         skip_existing=skip_existing,
     )
     request = Request(
-        search={**search, "least": count, "diversity": DIVERSITY if diverse else 0.0},
-        num_captions=count,
-        details=words or html is not None,
+        search={**search, "diversity": DIVERSITY if diverse else 0.0},
+        num_captions=num_captions or 1,
+        page_captions=num_captions or min(PAGE_CAPTIONS, search["beam_size"] or PAGE_CAPTIONS),
+        details=words,
         batch_size=batch_size,
         model=_name(models),
         fingerprint=_fingerprint(models),
@@ -258,6 +257,8 @@ def main(
     except KeyboardInterrupt:
         click.echo("interrupted; the same command goes on", err=True)
         sys.exit(130)
+    if html is not None:
+        click.echo(f"page: {html}", err=True)
     if outcome.resumed:
         click.echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
