@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,40 @@ def test_what_follows_a_phones_jpeg_is_kept(tmp_path: Path) -> None:
     assert len(pixels) == 2
     write_description(both, TEXT)
     assert seen(both) == pixels
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("tool", ["pyexiv2", "exiftool"])
+def test_other_programs_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    use_only(monkeypatch, tool)
+    path = make_tagged(tmp_path / "x.jpg")
+    copyrighted = b"8BIM\x04\x0a\0\0\0\0\0\1\1\0"
+    authenticity, unknown = b"JP\0\1\0\0\0\1c2pa" * 9, b"unknown"
+    others = (0xED, b"Photoshop 3.0\0" + copyrighted), (0xEB, authenticity), (0xE7, unknown)
+    content = path.read_bytes()
+    segments = b"".join(segment(marker, body) for marker, body in others)
+    path.write_bytes(content[:20] + segments + content[20:])
+    write_description(path, TEXT)
+    written = path.read_bytes()
+    assert all(body in written for body in (copyrighted, authenticity, unknown))
+
+
+def test_two_comments_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_only(monkeypatch, "pyexiv2")
+    path = make_tagged(tmp_path / "x.jpg")
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + segment(0xFE, b"Another comment") + content[20:])
+    # Exiv2 writes the first as often as there were any.
+    assert reason(path) == "pyexiv2: a comment or another program's data would be lost"
+    monkeypatch.setattr(metadata, "TOOLS", TOOLS)
+    if EXIFTOOL.available():
+        write_description(path, TEXT)
+        assert b"Another comment" in path.read_bytes() and b"A comment" in path.read_bytes()
 
 
 @pytest.mark.usefixtures("some_tool")
