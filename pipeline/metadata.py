@@ -287,7 +287,10 @@ def _beside(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path
         yield temporary
         own = temporary.stat()
         if (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
-            os.chown(temporary, status.st_uid, status.st_gid)
+            try:
+                os.chown(temporary, status.st_uid, status.st_gid)
+            except PermissionError as error:
+                raise MetadataError("it belongs to another user or group") from error
         shutil.copystat(path, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         now = path.stat()

@@ -260,9 +260,11 @@ def test_two_comments_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert b"Another comment" in path.read_bytes() and b"A comment" in path.read_bytes()
 
 
-@pytest.mark.usefixtures("some_tool")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    use_only(monkeypatch, "pyexiv2")  # whose log goes to standard output unless it is stopped
     path = make_tagged(tmp_path / "x.jpg", b"Exif\0\0II*\0\x08\0\0\0\x01\0\xff\xff\xff\xff")
     read_description(path)
     write_description(path, TEXT)
@@ -468,6 +470,19 @@ def test_read_only(tmp_path: Path) -> None:
         assert reason(path) == "its folder is read-only"
     finally:
         path.parent.chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives away")
+@pytest.mark.usefixtures("some_tool")
+def test_the_owner_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = draw(tmp_path / "x.jpg")
+    os.chown(path, 12345, 54321)
+    path.chmod(0o4640)
+    old = status(path)
+    write_description(path, TEXT)
+    assert status(path) == old
+    monkeypatch.setattr(os, "chown", raiser(PermissionError()))
+    assert reason(path, "another") == "it belongs to another user or group"
 
 
 @linux_only
