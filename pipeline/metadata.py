@@ -6,6 +6,7 @@ and the description reads back.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline import images
 from pipeline.errors import UserError
@@ -28,6 +30,9 @@ from pipeline.metadata_tools import (
     Tool,
     ToolError,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # IPTC's limit for a caption (IIM 4.2, dataset 2:120).
 MAXIMUM_BYTES = 2000
@@ -49,11 +54,19 @@ class MetadataError(Exception):
 
 @dataclass(frozen=True)
 class Appearance:
-    """What is seen of a picture: a digest of each frame's pixels, and how to show them."""
+    """What is seen of a picture, and what Pillow finds in it that the tools may not know.
+
+    Attributes:
+        frames: a digest of each frame's pixels.
+        profile: the colour profile.
+        orientation: EXIF's number for how to turn it.
+        notes: comments, texts and other programs' segments, sorted.
+    """
 
     frames: tuple[str, ...]
     profile: bytes | None
     orientation: int
+    notes: tuple[tuple[str, str], ...]
 
 
 def check_available() -> None:
@@ -211,7 +224,25 @@ def _appearance(path: Path) -> Appearance:
             frames.append(digest.hexdigest())
         image.seek(0)
         orientation = image.getexif().get(0x0112, 1)
-        return Appearance(tuple(frames), image.info.get("icc_profile"), orientation)
+        profile = image.info.get("icc_profile")
+        return Appearance(tuple(frames), profile, orientation, _notes(image))
+
+
+def _notes(image: Image.Image) -> tuple[tuple[str, str], ...]:
+    """List a JPEG's segments and a PNG's texts, but those in which descriptions stand."""
+    # The list of a second picture's place (MPF) may move with it; its pixels are compared.
+    segments = [
+        (name, repr(content.rstrip(b"\0")))  # pyexiv2 ends comments with a zero
+        for name, content in getattr(image, "applist", ())
+        if name not in ("APP1", "APP13") and not content.startswith((b"ICC_PROFILE", b"MPF"))
+    ]
+    texts = getattr(image, "text", {}) if image.format == "PNG" else {}
+    notes = [
+        (key, str(value))
+        for key, value in texts.items()
+        if key != "XML:com.adobe.xmp" and not key.startswith("Raw profile type")
+    ]
+    return tuple(sorted(segments + notes))
 
 
 def _check(path: Path, tool: Tool, format: str, text: str, appearance: Appearance) -> None:
@@ -221,11 +252,13 @@ def _check(path: Path, tool: Tool, format: str, text: str, appearance: Appearanc
         ToolError: it does not.
     """
     try:
-        same = _appearance(path) == appearance
+        now = _appearance(path)
     except images.ImageError as error:
         raise ToolError(f"the rewritten picture cannot be read ({error})") from error
-    if not same:
+    if dataclasses.replace(now, notes=appearance.notes) != appearance:
         raise ToolError("the rewritten picture would look different")
+    if now != appearance:
+        raise ToolError("a comment or another program's data would be lost")
     found = tool.read(path.read_bytes())
     if found != Descriptions(
         xmp=text,
@@ -254,7 +287,10 @@ def _beside(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path
         yield temporary
         own = temporary.stat()
         if (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
-            os.chown(temporary, status.st_uid, status.st_gid)
+            try:
+                os.chown(temporary, status.st_uid, status.st_gid)
+            except PermissionError as error:
+                raise MetadataError("it belongs to another user or group") from error
         shutil.copystat(path, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         now = path.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 from pathlib import Path
@@ -119,7 +120,9 @@ def iptc_segment(datasets: list[tuple[int, int, bytes]]) -> bytes:
     return b"\xff\xed" + struct.pack(">H", len(body) + 2) + body
 
 
+@functools.cache
 def profile() -> bytes:
+    """Make a colour profile, once: it holds the time of its making."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -225,9 +226,45 @@ def test_what_follows_a_phones_jpeg_is_kept(tmp_path: Path) -> None:
     assert seen(both) == pixels
 
 
-@pytest.mark.usefixtures("some_tool")
+def segment(marker: int, body: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("tool", ["pyexiv2", "exiftool"])
+def test_other_programs_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    use_only(monkeypatch, tool)
+    path = make_tagged(tmp_path / "x.jpg")
+    copyrighted = b"8BIM\x04\x0a\0\0\0\0\0\1\1\0"
+    authenticity, unknown = b"JP\0\1\0\0\0\1c2pa" * 9, b"unknown"
+    others = (0xED, b"Photoshop 3.0\0" + copyrighted), (0xEB, authenticity), (0xE7, unknown)
+    content = path.read_bytes()
+    segments = b"".join(segment(marker, body) for marker, body in others)
+    path.write_bytes(content[:20] + segments + content[20:])
+    write_description(path, TEXT)
+    written = path.read_bytes()
+    assert all(body in written for body in (copyrighted, authenticity, unknown))
+
+
+def test_two_comments_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_only(monkeypatch, "pyexiv2")
+    path = make_tagged(tmp_path / "x.jpg")
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + segment(0xFE, b"Another comment") + content[20:])
+    # Exiv2 writes the first as often as there were any.
+    assert reason(path) == "pyexiv2: a comment or another program's data would be lost"
+    monkeypatch.setattr(metadata, "TOOLS", TOOLS)
+    if EXIFTOOL.available():
+        write_description(path, TEXT)
+        assert b"Another comment" in path.read_bytes() and b"A comment" in path.read_bytes()
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    use_only(monkeypatch, "pyexiv2")  # whose log goes to standard output unless it is stopped
     path = make_tagged(tmp_path / "x.jpg", b"Exif\0\0II*\0\x08\0\0\0\x01\0\xff\xff\xff\xff")
     read_description(path)
     write_description(path, TEXT)
@@ -433,6 +470,19 @@ def test_read_only(tmp_path: Path) -> None:
         assert reason(path) == "its folder is read-only"
     finally:
         path.parent.chmod(0o755)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives away")
+@pytest.mark.usefixtures("some_tool")
+def test_the_owner_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = draw(tmp_path / "x.jpg")
+    os.chown(path, 12345, 54321)
+    path.chmod(0o4640)
+    old = status(path)
+    write_description(path, TEXT)
+    assert status(path) == old
+    monkeypatch.setattr(os, "chown", raiser(PermissionError()))
+    assert reason(path, "another") == "it belongs to another user or group"
 
 
 @linux_only
