@@ -23,7 +23,9 @@ import train_decoder as command
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
-from pipeline.training import Phase, TrainingConfig, learning_rate_factor, open_run, train
+from pipeline.run_folder import open_run
+from pipeline.training import Phase, TrainingConfig, learning_rate_factor, train
+from pipeline.validation import Validation
 from pipeline.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,9 +72,10 @@ class ScriptedStage:
     def facts(self) -> dict[str, float]:
         return {}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         self.validations += 1
-        return {"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}
+        samples = {name: f"{name} in {self.validations}" for name in ("a.jpg", "b.jpg")}
+        return Validation({"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}, samples)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         return Checkpoint(
@@ -88,9 +91,10 @@ class ScriptedStage:
 class ScoringStage(ScriptedStage):
     """Gives the scripted scores in turn."""
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         score = self.ciders[self.validations]
-        return {**super().validate(), "CIDEr-D": score}
+        found = super().validate()
+        return replace(found, scores={**found.scores, "CIDEr-D": score})
 
 
 def config(epochs: int, patience: int = 0, accumulate: int = 1) -> TrainingConfig:
@@ -207,8 +211,9 @@ def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
     """With one val picture CIDEr-D is 0 for every caption; the first epoch is not the best."""
 
     class FallingLoss(ScriptedStage):
-        def validate(self) -> dict[str, float]:
-            return {**super().validate(), "val_loss": 5.0 - self.validations}
+        def validate(self) -> Validation:
+            scores = super().validate().scores
+            return Validation({**scores, "val_loss": 5.0 - self.validations})
 
     assert train(FallingLoss([]), tmp_path, config(3)).best_epoch == 3
 
