@@ -38,7 +38,7 @@ from pipeline.vocabulary import tokenize
 THUMBNAIL = 224  # pixels, the longer side
 EXTREMES = 8  # predictions shown, of the worst and of the best
 # A stretch of captions is folded away where there are more, but the first and last ones.
-MOST_STRETCHES = 7
+MOST_STRETCHES = 11
 COLUMNS = (
     *("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
     *("METEOR", "SPICE", "ROUGE-L", "CIDEr-D", "distinct"),

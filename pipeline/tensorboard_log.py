@@ -5,9 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
 from pipeline.run_folder import TENSORBOARD
+from pipeline.training import Watcher
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 def check_tensorboard() -> None:
@@ -20,17 +25,25 @@ def check_tensorboard() -> None:
         raise UserError("--tensorboard: not installed; pip install -e '.[tensorboard]'")
 
 
-def write_tensorboard(run: Path, record: Mapping[str, float], samples: Mapping[str, str]) -> None:
-    """Add an epoch's line of the log, and its sample captions as text, one tag a picture.
+def tensorboard_writer(run: Path) -> Watcher:
+    """Make what adds an epoch's line of the log, and its captions as text, one tag a picture.
 
-    What the files have of this epoch and later ones, before a run was stopped, is purged.
+    What the files have of that epoch and later ones, from before a run was stopped, is purged.
     """
-    from torch.utils.tensorboard import SummaryWriter
+    writer: SummaryWriter | None = None
 
-    epoch = int(record["epoch"])
-    with SummaryWriter(run / TENSORBOARD, purge_step=epoch) as writer:
+    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+        nonlocal writer
+        epoch = int(record["epoch"])
+        if writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(run / TENSORBOARD, purge_step=epoch)
         for name, value in record.items():
             if name != "epoch":
                 writer.add_scalar(name, value, epoch)
         for name, caption in samples.items():
             writer.add_text(f"captions/{name}", caption, epoch)
+        writer.flush()
+
+    return watch

@@ -5,7 +5,6 @@ The manual is in finetune_joint.py, the advice in its --help.
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 
@@ -164,7 +163,7 @@ def main(
     from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.joint_training import JointOptions, finetune_joint
     from pipeline.report import write_report
-    from pipeline.tensorboard_log import check_tensorboard, write_tensorboard
+    from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
 
     settings = load_checkpoint(start[0]).settings
     if data is None:
@@ -173,7 +172,7 @@ def main(
     watchers = []
     if tensorboard:
         check_tensorboard()
-        watchers.append(functools.partial(write_tensorboard, run))
+        watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
     joint_options = JointOptions(
         start=tuple(map(str, start)),

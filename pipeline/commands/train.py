@@ -5,7 +5,6 @@ The manual is in train_decoder.py, the advice in its --help.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import click
@@ -179,7 +178,7 @@ def main(
     from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.features import default_cache_path
     from pipeline.report import write_report
-    from pipeline.tensorboard_log import check_tensorboard, write_tensorboard
+    from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
 
     if numbers["self_critical_epochs"] >= numbers["epochs"]:
         raise UserError(
@@ -189,7 +188,7 @@ def main(
     watchers = []
     if tensorboard:
         check_tensorboard()
-        watchers.append(functools.partial(write_tensorboard, run))
+        watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
     options = DecoderOptions(
         data=str(data),
