@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.features import DONE, EncoderIdentity, FeatureCache
 from pipeline.matching import train_matcher
+from pipeline.report import epoch_reporter
+from pipeline.report_data import ReportData, describe_data
+from pipeline.run_folder import open_run
 from pipeline.self_critical import SAMPLES, SelfCritical
-from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
-from pipeline.validation import Validator
+from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
+from pipeline.validation import Validation, Validator
 from pipeline.vocabulary import Vocabulary
 
 
@@ -170,8 +173,8 @@ class DecoderStage:
         drawn = "self_critical" in vars(self) and self.self_critical.drawn
         return {"reward": self.self_critical.mean_reward} if drawn else {}
 
-    def validate(self) -> dict[str, float]:
-        """Loss and scores on val."""
+    def validate(self) -> Validation:
+        """Loss, scores and some captions on val."""
         return self.validator.validate(self.decoder, self.val_features)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
@@ -191,7 +194,12 @@ class DecoderStage:
 
 
 def train_decoder(
-    options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
+    options: DecoderOptions,
+    run: Path,
+    device: torch.device,
+    memory: float,
+    force: bool,
+    watchers: Sequence[Watcher] = (),
 ) -> Progress:
     """Train a decoder in the folder ``run``, or go on with the training there.
 
@@ -201,13 +209,15 @@ def train_decoder(
         device: where to train.
         memory: bytes that features may take; more are read from the cache batch by batch.
         force: start over, whatever the folder holds.
+        watchers: see ``training.train``.
 
     Raises:
         UserError: captions or features are missing, do not belong together, or leave train
             or val empty; the run there has other settings.
     """
-    stage = prepare_stage(options, run, device, memory, force)
-    progress = train(stage, run, stage.config())
+    stage, data = prepare_stage(options, run, device, memory, force)
+    watchers = [*watchers, epoch_reporter(run, data)]
+    progress = train(stage, run, stage.config(), watchers=watchers)
     best = load_checkpoint(run)
     if best.matcher is None:
         best.matcher = train_matcher(
@@ -224,10 +234,13 @@ def train_decoder(
 
 def prepare_stage(
     options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
-) -> DecoderStage:
+) -> tuple[DecoderStage, ReportData]:
     """Read captions and features, open the run folder, and build the decoder.
 
     See ``train_decoder``. Of the captions' text only that of val is kept.
+
+    Returns:
+        The stage, and what the report tells of its data.
     """
     cache = FeatureCache(Path(options.features))
     captions_file = Path(options.captions) if options.captions else None
@@ -269,17 +282,21 @@ def prepare_stage(
         f"{weights:,} weights, {options.precision} on {device.type}",
         err=True,
     )
-    return DecoderStage(
+    validator = Validator(val_captions, vocabulary)
+    paths = {name: Path(options.data) / path for name, path in names.items()}
+    data = describe_data(table, paths, train_captions, val_captions, vocabulary, validator.samples)
+    stage = DecoderStage(
         decoder=decoder.to(device),
         vocabulary=vocabulary,
         encoder=cache.identity,
         features=features,
         captions=captions,
-        validator=Validator(val_captions, vocabulary),
+        validator=validator,
         val_features=val_features,
         options=options,
         device=device,
     )
+    return stage, data
 
 
 def build_decoder(options: DecoderOptions, vocabulary_size: int) -> Decoder:

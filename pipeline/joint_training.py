@@ -41,8 +41,11 @@ from pipeline.images import (
 )
 from pipeline.matching import train_matcher
 from pipeline.progress import progress_bar
-from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, open_run, train
-from pipeline.validation import Validator
+from pipeline.report import epoch_reporter
+from pipeline.report_data import describe_data
+from pipeline.run_folder import open_run
+from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
+from pipeline.validation import Validation, Validator
 from pipeline.vocabulary import Vocabulary
 
 # A picture whose captions tell sides is never flipped.
@@ -218,7 +221,7 @@ class JointStage:
         """Nothing else."""
         return {}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Encode the val pictures with the present encoder, and score the decoder on them."""
         encoder = copy.deepcopy(self.encoder)
         encoder.precision = self.options.precision
@@ -254,9 +257,16 @@ def may_flip(captions: Sequence[str]) -> bool:
 
 
 def finetune_joint(
-    options: JointOptions, run: Path, device: torch.device, workers: int, force: bool
+    options: JointOptions,
+    run: Path,
+    device: torch.device,
+    workers: int,
+    force: bool,
+    watchers: Sequence[Watcher] = (),
 ) -> tuple[Progress, Mapping[str, str]]:
     """Fine-tune the runs ``options.start`` in the folder ``run``, or go on with that.
+
+    ``watchers`` are those of ``training.train``.
 
     Returns:
         The state at the end, and the pictures that could not be read, with reasons.
@@ -291,6 +301,11 @@ def finetune_joint(
     encoder.source = str(run / "best.pt")
     splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
     open_run(run, {**asdict(options), **splits}, force)
+    validator = Validator(val_captions, start.vocabulary)
+    paths = {name: data / path for name, path in names.items()}
+    described = describe_data(
+        table, paths, train_captions, val_captions, start.vocabulary, validator.samples
+    )
     raw = {image.name: image.captions for image in table.images}
     stage = JointStage(
         encoder=encoder.to(device),
@@ -299,7 +314,7 @@ def finetune_joint(
         pictures=[Picture(data / names[name], may_flip(raw[name])) for name in train_captions],
         captions=encode_captions(train_captions.values(), start.vocabulary),
         val_paths=[data / names[name] for name in val_captions],
-        validator=Validator(val_captions, start.vocabulary),
+        validator=validator,
         options=options,
         workers=workers,
         device=device,
@@ -320,7 +335,8 @@ def finetune_joint(
         accumulate=options.accumulate,
         average=options.average,
     )
-    progress = train(stage, run, config, score_start=True)
+    watchers = [*watchers, epoch_reporter(run, described)]
+    progress = train(stage, run, config, score_start=True, watchers=watchers)
     add_second_opinions(stage, run)
     return progress, stage.unreadable
 

@@ -17,6 +17,7 @@ SCRIPTS = {
     "finetune": "finetune_joint.py",
     "caption": "caption.py",
     "evaluate": "evaluate.py",
+    "report": "-m pipeline.report",
 }
 
 
@@ -98,4 +99,11 @@ matching = click.option(
     help="Weight of how well a caption fits the picture; 0: none. Higher, up to 4, makes captions "
     "more various.  [default: 2 where the model has a matcher]",
     show_default=False,
+)
+
+tensorboard = click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write the curves, and some captions of every epoch, for TensorBoard too, which must be "
+    "installed (pip install -e '.[tensorboard]'): tensorboard --logdir runs",
 )

@@ -1,4 +1,4 @@
-"""Progress bars on standard error: live in a terminal, a line now and then in a log."""
+"""Progress on standard error: bars, live in a terminal and a line now and then in a log; times."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     else:
         options |= {"mininterval": 30.0, "delay": 30.0, "bar_format": LINE, "file": PlainLines()}
     return tqdm(iterable, **options)
+
+
+def duration(seconds: float) -> str:
+    """Say a time as exactly as helps: ``0.4 s``, ``48 s``, ``12 min``, ``2 h 05 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 119.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

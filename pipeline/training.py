@@ -1,11 +1,4 @@
-"""The training loop that stages 2 and 3 share, and the run folder that it writes.
-
-A run folder holds
-
-    config.json   the options of the run
-    log.jsonl     one line an epoch
-    last.pt       everything needed to go on
-    best.pt       the epoch with the best CIDEr-D on val: the model to use
+"""The training loop that stages 2 and 3 share; what it writes is told in ``run_folder``.
 
 All randomness of an epoch (order, dropout, augmentation) follows from the seed and the
 epoch's number alone. A run that was killed therefore goes on from ``last.pt`` exactly as if
@@ -14,11 +7,9 @@ it had never stopped; on a CPU the weights are identical to the bit.
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,17 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.curves import write_curves
 from pipeline.devices import autocast
 from pipeline.errors import UserError
-from pipeline.files import atomic_write
-from pipeline.progress import progress_bar
+from pipeline.progress import duration, progress_bar
+from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
+from pipeline.validation import Validation
 
 # A stride between the seeds of epochs that no one's choice of seeds will cross.
 SEED_STRIDE = 1_000_003
 
-
-RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "config.json", "predictions.json", "scores.json")
-PATH_OPTIONS = {"data", "captions", "features", "weights"}
+SAMPLE_EVERY = 5  # epochs, between captions on the terminal
 
 
 @dataclass(frozen=True)
@@ -98,6 +89,10 @@ class TrainingConfig:
         raise ValueError(f"no epoch {epoch} in {self.phases}")
 
 
+# What is called after every epoch with its line of the log and its sample captions by name.
+Watcher = Callable[[Mapping[str, float], Mapping[str, str]], None]
+
+
 class LossError(Exception):
     """A loss that cannot be trained with; the text says why."""
 
@@ -125,7 +120,7 @@ class Stage(Protocol):
     def facts(self) -> dict[str, float]:
         """Give what else is to be logged of the epoch that was trained last."""
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         """Score the present weights on val; one of the scores is ``CIDEr-D``."""
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
@@ -161,7 +156,13 @@ def learning_rate_factor(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = False) -> Progress:
+def train(
+    stage: Stage,
+    run: Path,
+    config: TrainingConfig,
+    score_start: bool = False,
+    watchers: Sequence[Watcher] = (),
+) -> Progress:
     """Train ``stage`` in the folder ``run``, from its beginning or from where it stopped.
 
     Args:
@@ -170,6 +171,7 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         config: how to train.
         score_start: score the weights before the first epoch too, as epoch 0, so that
             ``best.pt`` is never worse than what the stage started from.
+        watchers: are shown every epoch.
 
     Returns:
         The state at the end.
@@ -191,14 +193,16 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         progress = Progress(**saved["progress"])
         if progress.epoch:
             click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
-    _trim_log(run / "log.jsonl", progress.epoch if last.is_file() else -1)
+    for name in (LOG, SAMPLES):
+        trim_epochs(run / name, progress.epoch if last.is_file() else -1)
 
     def finish_epoch(record: dict[str, float]) -> None:
         """Score, save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
         began = time.perf_counter()
         average.exchange()  # from here to the end the model has the averaged weights
         stage.set_training(False)
-        scores = stage.validate()
+        found = stage.validate()
+        scores = found.scores
         better = progress.improved_by(scores)
         if better:
             progress.best_epoch = progress.epoch
@@ -208,8 +212,11 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
             save_checkpoint(run / "best.pt", checkpoint)
         record = {"epoch": progress.epoch, **record, **scores}
         record["validation_seconds"] = round(time.perf_counter() - began, 2)
-        _append_log(run / "log.jsonl", record)
-        _write_tensorboard(run, record)
+        append_epoch(run / LOG, record)
+        append_epoch(run / SAMPLES, {"epoch": progress.epoch, "captions": found.samples})
+        write_curves(run)
+        for watch in watchers:
+            watch(record, found.samples)
         checkpoint.training = {
             "optimizer": optimizer.state_dict(),
             "progress": asdict(progress),
@@ -218,7 +225,11 @@ def train(stage: Stage, run: Path, config: TrainingConfig, score_start: bool = F
         }
         save_checkpoint(last, checkpoint)
         average.exchange()
-        click.echo(_epoch_line(record, config.epochs, better), err=True)
+        log = read_epochs(run / LOG)
+        click.echo(_epoch_line(log, config.epochs, better), err=True)
+        shown = progress.epoch in (1, config.epochs) or progress.epoch % SAMPLE_EVERY == 0
+        if shown and found.samples:
+            click.echo(_sample_line(found.samples, progress.epoch), err=True)
 
     if score_start and not last.is_file():
         finish_epoch({})
@@ -360,70 +371,31 @@ def train_epoch(
     return loss_sum / tokens_sum
 
 
-def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
-    """Make the run folder and its ``config.json``, or check that the run there is the same one.
-
-    To be called when all inputs are known to be good: ``force`` deletes the run there.
-    Paths are not compared, as data may move; the hashes of the splits are.
-
-    Raises:
-        UserError: the folder holds a run with other settings, and ``force`` is not set.
-    """
-    path = run / "config.json"
-    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
-    if force:
-        for name in RUN_FILES:
-            (run / name).unlink(missing_ok=True)
-        shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    if path.is_file() and (run / "last.pt").is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
-            if before.get(option) != settings.get(option):
-                raise UserError(
-                    f"{run} was started with {option} {before.get(option)}, not "
-                    f"{settings.get(option)}: give that to go on with it, another --run for a "
-                    "new one, or --force to start it over"
-                )
-    with atomic_write(path) as handle:
-        json.dump(settings, handle, indent=2)
-        handle.write("\n")
-
-
-def _trim_log(path: Path, epoch: int) -> None:
-    """Drop the lines of epochs after ``epoch``: they were logged, but never saved."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line and json.loads(line)["epoch"] <= epoch]
-        with atomic_write(path) as handle:
-            handle.writelines(line + "\n" for line in kept)
-
-
-def _append_log(path: Path, record: dict[str, float]) -> None:
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    with atomic_write(path) as handle:
-        handle.write(before + json.dumps(record) + "\n")
-
-
-def _write_tensorboard(run: Path, record: dict[str, float]) -> None:
-    """Add an epoch to TensorBoard's files where the package is installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return
-    with SummaryWriter(run / "tensorboard") as writer:
-        for name, value in record.items():
-            if name != "epoch":
-                writer.add_scalar(name, value, int(record["epoch"]))
-
-
-def _epoch_line(record: dict[str, float], epochs: int, better: bool) -> str:
-    """Sum an epoch up in one line for the terminal."""
-    parts = [f"epoch {record['epoch']:>3.0f}/{epochs}"]
+def _epoch_line(log: Sequence[Mapping[str, float]], epochs: int, better: bool) -> str:
+    """Sum the last epoch of ``log`` up in one line for the terminal."""
+    record = log[-1]
+    parts = [f"epoch {record['epoch']:>{len(str(epochs))}.0f}/{epochs}"]
     if "reward" in record:
-        parts.append(f"reward {record['reward']:.1f}")
+        parts.append(f"reward {record['reward']:9.1f}")
     elif "train_loss" in record:
         parts.append(f"train loss {record['train_loss']:.3f}")
+    else:
+        parts.append("before training ")
     parts.append(f"val loss {record['val_loss']:.3f}")
-    parts += [f"{name} {record[name]:.1f}" for name in ("BLEU-4", "CIDEr-D")]
-    parts.append(f"{record.get('seconds', 0) + record['validation_seconds']:.0f} s")
-    return "  ".join(parts) + ("  best" if better else "")
+    parts += [f"{name} {record[name]:5.1f}" for name in ("BLEU-4", "CIDEr-D")]
+    parts.append(f"{duration(_seconds(record)):>6},")
+    # The last few alone: epochs may grow slower, by other work or when they get self-critical.
+    recent = [_seconds(record) for record in log[-5:] if record["epoch"]]
+    left = (epochs - record["epoch"]) * sum(recent) / max(1, len(recent))
+    parts[-1] += f" {duration(left):>5} left" if left else " done"
+    return "  ".join(parts) + ("  best so far" if better else "")
+
+
+def _seconds(record: Mapping[str, float]) -> float:
+    return record.get("seconds", 0.0) + record["validation_seconds"]
+
+
+def _sample_line(samples: Mapping[str, str], epoch: int) -> str:
+    """Show the caption of one of the pictures, which take turns."""
+    name, caption = list(samples.items())[epoch // SAMPLE_EVERY % len(samples)]
+    return f'    {name}: "{caption}"'

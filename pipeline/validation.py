@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from pipeline.ensemble import CaptionDecoder
 from pipeline.metrics import Scorer
 from pipeline.reranking import Reranker, best_captions
 from pipeline.search import Hypothesis, SearchConfig
-from pipeline.vocabulary import Vocabulary
+from pipeline.vocabulary import Vocabulary, detokenize
+
+SAMPLES = 8
 
 
 def search_all(
@@ -46,6 +49,29 @@ def mean_loss(
     return total / max(tokens, 1)
 
 
+def sample_names(names: Iterable[str]) -> list[str]:
+    """Choose eight names, or all of fewer, spread evenly over the sorted ones.
+
+    They follow from the names alone: for a split they are the same in every run.
+    """
+    ordered = sorted(names)
+    count = min(SAMPLES, len(ordered))
+    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation found.
+
+    Attributes:
+        scores: ``val_loss``, ``CIDEr-D`` and others by name.
+        samples: the captions of a few pictures by the pictures' names, always the same pictures.
+    """
+
+    scores: dict[str, float]
+    samples: dict[str, str] = field(default_factory=dict)
+
+
 class Validator:
     """The val split, prepared once: captions as numbers, references for the scorer.
 
@@ -61,20 +87,19 @@ class Validator:
         batch_size: int = 256,
     ) -> None:
         self.names = list(references)
+        self.samples = sample_names(self.names)
         self.scorer = Scorer(references)
         self.captions = encode_captions(references.values(), vocabulary)
         self.vocabulary = vocabulary
         self.batch_size = batch_size
         self.search = SearchConfig()
 
-    def validate(
-        self, decoder: CaptionDecoder, features: Tensor | PictureFeatures
-    ) -> dict[str, float]:
+    def validate(self, decoder: CaptionDecoder, features: Tensor | PictureFeatures) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
         Returns:
             ``val_loss``, the scores of captions searched with three beams, and ``distinct``,
-            the number of different captions.
+            the number of different captions; and the captions of ``samples``.
         """
         batches = torch.arange(len(self.names)).split(self.batch_size)
         found = search_all(
@@ -84,8 +109,9 @@ class Validator:
             name: self.vocabulary.decode(hypotheses[0].tokens)
             for name, hypotheses in zip(self.names, found, strict=True)
         }
-        return {
+        scores = {
             "val_loss": mean_loss(decoder, self.captions, features),
             **self.scorer.score(predictions),
             "distinct": len({tuple(words) for words in predictions.values()}),
         }
+        return Validation(scores, {name: detokenize(predictions[name]) for name in self.samples})

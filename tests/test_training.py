@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ import train_decoder as command
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
-from pipeline.training import Phase, TrainingConfig, learning_rate_factor, open_run, train
+from pipeline.run_folder import open_run
+from pipeline.tensorboard_log import tensorboard_writer
+from pipeline.training import Phase, TrainingConfig, learning_rate_factor, train
+from pipeline.validation import Validation
 from pipeline.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,9 +74,10 @@ class ScriptedStage:
     def facts(self) -> dict[str, float]:
         return {}
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         self.validations += 1
-        return {"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}
+        samples = {name: f"{name} in {self.validations}" for name in ("a.jpg", "b.jpg")}
+        return Validation({"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}, samples)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         return Checkpoint(
@@ -88,9 +93,10 @@ class ScriptedStage:
 class ScoringStage(ScriptedStage):
     """Gives the scripted scores in turn."""
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Validation:
         score = self.ciders[self.validations]
-        return {**super().validate(), "CIDEr-D": score}
+        found = super().validate()
+        return replace(found, scores={**found.scores, "CIDEr-D": score})
 
 
 def config(epochs: int, patience: int = 0, accumulate: int = 1) -> TrainingConfig:
@@ -207,8 +213,9 @@ def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
     """With one val picture CIDEr-D is 0 for every caption; the first epoch is not the best."""
 
     class FallingLoss(ScriptedStage):
-        def validate(self) -> dict[str, float]:
-            return {**super().validate(), "val_loss": 5.0 - self.validations}
+        def validate(self) -> Validation:
+            scores = super().validate().scores
+            return Validation({**scores, "val_loss": 5.0 - self.validations})
 
     assert train(FallingLoss([]), tmp_path, config(3)).best_epoch == 3
 
@@ -241,16 +248,56 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path, epoch: int) 
         assert_same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
     lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    curves = [(tmp_path / run / "curves.svg").read_bytes() for run in ("whole", "broken")]
+    assert curves[0] == curves[1]
 
 
 def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> None:
     train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
-    log = tmp_path / "log.jsonl"
+    log, samples = tmp_path / "log.jsonl", tmp_path / "samples.jsonl"
+    before = samples.read_bytes()
     log.write_text(log.read_text() + json.dumps({"epoch": 3, "CIDEr-D": 0}) + "\n")
+    samples.write_text(samples.read_text() + json.dumps({"epoch": 3, "captions": {}}) + "\n")
     stage = ScoringStage([])
     stage.decoder.load_state_dict(weights(tmp_path / "last.pt"))
     train(stage, tmp_path, config(2))
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+    assert samples.read_bytes() == before
+
+
+def test_the_terminal_shows_every_epoch_and_some_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(ScoringStage([float(epoch) for epoch in range(12)]), tmp_path, config(12))
+    lines = capsys.readouterr().err.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line[:11] for line in epochs[8:]] == [
+        "epoch  9/12",
+        *(f"epoch {epoch}/12" for epoch in (10, 11, 12)),
+    ]
+    assert len({line.index("CIDEr-D") for line in epochs}) == 1, "in columns"
+    assert all(line.endswith(" left  best so far") for line in epochs[:-1])
+    assert " done" in epochs[-1]
+    captions = [line for line in lines if not line.startswith("epoch")]
+    assert captions == [
+        '    a.jpg: "a.jpg in 1"',
+        '    b.jpg: "b.jpg in 5"',
+        '    a.jpg: "a.jpg in 10"',
+        '    a.jpg: "a.jpg in 12"',
+    ]
+
+
+def test_watchers_see_every_epoch_before_it_is_saved(tmp_path: Path) -> None:
+    """So a kill in one repeats the epoch, and no epoch is left out."""
+    seen: list[tuple[float, str, int]] = []
+
+    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+        last = tmp_path / "last.pt"
+        saved = load_checkpoint(last).epoch if last.is_file() else 0
+        seen.append((record["epoch"], samples["a.jpg"], saved))
+
+    train(ScoringStage([1.0, 2.0, 3.0]), tmp_path, config(3), watchers=[watch])
+    assert seen == [(epoch, f"a.jpg in {epoch}", epoch - 1) for epoch in (1, 2, 3)]
 
 
 def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None:
@@ -383,16 +430,52 @@ def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> Non
     optimizers = [load_checkpoint(run / "last.pt").training for run in (whole, killed)]
     assert optimizers[0] is not None and optimizers[1] is not None
     torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
-    for name in ("predictions.json", "scores.json"):
+    for name in ("predictions.json", "scores.json", "samples.jsonl", "curves.svg"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert len((killed / "log.jsonl").read_text().splitlines()) == 40
 
 
-def test_tensorboard_gets_every_epoch_where_it_is_installed(tmp_path: Path) -> None:
+def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(ScoringStage([10.0, 30.0]), tmp_path, config(2))
+    train(ScoringStage([10.0]), tmp_path, config(1))
+    assert not (tmp_path / "tensorboard").exists()
+    for name in ("last.pt", "log.jsonl", "samples.jsonl"):
+        (tmp_path / name).unlink()
+    stage = ScoringStage([10.0, 30.0], fail_in_epoch=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, tmp_path, config(3), watchers=[tensorboard_writer(tmp_path)])
+    # As if killed before the second epoch was saved: it comes again.
+    again = ScoringStage([20.0, 40.0])
+    tensorboard = tensorboard_writer(tmp_path)
+    tensorboard({"epoch": 2, "CIDEr-D": 20.0}, {"a.jpg": "<b>again</b>"})
+    again.decoder.load_state_dict(weights(tmp_path / "last.pt"))
+    train(again, tmp_path, config(3), watchers=[tensorboard])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("CIDEr-D")] == [(1, 10.0), (2, 30.0)]
+    found = [(e.step, e.value) for e in events.Scalars("CIDEr-D")]
+    assert found == [(1, 10.0), (2, 20.0), (3, 20.0)]
+    texts = {  # the last of a step; this reader purges no texts
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("captions/a.jpg/text_summary")
+    }
+    assert texts == {1: "a.jpg in 1", 2: "<b>again</b>", 3: "a.jpg in 1"}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_command_writes_for_tensorboard_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    command_line = arguments(data, features, run, "--epochs", "1", "--tensorboard")
+    if installed:
+        pytest.importorskip("tensorboard")
+        assert CliRunner().invoke(command.main, command_line).exit_code == 0
+        assert len(list((run / "tensorboard").iterdir())) == 1
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        result = CliRunner().invoke(command.main, command_line)
+        assert result.exit_code == 2 and "--tensorboard: not installed; pip" in result.output
+        assert not run.exists()

@@ -2,7 +2,7 @@
 
 After ``pip install .`` they are also sub-commands of one program:
 
-    captioner extract | train | finetune | caption | evaluate
+    captioner extract | train | finetune | caption | evaluate | report
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": "Fine-tune both networks on the pictures.",
     "caption": "Caption pictures.",
     "evaluate": "Score captions.",
+    "report": "Show a training run as one page.",
 }
 
 

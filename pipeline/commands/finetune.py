@@ -131,6 +131,7 @@ from pipeline import options
     help="Threads that decode pictures.  [default: one a core, at most 8, or 16 with a GPU]",
     show_default=False,
 )
+@options.tensorboard
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 def main(
     start: tuple[Path, ...],
@@ -141,6 +142,7 @@ def main(
     device: str,
     precision: str,
     workers: int | None,
+    tensorboard: bool,
     force: bool,
     **options: float,
 ) -> None:
@@ -160,11 +162,17 @@ def main(
     from pipeline.devices import choose_device, choose_training_precision, default_workers
     from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.joint_training import JointOptions, finetune_joint
+    from pipeline.report import write_report
+    from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
 
     settings = load_checkpoint(start[0]).settings
     if data is None:
         data = Path(settings["data"])
         captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
+    watchers = []
+    if tensorboard:
+        check_tensorboard()
+        watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
     joint_options = JointOptions(
         start=tuple(map(str, start)),
@@ -176,13 +184,14 @@ def main(
         **options,  # type: ignore[arg-type]
     )
     progress, unreadable = finetune_joint(
-        joint_options, run, chosen, workers or default_workers(chosen), force
+        joint_options, run, chosen, workers or default_workers(chosen), force, watchers
     )
     click.echo(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
     print_table({str(run): evaluate_runs([run], chosen, java=False)})
+    write_report(run)
     for path, reason in unreadable.items():
         click.echo(f"failed: {path}: {reason}", err=True)
     if unreadable:

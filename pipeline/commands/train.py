@@ -146,6 +146,7 @@ from pipeline.errors import UserError
     help="GB that features may take in memory (a million pictures: 4.1 GB); larger caches are "
     "read from the file batch by batch.",
 )
+@options.tensorboard
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 def main(
     data: Path,
@@ -155,6 +156,7 @@ def main(
     device: str,
     precision: str,
     feature_memory: float,
+    tensorboard: bool,
     force: bool,
     **numbers: float,
 ) -> None:
@@ -175,12 +177,18 @@ def main(
     from pipeline.devices import choose_device, choose_training_precision
     from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.features import default_cache_path
+    from pipeline.report import write_report
+    from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
 
     if numbers["self_critical_epochs"] >= numbers["epochs"]:
         raise UserError(
             f"--self-critical-epochs {numbers['self_critical_epochs']:.0f}: must be fewer than "
             f"--epochs {numbers['epochs']:.0f}, as the first epochs learn people's captions"
         )
+    watchers = []
+    if tensorboard:
+        check_tensorboard()
+        watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
     options = DecoderOptions(
         data=str(data),
@@ -189,9 +197,10 @@ def main(
         precision=choose_training_precision(precision, chosen),
         **numbers,  # type: ignore[arg-type]
     )
-    progress = train_decoder(options, run, chosen, feature_memory * 1e9, force)
+    progress = train_decoder(options, run, chosen, feature_memory * 1e9, force, watchers)
     click.echo(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
     print_table({str(run): evaluate_runs([run], chosen, java=False)})
+    write_report(run)

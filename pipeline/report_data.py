@@ -1,0 +1,169 @@
+"""What a report tells of a run's data: splits, words, and the pictures that it shows."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.caption_files import SPLITS
+from pipeline.captions import CaptionTable, read_captions
+from pipeline.dataset import tokenised
+from pipeline.errors import UserError
+from pipeline.features import DONE, FeatureCache
+from pipeline.images import find_images
+from pipeline.vocabulary import Vocabulary
+
+Tokenised = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each caption
+
+MOST_MISSED = 24  # words that a report lists
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """A split in numbers.
+
+    Attributes:
+        images, captions, words: how many.
+        unknown_words: how many of ``words`` the vocabulary misses.
+        unknown_captions: how many captions have such a word.
+        lengths: mean, median and longest of the captions, in words.
+    """
+
+    images: int
+    captions: int
+    words: int
+    unknown_words: int
+    unknown_captions: int
+    lengths: tuple[float, float, int]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The data of a run, as a report tells of it.
+
+    Attributes:
+        source: the captions file, its layout, and where the splits come from.
+        notes: what was dropped or mended, in words, with how often.
+        hashes: split to the hash of its list of images.
+        splits: "train" and "val" in numbers.
+        vocabulary: how many words it has, special tokens not counted.
+        train_words: how many different words the training captions have.
+        missed: words of val that the vocabulary misses, the most frequent first.
+        references: captions by image name, as people wrote them.
+        pictures: where the picture of an image should be.
+    """
+
+    source: tuple[str, str, str]
+    notes: Mapping[str, int]
+    hashes: Mapping[str, str]
+    splits: Mapping[str, SplitFacts]
+    vocabulary: int
+    train_words: int
+    missed: Sequence[tuple[str, int]]
+    references: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+
+
+def describe_data(
+    table: CaptionTable,
+    paths: Mapping[str, Path],
+    train: Tokenised,
+    val: Tokenised,
+    vocabulary: Vocabulary,
+    shown: Iterable[str],
+) -> ReportData:
+    """Sum up the captions of a run.
+
+    Args:
+        table: the captions, of images that have a picture.
+        paths: image name to picture.
+        train, val: tokenised captions of the two splits.
+        vocabulary: the run's.
+        shown: images whose captions and pictures are to be kept.
+    """
+    kept = set(shown)
+    counts = [_count(split) for split in (train, val)]
+    missed = Counter({word: n for word, n in counts[1].items() if word not in vocabulary})
+    return ReportData(
+        source=(str(table.source), table.layout, table.split_source),
+        notes=dict(table.notes),
+        hashes={split: table.split_hash(split) for split in SPLITS if table.of_split(split)},
+        splits={"train": _facts(train, vocabulary), "val": _facts(val, vocabulary)},
+        vocabulary=len(vocabulary) - 4,
+        train_words=len(counts[0]),
+        missed=sorted(missed.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_MISSED],
+        references={i.name: i.captions for i in table.images if i.name in kept},
+        pictures={name: path for name, path in paths.items() if name in kept},
+    )
+
+
+def _count(captions: Tokenised) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for group in captions.values():
+        for words in group:
+            counts.update(words)
+    return counts
+
+
+def _facts(captions: Tokenised, vocabulary: Vocabulary) -> SplitFacts:
+    unknown = [
+        sum(word not in vocabulary for word in words)
+        for group in captions.values()
+        for words in group
+    ]
+    lengths = [len(words) for group in captions.values() for words in group]
+    return SplitFacts(
+        images=len(captions),
+        captions=len(lengths),
+        words=sum(lengths),
+        unknown_words=sum(unknown),
+        unknown_captions=sum(map(bool, unknown)),
+        lengths=(statistics.mean(lengths), statistics.median(lengths), max(lengths)),
+    )
+
+
+def read_data(
+    settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabulary
+) -> tuple[ReportData, Tokenised]:
+    """Read a run's captions again, and sum them up.
+
+    Args:
+        settings: the run's, from its config.json.
+        data: the data folder, where it moved since the training.
+        vocabulary: the run's.
+
+    Returns:
+        What a report tells of them, and the tokenised captions of val.
+
+    Raises:
+        UserError: they cannot be read, or are not those of the training.
+    """
+    folder = data or Path(settings["data"])
+    captions = Path(settings["captions"]) if settings.get("captions") and data is None else None
+    table = read_captions(folder, captions)
+    table, names = _restricted(table, folder, Path(settings["features"]), settings)
+    train, val = (tokenised(table.of_split(split)) for split in ("train", "val"))
+    if not train or not val:
+        raise UserError(f"{table.source}: no captions of the pictures trained on")
+    paths = {name: folder / path for name, path in names.items()}
+    return describe_data(table, paths, train, val, vocabulary, val), val
+
+
+def _restricted(
+    table: CaptionTable, folder: Path, features: Path, settings: Mapping[str, Any]
+) -> tuple[CaptionTable, dict[str, str]]:
+    """Keep the images that were trained with: those with features, or with pictures."""
+    available: list[Sequence[str]] = []
+    if features.is_file():
+        available.append(FeatureCache(features).names(DONE))
+    available.append(find_images(folder))
+    for names in available:
+        kept, pictures = table.restrict(names)
+        hashes = {f"{split}_images": kept.split_hash(split) for split in ("train", "val")}
+        if all(settings.get(name, found) == found for name, found in hashes.items()):
+            return kept, pictures
+    raise UserError(f"{table.source}: not the captions and pictures that the run was trained with")
