@@ -36,7 +36,7 @@ from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED
 from pipeline.reranking import Reranker, best_captions, search_config
 from pipeline.search import Hypothesis, SearchConfig
-from pipeline.vocabulary import Vocabulary, detokenize
+from pipeline.vocabulary import Vocabulary
 
 StrPath = str | os.PathLike[str]
 # The encoder likes small batches, the decoder, whose weights pass through the cache for every
@@ -148,13 +148,14 @@ class Captioner:
         consensus: float | None = None,
         matching: float | None = None,
         least: int = 1,
-        max_length: int = SearchConfig.max_length,
+        max_length: int | None = None,
     ) -> SearchConfig:
         """Choose how to search for this model where not all is said: see ``reranking``."""
+        longest = self.vocabulary.tokenizer.longest
         return search_config(
             self.reranker,
             *(beam_size, consensus, matching, least, self.decoder.config.members),
-            max_length=max_length,
+            max_length=longest if max_length is None else max_length,
         )
 
     def caption(
@@ -162,7 +163,7 @@ class Captioner:
         images: Sequence[StrPath],
         beam_size: int | None = None,
         batch_size: int | None = None,
-        max_length: int = 20,
+        max_length: int | None = None,
     ) -> list[str]:
         """Caption pictures: one text for each, in their order.
 
@@ -170,7 +171,7 @@ class Captioner:
             images: paths.
             beam_size: hypotheses kept a picture; by default see ``search_config``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
-            max_length: most words in a caption.
+            max_length: most words in a caption; by default 20, or 40 where characters are tokens.
 
         Raises:
             InputError: a picture cannot be read; ``stream`` reports it and goes on.
@@ -247,7 +248,10 @@ class Captioner:
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
     """Put hypotheses into words."""
-    return [Caption(detokenize(vocabulary.decode(h.tokens)), h.log_probability) for h in hypotheses]
+    return [
+        Caption(vocabulary.detokenize(vocabulary.decode(h.tokens)), h.log_probability)
+        for h in hypotheses
+    ]
 
 
 def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> Encoder:

@@ -39,6 +39,8 @@ SEED_STRIDE = 1_000_003
 
 RUN_FILES = ("last.pt", "best.pt", "log.jsonl", "config.json", "predictions.json", "scores.json")
 PATH_OPTIONS = {"data", "captions", "features", "weights"}
+# What runs had that were begun before there was a choice.
+EARLIER_OPTIONS = {"tokenizer": "english"}
 
 
 @dataclass(frozen=True)
@@ -370,23 +372,33 @@ def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
         UserError: the folder holds a run with other settings, and ``force`` is not set.
     """
     path = run / "config.json"
-    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if force:
         for name in RUN_FILES:
             (run / name).unlink(missing_ok=True)
         shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    refuse_other_settings(run, settings)
+    with atomic_write(path) as handle:
+        json.dump(settings, handle, indent=2)
+        handle.write("\n")
+
+
+def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Check that the run in a folder, if there is one, can go on with these settings.
+
+    Raises:
+        UserError: it has others; see ``open_run``.
+    """
+    path = run / "config.json"
+    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if path.is_file() and (run / "last.pt").is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
-            if before.get(option) != settings.get(option):
+            if before.get(option, EARLIER_OPTIONS.get(option)) != settings.get(option):
                 raise UserError(
                     f"{run} was started with {option} {before.get(option)}, not "
                     f"{settings.get(option)}: give that to go on with it, another --run for a "
                     "new one, or --force to start it over"
                 )
-    with atomic_write(path) as handle:
-        json.dump(settings, handle, indent=2)
-        handle.write("\n")
 
 
 def _trim_log(path: Path, epoch: int) -> None:

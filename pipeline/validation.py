@@ -65,7 +65,7 @@ class Validator:
         self.captions = encode_captions(references.values(), vocabulary)
         self.vocabulary = vocabulary
         self.batch_size = batch_size
-        self.search = SearchConfig()
+        self.search = SearchConfig(max_length=vocabulary.tokenizer.longest)
 
     def validate(
         self, decoder: CaptionDecoder, features: Tensor | PictureFeatures
