@@ -163,7 +163,7 @@ def find_files(data: Path, captions: Path | None) -> list[Path]:
     """
     if captions is not None:
         for path in (captions, data / captions):
-            if path.is_file() or path.is_dir():
+            if path.is_file() or (path.is_dir() and find_sidecars(path).pictures):
                 return [path]
         raise UserError(f"{captions}: no such file; --captions names the file with the captions")
     if not data.is_dir():

@@ -21,7 +21,7 @@ from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig
 from pipeline.validation import search_all
 
-STEP_SECONDS = 2.5
+STEP_SECONDS, LEAST_STEPS = 2.5, 4
 SAMPLED_PICTURES, SEARCHED_PICTURES = 16, 32
 # A row of a cache beside its features: name, status, reason, hash.
 ROW_BYTES = 2 * FEATURE_SIZE + 250
@@ -73,7 +73,7 @@ def training_cost(
     made_up = torch.randn(options.batch_size, FEATURE_SIZE, generator=generator)
     seconds: list[float] = []
     began = time.perf_counter()
-    while time.perf_counter() - began < STEP_SECONDS:
+    while not _enough(seconds, began):
         for indices in bucketed_batches(captions.lengths, options.batch_size, generator):
             before = time.perf_counter()
             batch = captions.padded(indices).to(device)
@@ -87,9 +87,9 @@ def training_cost(
             optimizer.zero_grad(set_to_none=True)
             loss.item()  # waits for a GPU
             seconds.append(time.perf_counter() - before)
-            if time.perf_counter() - began > STEP_SECONDS:
+            if _enough(seconds, began):
                 break
-    timed = seconds[1:] or seconds  # the first one has to warm up
+    timed = seconds[1:]  # the first one has to warm up
     step = sum(timed) / len(timed)
     decoder.eval()
     few = made_up[: max(1, min(val_pictures, SEARCHED_PICTURES))]
@@ -103,7 +103,7 @@ def training_cost(
     neighbours = 2 * options.embed_size * min(pictures, MOST_PICTURES)
     peak = _peak_memory()
     return TrainingCost(
-        steps=len(seconds),
+        steps=len(timed),
         epoch=training + validation,
         # A self-critical epoch takes about twice as long.
         total=(training * (options.epochs + options.self_critical_epochs))
@@ -112,6 +112,10 @@ def training_cost(
         disk=4 * (5 * weights + matcher) + 2 * neighbours,
         memory=None if peak is None else peak + features_in_memory,
     )
+
+
+def _enough(seconds: Sequence[float], began: float) -> bool:
+    return len(seconds) >= LEAST_STEPS and time.perf_counter() - began > STEP_SECONDS
 
 
 def _peak_memory() -> float | None:

@@ -291,9 +291,7 @@ def _advice_on_size(
 ) -> list[str]:
     advice = []
     if train < FEW_TRAIN:
-        line = (
-            f"{train:,} pictures to train on are few: captions will be monotonous and often wrong"
-        )
+        line = f"{train:,} pictures to train on are few: many captions will be alike or wrong"
         english = options.tokenizer == ENGLISH
         known = _known_to_pretrained(table) if english else 0.0
         if known >= KNOWN_ENOUGH:

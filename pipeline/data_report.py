@@ -124,7 +124,7 @@ def say_duplicates(images: Sequence[CaptionedImage], paths: Mapping[str, Path]) 
             f"captions of several images: {repeated.across:,} (most often {quoted(text)}, of "
             f"{count:,} images)"
         )
-        if count > max(2, 0.05 * repeated.images):
+        if count > max(4, 0.1 * repeated.images):
             advice.append(
                 f"{count:,} of {repeated.images:,} images share the caption {quoted(text)}: "
                 "the decoder will say it often; is it a placeholder?"

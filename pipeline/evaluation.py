@@ -340,7 +340,7 @@ def scorer_in_words(tokenizer: str) -> str:
 
 
 def _tokenizer_in_words(name: str) -> str:
-    return "" if name == ENGLISH else f", scored on {tokenizer_of(name).description} ({name})"
+    return "" if name == ENGLISH else f", tokenizer {name}"
 
 
 def search_in_words(search: Mapping[str, Any]) -> str:

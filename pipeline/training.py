@@ -392,8 +392,9 @@ def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if path.is_file() and (run / "last.pt").is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before |= {k: v for k, v in EARLIER_OPTIONS.items() if k in settings and k not in before}
         for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
-            if before.get(option, EARLIER_OPTIONS.get(option)) != settings.get(option):
+            if before.get(option) != settings.get(option):
                 raise UserError(
                     f"{run} was started with {option} {before.get(option)}, not "
                     f"{settings.get(option)}: give that to go on with it, another --run for a "
