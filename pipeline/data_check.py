@@ -177,11 +177,15 @@ def _read(options: DecoderOptions) -> CheckedData:
 
 def _say_pictures(checked: CheckedData, data: Path) -> None:
     """Compare the captions with the pictures of the folder, whatever features there are."""
+    if not checked.on_disk:
+        click.echo(f"pictures: none in {data}, which training does not need: there are features")
+        return
     found, names = checked.whole.restrict(checked.on_disk)
     click.echo(
         f"pictures: {len(checked.on_disk):,} in {data}, {len(names):,} of them with captions"
     )
-    missing = [image.name for image in checked.whole.images if image.name not in names]
+    here = names.keys() | checked.names.keys()  # one may be gone since it was extracted
+    missing = [image.name for image in checked.whole.images if image.name not in here]
     bare = sorted(set(checked.on_disk) - set(names.values()))
     for words, strangers in (
         ("captioned images without a picture, left out", missing),

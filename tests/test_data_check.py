@@ -248,6 +248,21 @@ def test_features_that_failed_or_were_never_made(tmp_path: Path) -> None:
     assert "untrained encoder" in text
 
 
+def test_pictures_that_are_gone_since_extraction_are_not_missed(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", [*many(), ("lost.png", "a cat")])
+    features = tmp_path / "f.h5"
+    make_cache(features, [name for name, _ in many()])
+    (data / "000.png").unlink()
+    (data / "lost.png").unlink()
+    text = check(data, "--features", features).stdout
+    assert "captioned images without a picture, left out: 1 (lost.png)" in text
+    for picture in data.glob("*.png"):
+        picture.unlink()
+    text = check(data, "--features", features).stdout
+    assert f"pictures: none in {data}, which training does not need" in text
+    assert "of 30 captioned pictures" in text and "left out" not in text
+
+
 def test_doubles_within_an_image_across_images_and_across_splits(tmp_path: Path) -> None:
     rows = [(name, text) for name, text in many(40)]
     rows += [("000.png", "a dog runs 0"), ("001.png", "a dog runs 1")]
