@@ -1,6 +1,6 @@
-"""Find the captions file of a data set and read it, whatever its layout.
+"""Find the captions of a data set and read them, whatever their layout.
 
-The folder is searched in this order, and the first file found is read:
+The folder is searched in this order, and what is found first is read:
 
 1. ``Flickr8k.token.txt`` (also in ``Flickr8k_text/``): ``name.jpg#0<TAB>caption``
 2. ``captions.txt``: Kaggle's copy of Flickr8k, ``image,caption``
@@ -8,10 +8,11 @@ The folder is searched in this order, and the first file found is read:
 4. ``captions_*.json`` (also in ``annotations/``): COCO; several files make one table
 5. ``captions.csv``, else the one ``*.csv`` or ``*.tsv``: a header, then a caption a line
 6. ``captions.jsonl``, ``metadata.jsonl``, else the one ``*.jsonl``: an object a line
+7. text files beside the pictures, ``photo.txt`` or ``photo.jpg.txt``: a caption a line
 
 CSV, TSV and JSONL name their columns ``image`` and ``caption`` (or one of the usual
 synonyms, see ``ALIASES``) and may have a ``split``. A file that is named outright may have
-any name: its content tells the layout.
+any name: its content tells the layout. A folder that is named holds pictures with text files.
 
 Every reader adds its records to one ``Gathered``; ``pipeline.captions`` makes a table of it.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.sidecar_captions import find_sidecars
 
 SPLITS = ("train", "val", "test")
 
@@ -154,12 +156,14 @@ def normal_name(path: str) -> str:
 def find_files(data: Path, captions: Path | None) -> list[Path]:
     """List the captions files to read: the one named ``captions``, or those found in ``data``.
 
+    A folder stands for the text files beside its pictures.
+
     Raises:
         UserError: there is none, or several compete.
     """
     if captions is not None:
         for path in (captions, data / captions):
-            if path.is_file():
+            if path.is_file() or (path.is_dir() and find_sidecars(path).pictures):
                 return [path]
         raise UserError(f"{captions}: no such file; --captions names the file with the captions")
     if not data.is_dir():
@@ -175,14 +179,19 @@ def find_files(data: Path, captions: Path | None) -> list[Path]:
             raise UserError(f"{data}: several captions files ({names}); choose with --captions")
         if paths:
             return paths
+    if find_sidecars(data).pictures:
+        return [data]
     looked_for = ", ".join(pattern for patterns in SEARCH_ORDER for pattern in patterns)
     raise UserError(
-        f"{data}: no captions file; looked for {looked_for}; name another one with --captions"
+        f"{data}: no captions file; looked for {looked_for} and for a .txt beside each picture; "
+        "name another one with --captions"
     )
 
 
 def read_file(path: Path, gathered: Gathered) -> str:
-    """Read one file of any layout; return the layout's name."""
+    """Read one file of any layout, or a folder of pictures with texts; return the layout's name."""
+    if path.is_dir():
+        return _read_sidecars(path, gathered)
     text = _read_text(path, gathered)
     if text.lstrip().startswith(("{", "[")):
         return _read_json(path, text, gathered)
@@ -216,6 +225,26 @@ def _lines(text: str) -> list[str]:
 
 
 # The layouts
+
+
+def _read_sidecars(folder: Path, gathered: Gathered) -> str:
+    sidecars = find_sidecars(folder)
+    gathered.split_source = "the names of the folders"
+    # Only where both are: a folder "train" alone may well be of locomotives.
+    first = {name.partition("/")[0].lower() for name in sidecars.pictures.values() if "/" in name}
+    by_folder = {"train", "val"} <= {SPLIT_WORDS[word] for word in first & SPLIT_WORDS.keys()}
+    for text, name in sidecars.pictures.items():
+        where = text.relative_to(folder).as_posix()
+        lines = [line for line in _lines(_read_text(text, gathered)) if line.strip()]
+        split = name.partition("/")[0].lower() if by_folder and "/" in name else None
+        gathered.add(where, name, lines, split if split in SPLIT_WORDS else None)
+    for reason, texts in (
+        (".txt files without a picture of their name ignored", sidecars.lone),
+        (".txt files whose name fits several pictures ignored", sidecars.ambiguous),
+    ):
+        for text in texts:
+            gathered.count(reason, text.relative_to(folder).as_posix())
+    return "folder of .txt captions"
 
 
 def _read_token_file(path: Path, lines: list[str], gathered: Gathered) -> None:

@@ -38,7 +38,7 @@ from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED
 from pipeline.reranking import Reranker, best_captions, diverse_captions, search_config
 from pipeline.search import Hypothesis, SearchConfig, token_log_probabilities
-from pipeline.vocabulary import Vocabulary, detokenize, tokenize
+from pipeline.vocabulary import Vocabulary
 
 StrPath = str | os.PathLike[str]
 # The encoder likes small batches, the decoder, whose weights pass through the cache for every
@@ -152,7 +152,7 @@ class Captioner:
         least: int = 1,
         *,
         min_length: int = SearchConfig.min_length,
-        max_length: int = SearchConfig.max_length,
+        max_length: int | None = None,
         prefix: str = "",
         temperature: float | None = None,
         top_p: float | None = None,
@@ -164,7 +164,8 @@ class Captioner:
         Args:
             beam_size, consensus, matching: see ``reranking.search_config``.
             least: how many captions a picture are wanted.
-            min_length, max_length: fewest and most words in a caption.
+            min_length, max_length: fewest and most words in a caption; by default 1, and 20 or what
+                the language needs (``tokenizers``).
             prefix: words that every caption begins with.
             temperature, top_p: where one is given, captions are drawn; see ``SearchConfig``.
             seed: of the draws. What is drawn for a picture depends on it and on the name of the
@@ -175,6 +176,8 @@ class Captioner:
             UserError: the options contradict each other, the model lacks a second opinion that is
                 asked for, or does not know a word of the prefix.
         """
+        if max_length is None:
+            max_length = self.vocabulary.tokenizer.longest
         sampling = temperature is not None or top_p is not None
         if sampling and diversity:
             raise UserError("--diverse: drawn captions differ anyway; leave out --temperature")
@@ -182,7 +185,7 @@ class Captioner:
             raise UserError(
                 f"--min-length {min_length}: must not be above --max-length {max_length}"
             )
-        words = tokenize(prefix)
+        words = self.vocabulary.tokenize(prefix)
         unknown = [word for word in words if word not in self.vocabulary]
         if unknown:
             raise UserError(
@@ -210,7 +213,7 @@ class Captioner:
         images: Sequence[StrPath],
         beam_size: int | None = None,
         batch_size: int | None = None,
-        max_length: int = 20,
+        max_length: int | None = None,
     ) -> list[str]:
         """Caption pictures: one text for each, in their order.
 
@@ -218,7 +221,7 @@ class Captioner:
             images: paths.
             beam_size: hypotheses kept a picture; by default see ``search_config``.
             batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
-            max_length: most words in a caption.
+            max_length: most words in a caption; by default 20, or 40 where characters are tokens.
 
         Raises:
             InputError: a picture cannot be read; ``stream`` reports it and goes on.
@@ -316,7 +319,10 @@ class Captioner:
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
     """Put hypotheses into words."""
-    return [Caption(detokenize(vocabulary.decode(h.tokens)), h.log_probability) for h in hypotheses]
+    return [
+        Caption(vocabulary.detokenize(vocabulary.decode(h.tokens)), h.log_probability)
+        for h in hypotheses
+    ]
 
 
 def detailed_captions(

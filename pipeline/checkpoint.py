@@ -26,7 +26,8 @@ from pipeline.matching import Matcher, MatcherConfig
 from pipeline.pretrained import is_pretrained, pretrained_path
 from pipeline.quantisation import cast, dequantise
 from pipeline.reranking import Reranker
-from pipeline.vocabulary import Vocabulary
+from pipeline.tokenizers import ENGLISH
+from pipeline.vocabulary import TOKENIZERS, Vocabulary
 
 SCHEMA_VERSION = 1
 
@@ -82,6 +83,7 @@ def checkpoint_content(checkpoint: Checkpoint) -> dict[str, Any]:
         "decoder_config": asdict(checkpoint.decoder_config),
         "decoder_weights": checkpoint.decoder_weights,
         "vocabulary": checkpoint.vocabulary.to_list(),
+        "tokenizer": checkpoint.vocabulary.tokenizer.name,
         "encoder": asdict(checkpoint.encoder),
         "encoder_weights": checkpoint.encoder_weights,
         "neighbours": checkpoint.neighbours.to_tensors() if checkpoint.neighbours else None,
@@ -136,6 +138,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"{path}: not a captioner's checkpoint of schema version {SCHEMA_VERSION}; "
             "train again with this version of the program"
         )
+    tokenizer = content.get("tokenizer", ENGLISH)  # older checkpoints do not say
+    if tokenizer not in TOKENIZERS:
+        raise UserError(
+            f"{path}: made with the tokenizer {tokenizer!r}, which this version does not have"
+        )
     try:
         neighbours = content.get("neighbours")  # older checkpoints have none
         encoder_weights = content["encoder_weights"]
@@ -144,7 +151,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         checkpoint = Checkpoint(
             decoder_config=DecoderConfig(**content["decoder_config"]),
             decoder_weights=cast(content["decoder_weights"], torch.float32),
-            vocabulary=Vocabulary.from_list(content["vocabulary"]),
+            vocabulary=Vocabulary.from_list(content["vocabulary"], tokenizer),
             encoder=EncoderIdentity(**content["encoder"]),
             encoder_weights=encoder_weights,
             neighbours=Neighbours.from_tensors(neighbours) if neighbours else None,
@@ -205,6 +212,9 @@ def load_together(paths: Sequence[Path]) -> Checkpoint:
         unlike = first.encoder.mismatch(other.encoder)
         if unlike is not None:
             raise UserError(f"{path}: not of the same encoder as {paths[0]} ({unlike})")
+        mine, theirs = first.vocabulary.tokenizer.name, other.vocabulary.tokenizer.name
+        if mine != theirs:
+            raise UserError(f"{path}: has the tokenizer {theirs}, {paths[0]} has {mine}")
         if other.vocabulary.to_list() != first.vocabulary.to_list():
             raise UserError(f"{path}: has not the vocabulary of {paths[0]}")
         if replace(other.decoder_config, members=1) != replace(first.decoder_config, members=1):

@@ -15,10 +15,8 @@ from torch import Tensor
 from pipeline.captions import CaptionedImage, CaptionTable, read_captions
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, FeatureCache
-from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenize
-
-# Words after which a training caption is cut; the longest of Flickr8k has 37.
-LONGEST_CAPTION = 50
+from pipeline.tokenizers import ENGLISH
+from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenizer_of
 
 
 def load_table(
@@ -116,13 +114,14 @@ class EncodedCaptions:
 def encode_captions(
     captions: Iterable[Sequence[Sequence[str]]], vocabulary: Vocabulary
 ) -> EncodedCaptions:
-    """Turn tokenised captions, grouped by picture, into numbers."""
+    """Turn tokenised captions, grouped by picture, into numbers; very long ones are cut."""
+    longest = vocabulary.tokenizer.longest_in_training
     tokens: list[numpy.ndarray] = []
     counts = []
     for group in captions:
         counts.append(len(group))
         for words in group:
-            ids = [START_ID, *vocabulary.encode(words[:LONGEST_CAPTION]), END_ID]
+            ids = [START_ID, *vocabulary.encode(words[:longest]), END_ID]
             tokens.append(numpy.array(ids, dtype=numpy.int32))
     offsets = numpy.zeros(len(tokens) + 1, dtype=numpy.int64)
     numpy.cumsum([len(ids) for ids in tokens], out=offsets[1:])
@@ -134,11 +133,14 @@ def encode_captions(
     )
 
 
-def tokenised(images: Sequence[CaptionedImage]) -> dict[str, list[list[str]]]:
+def tokenised(
+    images: Sequence[CaptionedImage], tokenizer: str = ENGLISH
+) -> dict[str, list[list[str]]]:
     """Tokenise all captions of each image, by the image's name.
 
     Captions without any word are left out, and images without any caption then left.
     """
+    tokenize = tokenizer_of(tokenizer).tokenize
     groups = {
         # A word is kept once, however often it comes: millions of captions fit that way.
         i.name: [[*map(sys.intern, words)] for words in map(tokenize, i.captions) if words]

@@ -33,6 +33,7 @@ from pipeline.report import epoch_reporter
 from pipeline.report_data import ReportData, describe_data
 from pipeline.run_folder import open_run
 from pipeline.self_critical import SAMPLES, SelfCritical
+from pipeline.tokenizers import ENGLISH
 from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
 from pipeline.validation import Validation, Validator
 from pipeline.vocabulary import Vocabulary
@@ -67,6 +68,7 @@ class DecoderOptions:
     patience: int
     seed: int
     precision: str
+    tokenizer: str = ENGLISH
 
 
 @dataclass
@@ -153,7 +155,7 @@ class DecoderStage:
     @functools.cached_property
     def self_critical(self) -> SelfCritical:
         """What self-critical epochs need, made when the first one begins."""
-        return SelfCritical(self.captions, self.options.self_critical_truth)
+        return SelfCritical(self.captions, self.options.self_critical_truth, self.validator.search)
 
     def set_training(self, training: bool) -> None:
         """Switch dropout."""
@@ -245,8 +247,8 @@ def prepare_stage(
     cache = FeatureCache(Path(options.features))
     captions_file = Path(options.captions) if options.captions else None
     table, names = load_table(Path(options.data), captions_file, cache.names(DONE))
-    train_captions = tokenised(table.of_split("train"))
-    val_captions = tokenised(table.of_split("val"))
+    train_captions = tokenised(table.of_split("train"), options.tokenizer)
+    val_captions = tokenised(table.of_split("val"), options.tokenizer)
     for split, images in (("train", train_captions), ("val", val_captions)):
         if not images:
             raise UserError(f"{table.source}: no picture with features is in the {split} split")
@@ -262,7 +264,9 @@ def prepare_stage(
             )
     else:
         vocabulary = Vocabulary.build(
-            (words for group in train_captions.values() for words in group), options.min_count
+            (words for group in train_captions.values() for words in group),
+            options.min_count,
+            options.tokenizer,
         )
     train_rows = rows_of(cache, [names[name] for name in train_captions])
     val_rows = rows_of(cache, [names[name] for name in val_captions])

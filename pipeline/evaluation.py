@@ -42,13 +42,14 @@ from pipeline.significance import (
     bootstrap,
     compare,
 )
+from pipeline.tokenizers import ENGLISH
 from pipeline.validation import search_all
-from pipeline.vocabulary import tokenize
+from pipeline.vocabulary import tokenizer_of
 
 BOOTSTRAP_SEED = 0
-SCORER = "pipeline.metrics (COCO definitions, PTB-style tokens, lower case, no punctuation)"
 # Captions kept a picture, for a page of them; the best alone is scored.
 KEPT_CAPTIONS = 5
+NOT_ENGLISH = "METEOR and SPICE are left out: they are made for English."
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def evaluate(
         search.matching,
         decoders=checkpoint.decoder_config.members,
         length_penalty=search.length_penalty,
+        max_length=vocabulary.tokenizer.longest,
     )
     bar = progress_bar(
         search_all(decoder, opened.features, config, reranker),
@@ -218,9 +220,15 @@ def evaluate(
     found = [captions_of(hypotheses[:KEPT_CAPTIONS], vocabulary) for hypotheses in bar]
     captioned = dict(zip(groups, found, strict=True))
     predictions = {name: best[0].text for name, best in captioned.items()}
-    tokens = {name: tokenize(text) for name, text in predictions.items()}
-    java_scores, left_out = java_metrics(groups, tokens) if java else ({}, [])
-    train = tokenised(opened.table.of_split("train"))
+    tokenizer = vocabulary.tokenizer.name
+    tokens = {name: vocabulary.tokenize(text) for name, text in predictions.items()}
+    java_scores: dict[str, float] = {}
+    left_out: list[str] = []
+    if java and tokenizer == ENGLISH:
+        java_scores, left_out = java_metrics(groups, tokens)
+    elif java:
+        left_out = [NOT_ENGLISH]
+    train = tokenised(opened.table.of_split("train"), tokenizer)
     scorer = Scorer(groups)
     scores = {
         **scorer.score(tokens),
@@ -232,7 +240,8 @@ def evaluate(
         "split_sha256": opened.table.split_hash(split),
         "images": len(groups),
         "references": sum(map(len, groups.values())),
-        "scorer": SCORER,
+        "scorer": scorer_in_words(tokenizer),
+        "tokenizer": tokenizer,
         "search": asdict(config),
         "epoch": checkpoint.epoch,
         "features": opened.source,
@@ -260,11 +269,12 @@ def _open_split(
     split: str,
 ) -> SplitData:
     """Find the features of a split: in the cache if it is the model's encoder's, else anew."""
+    tokenizer = checkpoint.vocabulary.tokenizer.name
     cache = FeatureCache(features) if features.is_file() else None
     mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
     if cache is not None and mismatch is None:
         table, names = load_table(data, captions, cache.names(DONE))
-        groups = _groups(table, split)
+        groups = _groups(table, split, tokenizer)
         rows = rows_of(cache, [names[name] for name in groups])
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
         paths = {name: data / names[name] for name in groups}
@@ -277,7 +287,7 @@ def _open_split(
         FeatureCache(features)  # says that it is missing, and what to do
     table, names = load_table(data, captions, find_images(data))
     workers = default_workers(device)
-    groups = _groups(table, split)
+    groups = _groups(table, split, tokenizer)
     broken = unreadable_images([data / names[name] for name in groups], workers)
     for path, reason in broken.items():
         click.echo(f"failed: {path}: {reason}", err=True)
@@ -303,8 +313,8 @@ def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
         yield torch.cat(waiting)
 
 
-def _groups(table: CaptionTable, split: str) -> dict[str, list[list[str]]]:
-    groups = tokenised(table.of_split(split))
+def _groups(table: CaptionTable, split: str, tokenizer: str) -> dict[str, list[list[str]]]:
+    groups = tokenised(table.of_split(split), tokenizer)
     if not groups:
         raise UserError(
             f"--split {split}: no picture of that split is here (captions: {table.source})"
@@ -329,6 +339,7 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
     click.echo(
         f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
         f"{facts['references']:,} references, {search_in_words(facts['search'])}"
+        f"{_tokenizer_in_words(facts['tokenizer'])}"
     )
     lead = ["run"] if len(results) > 1 else []
     click.echo("| " + " | ".join([*lead, *names]) + " |")
@@ -344,6 +355,7 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
         scores = result.scores
         # The line above the table is of the first run: another may have been searched otherwise.
         how = f"{result.facts['split_sha256']}, {search_in_words(result.facts['search'])}"
+        how += _tokenizer_in_words(result.facts["tokenizer"])
         click.echo(
             (f"{run} ({how}): " if lead else "")
             + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
@@ -356,8 +368,22 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
         click.echo(sentence, err=True)
 
 
+def scorer_in_words(tokenizer: str) -> str:
+    """Say how scores came about: what is scored decides as much as the formulas do."""
+    return f"pipeline.metrics (COCO definitions, {tokenizer_of(tokenizer).description})"
+
+
+def _tokenizer_in_words(name: str) -> str:
+    return "" if name == ENGLISH else f", tokenizer {name}"
+
+
 def compare_predictions(
-    first: Path, second: Path, data: Path, captions: Path | None, split: str
+    first: Path,
+    second: Path,
+    data: Path,
+    captions: Path | None,
+    split: str,
+    tokenizer: str | None = None,
 ) -> dict[str, Difference]:
     """Test whether two prediction files for the same images differ.
 
@@ -365,17 +391,27 @@ def compare_predictions(
         first, second: in the COCO results format, as ``evaluate_runs`` writes them.
         data, captions: where the references are.
         split: of which the images are.
+        tokenizer: its name; by default what the scores beside the files were taken with, or
+            ``english`` where none are.
 
     Raises:
         UserError: a file cannot be read, or they are not of the same images of that split.
     """
-    tokens = [_read_predictions(path) for path in (first, second)]
+    if tokenizer is None:
+        found = {_tokenizer_beside(path) for path in (first, second)} - {None}
+        if len(found) > 1:
+            raise UserError(
+                f"{first} and {second} were scored with different tokenizers; choose one with "
+                "--tokenizer"
+            )
+        tokenizer = found.pop() or ENGLISH if found else ENGLISH
+    tokens = [_read_predictions(path, tokenizer) for path in (first, second)]
     if tokens[0].keys() != tokens[1].keys():
         apart = sorted(tokens[0].keys() ^ tokens[1].keys())
         raise UserError(
             f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
         )
-    groups = _groups(read_captions(data, captions), split)
+    groups = _groups(read_captions(data, captions), split, tokenizer)
     strangers = sorted(tokens[0].keys() - groups.keys())
     if strangers:
         raise UserError(f"{first}: {strangers[0]!r} is not in the {split} split of {data}")
@@ -385,7 +421,22 @@ def compare_predictions(
     return compare(PerImage(scorer, tokens[0]), PerImage(scorer, tokens[1]))
 
 
-def _read_predictions(path: Path) -> dict[str, list[str]]:
+def _tokenizer_beside(path: Path) -> str | None:
+    """Find the tokenizer in the scores that ``evaluate_runs`` wrote with a predictions file."""
+    beside = [path.with_name("scores.json")]
+    if path.name.startswith("predictions"):
+        beside = [path.with_name(path.name.replace("predictions", "scores", 1)), *beside]
+    for scores in beside:
+        try:
+            name = json.loads(scores.read_text(encoding="utf-8"))["tokenizer"]
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            continue
+        return name if isinstance(name, str) else None
+    return None
+
+
+def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
+    tokenize = tokenizer_of(tokenizer).tokenize
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         tokens = {str(entry["image_id"]): tokenize(entry["caption"]) for entry in content}

@@ -183,7 +183,7 @@ def captioner_settings(
         "vocabulary_size": config.vocabulary_size,
         "search": {
             "beam_size": usual.beam_size if beam_size is None else beam_size,
-            "max_length": usual.max_length,
+            "max_length": checkpoint.vocabulary.tokenizer.longest,
             "min_length": usual.min_length,
             "length_penalty": usual.length_penalty,
             "remark": SEARCH_REMARK,
@@ -202,14 +202,20 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
 
     * ``attached``: tokens that are written on to the one before;
     * ``apart``: words on to which nothing is, where they stand alone ("'s" at the beginning);
-    * ``pairs``: others that are written together ("can", "not"; "#", "5").
+    * ``pairs``: others that are written together ("can", "not"; "#", "5");
+    * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
     """
-    from pipeline.vocabulary import ATTACHED, CONTRACTED, SPECIALS, detokenize
+    from pipeline.tokenizers import ENGLISH
+    from pipeline.vocabulary import ATTACHED, CONTRACTED, SPECIALS
 
     words = vocabulary.words[len(SPECIALS) :]
 
     def together(first: str, second: str) -> bool:
-        return " " not in detokenize([first, second])
+        return " " not in vocabulary.detokenize([first, second])
+
+    if vocabulary.tokenizer.name != ENGLISH:
+        unspaced = [word for word in words if together(word, word)]
+        return {"attached": [], "apart": [], "pairs": [], "unspaced": unspaced}
 
     numbers = [word for word in words if word[:1].isdecimal()]
     pairs: Iterable[tuple[str, str]] = [*CONTRACTED, *((s, n) for s in "#$" for n in numbers)]
@@ -219,6 +225,7 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
         "pairs": sorted(
             [a, b] for a, b in pairs if a in vocabulary and b in vocabulary and together(a, b)
         ),
+        "unspaced": [],
     }
 
 

@@ -44,9 +44,10 @@ from pipeline.progress import progress_bar
 from pipeline.report import epoch_reporter
 from pipeline.report_data import describe_data
 from pipeline.run_folder import open_run
+from pipeline.tokenizers import ENGLISH
 from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
 from pipeline.validation import Validation, Validator
-from pipeline.vocabulary import Vocabulary
+from pipeline.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
 
 # A picture whose captions tell sides is never flipped.
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
@@ -256,6 +257,27 @@ def may_flip(captions: Sequence[str]) -> bool:
     return not any(SIDES.search(caption) for caption in captions)
 
 
+def refuse_strange_words(captions: EncodedCaptions, source: Path, start: Path) -> None:
+    """Say aloud how many words of the training captions the starting run does not know, if many.
+
+    Raises:
+        UserError: it does not know most of them, as where the captions are of another language.
+    """
+    words = captions.tokens[captions.tokens > END_ID]
+    share = float((words == UNKNOWN_ID).float().mean())
+    if share > 0.5:
+        raise UserError(
+            f"{source}: {100 * share:.0f} % of its words are unknown to --start {start}, which "
+            "learns no new ones here; train a decoder on these captions: train_decoder.py"
+        )
+    if share > 0.05:
+        click.echo(
+            f"{100 * share:.0f} % of the captions' words are unknown to {start}, which learns no "
+            "new ones",
+            err=True,
+        )
+
+
 def finetune_joint(
     options: JointOptions,
     run: Path,
@@ -290,8 +312,9 @@ def finetune_joint(
     resumed = last.is_file() and not force
     start = load_together([last] if resumed else starts)
     table, names = load_table(data, captions_file, find_images(data))
-    train_captions = tokenised(table.of_split("train"))
-    val_captions = tokenised(table.of_split("val"))
+    tokenizer = start.vocabulary.tokenizer.name
+    train_captions = tokenised(table.of_split("train"), tokenizer)
+    val_captions = tokenised(table.of_split("val"), tokenizer)
     broken = unreadable_images([data / names[name] for name in val_captions], workers)
     val_captions = {n: group for n, group in val_captions.items() if data / names[n] not in broken}
     for split, images in (("train", train_captions), ("val", val_captions)):
@@ -307,12 +330,22 @@ def finetune_joint(
         table, paths, train_captions, val_captions, start.vocabulary, validator.samples
     )
     raw = {image.name: image.captions for image in table.images}
+    english = tokenizer == ENGLISH
+    if options.flip and not english:
+        click.echo(
+            "no picture is flipped: which words say left and right is known for English alone",
+            err=True,
+        )
+    captions = encode_captions(train_captions.values(), start.vocabulary)
+    refuse_strange_words(captions, table.source, starts[0])
     stage = JointStage(
         encoder=encoder.to(device),
         decoder=start.build_decoder().to(device),
         vocabulary=start.vocabulary,
-        pictures=[Picture(data / names[name], may_flip(raw[name])) for name in train_captions],
-        captions=encode_captions(train_captions.values(), start.vocabulary),
+        pictures=[
+            Picture(data / names[name], english and may_flip(raw[name])) for name in train_captions
+        ],
+        captions=captions,
         val_paths=[data / names[name] for name in val_captions],
         validator=validator,
         options=options,

@@ -219,7 +219,7 @@ def _session(path: Path, providers: Sequence[str]) -> onnxruntime.InferenceSessi
 
 def _belongs_to(parts: list[str], word: str, rules: dict[str, Any]) -> bool:
     """Tell whether a word is written on to those that ``parts`` make up."""
-    if [parts[-1], word] in rules["pairs"]:
+    if [parts[-1], word] in rules["pairs"] or {parts[-1], word} & set(rules["unspaced"]):
         return True
     alone = len(parts) == 1 and parts[0] in rules["apart"]
     return word in rules["attached"] and not alone

@@ -5,10 +5,12 @@ A command takes an option as a decorator: ``@options.beam_size``.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 # What follows "captioner" where the program was installed -> the script of this repository.
 SCRIPTS = {
@@ -70,6 +72,32 @@ def command(
         groups=groups or {},
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
+
+
+def written_out(command: str, options: Mapping[str, str], more: Sequence[str] = ()) -> str:
+    """Write out a command with those options of the present one that the user gave.
+
+    Args:
+        command: which one, as in ``SCRIPTS``.
+        options: parameters of the present command -> what the option is called in ``command``.
+        more: words to put behind it.
+    """
+    context = click.get_current_context()
+    if context.parent is not None:
+        words = [*context.parent.command_path.split(), command]
+    else:
+        words = ["python", SCRIPTS[command]]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if not given or name not in options:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(options[name] if value else parameter.secondary_opts[0])
+        else:
+            words += [options[name], str(value)]
+    return shlex.join([*words, *more])
 
 
 beam_size = click.option(

@@ -33,7 +33,7 @@ from pipeline.metrics import Scorer
 from pipeline.report_data import ReportData, Tokenised, read_data
 from pipeline.run_folder import CONFIG, LOG, PREDICTIONS, REPORT, SAMPLES, SCORES, read_epochs
 from pipeline.training import Watcher
-from pipeline.vocabulary import tokenize
+from pipeline.vocabulary import Vocabulary
 
 THUMBNAIL = 224  # pixels, the longer side
 EXTREMES = 8  # predictions shown, of the worst and of the best
@@ -126,7 +126,7 @@ def write_report(run: Path, data: Path | None = None) -> None:
         click.echo(f"{run / REPORT}: without pictures and references ({error})", err=True)
         _write(run, None, {}, str(error))
     else:
-        _write(run, described, val, "")
+        _write(run, described, val, "", vocabulary)
     write_curves(run)
     click.echo(f"report: {run / REPORT}", err=True)
 
@@ -146,8 +146,18 @@ def epoch_reporter(run: Path, data: ReportData) -> Watcher:
     return watch
 
 
-def _write(run: Path, data: ReportData | None, val: Tokenised, missing: str) -> None:
-    """Fill in the page; ``missing`` says why there are no data, ``val`` is to score with."""
+def _write(
+    run: Path,
+    data: ReportData | None,
+    val: Tokenised,
+    missing: str,
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Fill in the page.
+
+    ``missing`` says why there are no data; ``val`` is to score the predictions with, whose tokens
+    are those of ``vocabulary``.
+    """
     from markupsafe import Markup
 
     from pipeline.templating import environment
@@ -159,7 +169,7 @@ def _write(run: Path, data: ReportData | None, val: Tokenised, missing: str) -> 
     if scores and scores["split"] != "val":
         scores = None
     rows = _rows(log, best, scores)
-    scored = _scored(_read_json(run / PREDICTIONS), val)
+    scored = _scored(_read_json(run / PREDICTIONS), val, vocabulary) if vocabulary else []
     shown = min(EXTREMES, len(scored) // 2)
     predictions = [
         (title, [Scored(_picture(name, data), caption, cider) for cider, name, caption in part])
@@ -282,7 +292,9 @@ def _folded(stretches: Sequence[Stretch]) -> list[tuple[bool, list[Stretch]]]:
     ]
 
 
-def _scored(predictions: Any, val: Tokenised) -> list[tuple[float, str, str]]:
+def _scored(
+    predictions: Any, val: Tokenised, vocabulary: Vocabulary
+) -> list[tuple[float, str, str]]:
     """Give CIDEr-D, name and caption of each prediction of val, the lowest first."""
     try:
         captions = {entry["image_id"]: str(entry["caption"]) for entry in predictions or ()}
@@ -292,7 +304,9 @@ def _scored(predictions: Any, val: Tokenised) -> list[tuple[float, str, str]]:
     if not captions:
         return []
     scorer = Scorer({name: val[name] for name in captions})
-    found = scorer.per_image_cider({name: tokenize(text) for name, text in captions.items()})
+    found = scorer.per_image_cider(
+        {name: vocabulary.tokenize(text) for name, text in captions.items()}
+    )
     return sorted((cider, name, captions[name]) for name, cider in found.items())
 
 

@@ -146,7 +146,9 @@ def read_data(
     captions = Path(settings["captions"]) if settings.get("captions") and data is None else None
     table = read_captions(folder, captions)
     table, names = _restricted(table, folder, Path(settings["features"]), settings)
-    train, val = (tokenised(table.of_split(split)) for split in ("train", "val"))
+    train, val = (
+        tokenised(table.of_split(split), vocabulary.tokenizer.name) for split in ("train", "val")
+    )
     if not train or not val:
         raise UserError(f"{table.source}: no captions of the pictures trained on")
     paths = {name: folder / path for name, path in names.items()}

@@ -35,6 +35,8 @@ CONFIG, LOG, SAMPLES, CURVES, REPORT, PREDICTIONS, SCORES = (
 RUN_FILES = ("last.pt", "best.pt", LOG, SAMPLES, CURVES, REPORT, CONFIG, PREDICTIONS, SCORES)
 TENSORBOARD = "tensorboard"  # a folder
 PATH_OPTIONS = {"data", "captions", "features", "weights"}
+# What runs had that were begun before there was a choice.
+EARLIER_OPTIONS = {"tokenizer": "english"}
 
 
 def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
@@ -46,14 +48,27 @@ def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
     Raises:
         UserError: the folder holds a run with other settings, and ``force`` is not set.
     """
-    path = run / CONFIG
-    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if force:
         for name in RUN_FILES:
             (run / name).unlink(missing_ok=True)
         shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
+    refuse_other_settings(run, settings)
+    with atomic_write(run / CONFIG) as handle:
+        json.dump(settings, handle, indent=2)
+        handle.write("\n")
+
+
+def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
+    """Check that the run in a folder, if there is one, can go on with these settings.
+
+    Raises:
+        UserError: it has others; see ``open_run``.
+    """
+    path = run / CONFIG
+    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
     if path.is_file() and (run / "last.pt").is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
+        before |= {k: v for k, v in EARLIER_OPTIONS.items() if k in settings and k not in before}
         for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
             if before.get(option) != settings.get(option):
                 raise UserError(
@@ -61,9 +76,6 @@ def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
                     f"{settings.get(option)}: give that to go on with it, another --run for a "
                     "new one, or --force to start it over"
                 )
-    with atomic_write(path) as handle:
-        json.dump(settings, handle, indent=2)
-        handle.write("\n")
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

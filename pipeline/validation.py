@@ -13,7 +13,7 @@ from pipeline.ensemble import CaptionDecoder
 from pipeline.metrics import Scorer
 from pipeline.reranking import Reranker, best_captions
 from pipeline.search import Hypothesis, SearchConfig
-from pipeline.vocabulary import Vocabulary, detokenize
+from pipeline.vocabulary import Vocabulary
 
 SAMPLES = 8
 
@@ -92,7 +92,7 @@ class Validator:
         self.captions = encode_captions(references.values(), vocabulary)
         self.vocabulary = vocabulary
         self.batch_size = batch_size
-        self.search = SearchConfig()
+        self.search = SearchConfig(max_length=vocabulary.tokenizer.longest)
 
     def validate(self, decoder: CaptionDecoder, features: Tensor | PictureFeatures) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
@@ -114,4 +114,5 @@ class Validator:
             **self.scorer.score(predictions),
             "distinct": len({tuple(words) for words in predictions.values()}),
         }
-        return Validation(scores, {name: detokenize(predictions[name]) for name in self.samples})
+        write = self.vocabulary.detokenize
+        return Validation(scores, {name: write(predictions[name]) for name in self.samples})

@@ -1,4 +1,4 @@
-"""Words: the one tokenizer of training, scoring and captioning, and the vocabulary.
+"""Words: the English tokenizer, all tokenizers by name, and the vocabulary.
 
 >>> tokenize("A man's dog sits on St. Mark's Square. He doesn't move!")
 ['a', 'man', "'s", 'dog', 'sits', 'on', 'st.', 'mark', "'s", 'square', 'he', 'does', "n't", 'move']
@@ -9,11 +9,14 @@
 ('<pad>', '<start>', '<end>', '<unk>', 'a')
 >>> vocabulary.encode(["a", "dog"])
 [4, 3]
+>>> Vocabulary.build([["一", "只", "狗"]], 1, "characters").tokenize("一只狗。")
+['一', '只', '狗']
 
-Tokens follow the Penn Treebank, in lower case and without punctuation, as the COCO
-caption evaluation has them from Stanford's PTBTokenizer, but without Java. nltk splits
-each word, and needs no downloaded corpus for it. On the 35,455 captions of Flickr8k's
-train and dev splits the two agree on all but 7. They differ on purpose here:
+A model's tokens come from the tokenizer that its vocabulary names. English tokens follow the Penn
+Treebank, in lower case and without punctuation, as the COCO caption evaluation has them from
+Stanford's PTBTokenizer, but without Java. nltk splits each word, and needs no downloaded corpus for
+it. On the 35,455 captions of Flickr8k's train and dev splits the two agree on all but 7. They
+differ on purpose here:
 
 * brackets are punctuation (COCO means to drop them, but keeps "-lrb-");
 * "<" and ">" are brackets, so that no caption can contain a special token;
@@ -31,6 +34,16 @@ from functools import lru_cache
 from typing import Any
 
 from pipeline.errors import UserError
+from pipeline.tokenizers import (
+    CHARACTERS,
+    ENGLISH,
+    WORDS,
+    Tokenizer,
+    characters_of,
+    join_characters,
+    join_words,
+    words_of,
+)
 
 PAD, START, END, UNKNOWN = SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
 PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
@@ -175,27 +188,61 @@ def _belongs_to(parts: tuple[str, ...], token: str) -> bool:
     return tokenize("".join(parts) + token) == [*parts, token]
 
 
+TOKENIZERS = {
+    tokenizer.name: tokenizer
+    for tokenizer in (
+        Tokenizer(ENGLISH, "PTB-style tokens, lower case, no punctuation", tokenize, detokenize),
+        Tokenizer(WORDS, "words, lower case, no punctuation", words_of, join_words),
+        Tokenizer(
+            CHARACTERS,
+            "characters, and words of scripts with spaces, lower case, no punctuation",
+            *(characters_of, join_characters),
+            # A word of Chinese or Japanese has two characters, more or less.
+            longest=40,
+            longest_in_training=100,
+        ),
+    )
+}
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """Find a tokenizer by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in TOKENIZERS:
+        raise UserError(f"there is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]
+
+
 class Vocabulary:
     """The words a decoder can read and write, each with an id; it never changes.
 
     The special tokens ``<pad>``, ``<start>``, ``<end>`` and ``<unk>`` have ids 0 to 3.
     Make one with ``Vocabulary.build`` from the captions of the train split alone, or
     with ``Vocabulary.from_list`` from a checkpoint. ``words`` is the tuple of all words
-    by id, special tokens first.
+    by id, special tokens first; ``tokenizer`` is what makes them of captions.
     """
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: Sequence[str], tokenizer: str = ENGLISH) -> None:
         _check_words(words)
         self.words = tuple(words)
+        self.tokenizer = tokenizer_of(tokenizer)
         self._ids = {word: number for number, word in enumerate(self.words)}
 
     @classmethod
-    def build(cls, token_lists: Iterable[Sequence[str]], min_count: int = 5) -> Vocabulary:
+    def build(
+        cls,
+        token_lists: Iterable[Sequence[str]],
+        min_count: int = 5,
+        tokenizer: str = ENGLISH,
+    ) -> Vocabulary:
         """Make a vocabulary of the words that occur ``min_count`` times or more.
 
-        ``token_lists`` holds the tokens of each caption. Words are sorted by count,
-        the most frequent first, and alphabetically where counts are equal. Raises
-        UserError if no word is frequent enough.
+        ``token_lists`` holds the tokens of each caption, made by ``tokenizer``. Words are
+        sorted by count, the most frequent first, and alphabetically where counts are equal.
+        Raises UserError if no word is frequent enough.
         """
         counts = Counter(token for tokens in token_lists for token in tokens)
         for special in SPECIALS:
@@ -208,20 +255,29 @@ class Vocabulary:
                 f"(the most frequent occurs {highest} times); choose a lower --min-count"
             )
         frequent.sort(key=lambda word: (-counts[word], word))
-        return cls((*SPECIALS, *frequent))
+        return cls((*SPECIALS, *frequent), tokenizer)
 
     @classmethod
-    def from_list(cls, words: Sequence[str]) -> Vocabulary:
-        """Rebuild a vocabulary from what ``to_list`` gave.
+    def from_list(cls, words: Sequence[str], tokenizer: str = ENGLISH) -> Vocabulary:
+        """Rebuild a vocabulary from what ``to_list`` gave, and its tokenizer's name.
 
         Raises UserError if the list cannot be one: special tokens missing or not in
-        their places, an entry that is no string or empty, or a word that occurs twice.
+        their places, an entry that is no string or empty, or a word that occurs twice;
+        or if there is no such tokenizer.
         """
-        return cls(words)
+        return cls(words, tokenizer)
 
     def to_list(self) -> list[str]:
         """Return the words by id, special tokens first, for the checkpoint."""
         return list(self.words)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Split a caption into tokens, whether the vocabulary has them or not."""
+        return self.tokenizer.tokenize(text)
+
+    def detokenize(self, words: Iterable[str]) -> str:
+        """Write tokens as a caption."""
+        return self.tokenizer.detokenize(words)
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """Return the id of each token, that of ``<unk>`` for an unknown word.
@@ -256,14 +312,14 @@ class Vocabulary:
         return word in self._ids
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether both have the same words with the same ids."""
+        """Tell whether both have the same words with the same ids, and one tokenizer."""
         if not isinstance(other, Vocabulary):
             return NotImplemented
-        return self.words == other.words
+        return (self.words, self.tokenizer) == (other.words, other.tokenizer)
 
     def __hash__(self) -> int:
         """Equal vocabularies have equal hashes."""
-        return hash(self.words)
+        return hash((self.words, self.tokenizer.name))
 
 
 def _check_words(words: Sequence[str]) -> None:

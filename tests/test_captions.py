@@ -274,6 +274,108 @@ def test_jsonl(tmp_path: Path) -> None:
         }
 
 
+# Text files beside the pictures
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_text_files_beside_the_pictures(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "sub/b.PNG", "sub/deep/c.webp", "d.jpg", "d.png", "e.jpg", "f.jpg")
+    (tmp_path / "a.txt").write_bytes("\ufeffA kite .\r\n\r\n  Two   kites . \r\n".encode())
+    write(tmp_path / "sub/b.txt", "A pot .", "\t", "Ein Topf, groß .")
+    write(tmp_path / "sub/deep/c.webp.TXT", "A cup .")
+    write(tmp_path / "d.txt", "A lamp .")  # of which of the two?
+    write(tmp_path / "d.png.txt", "A red lamp .")
+    write(tmp_path / "e.txt", "", "  ")
+    write(tmp_path / "README.txt", "Pictures of kites .")
+    write(tmp_path / "sub/notes.txt", "A list .")
+    write(tmp_path / "elsewhere/g.txt", "A nail .")  # no picture in this folder
+    write(tmp_path / "._a.txt", "rubbish")
+    table = read_captions(tmp_path)
+    assert captions_of(table) == {
+        "a.jpg": ("A kite .", "Two kites ."),
+        "d.png": ("A red lamp .",),
+        "sub/b.PNG": ("A pot .", "Ein Topf, groß ."),
+        "sub/deep/c.webp": ("A cup .",),
+    }
+    assert (table.source, table.layout) == (tmp_path, "folder of .txt captions")
+    assert table.split_source == "hash of the image name (80/10/10)"
+    assert table.notes == {
+        ".txt files without a picture of their name ignored (first: README.txt)": 2,
+        ".txt files whose name fits several pictures ignored (first: d.txt)": 1,
+        "images left with no caption dropped": 1,
+    }
+    restricted, _ = table.restrict(["a.jpg", "f.jpg", "sub/b.PNG", "sub/deep/c.webp", "d.png"])
+    assert f"captions: {tmp_path} (folder of .txt captions)" in restricted.summary()
+    assert "pictures without captions: 1" in restricted.summary()
+    assert len(restricted.images) == 4
+
+
+def test_a_captions_file_comes_before_text_files(tmp_path: Path) -> None:
+    touch(tmp_path, "sub/a.jpg")
+    write(tmp_path / "sub/a.txt", "A kite .")
+    for name, content in (
+        ("metadata.jsonl", '{"image": "a.jpg", "caption": "A pot ."}'),
+        ("anything.csv", "image,caption\na.jpg,A pot ."),
+        ("captions.txt", "image,caption\na.jpg,A pot ."),
+    ):
+        write(tmp_path / name, content)
+        assert captions_of(read_captions(tmp_path)) == {"a.jpg": ("A pot .",)}
+        # Named outright, the folder itself is read.
+        assert captions_of(read_captions(tmp_path, tmp_path)) == {"sub/a.jpg": ("A kite .",)}
+        assert captions_of(read_captions(tmp_path, Path("sub"))) == {"a.jpg": ("A kite .",)}
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match="bare: no such file"):
+        read_captions(tmp_path, Path("bare"))
+
+
+def test_folders_give_the_split_if_train_and_val_are_among_them(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b/c", "Test/d", "more/e", "f"):
+        touch(tmp_path, f"{name}.jpg")
+        write(tmp_path / f"{name}.txt", "A kite .")
+    assert read_captions(tmp_path).split_source == "hash of the image name (80/10/10)"
+    touch(tmp_path, "valid/g.jpg")
+    write(tmp_path / "valid/g.txt", "A kite .")
+    table = read_captions(tmp_path)
+    assert table.split_source == "the names of the folders"
+    assert splits_of(table) == {
+        "Test/d.jpg": "test",
+        "f.jpg": None,
+        "more/e.jpg": None,
+        "train/a.jpg": "train",
+        "train/b/c.jpg": "train",
+        "valid/g.jpg": "val",
+    }
+
+
+def test_decomposed_names_of_pictures_and_texts_belong_together(tmp_path: Path) -> None:
+    touch(tmp_path, unicodedata.normalize("NFD", "é.jpg"))
+    write(tmp_path / unicodedata.normalize("NFC", "é.txt"), "A kite .")
+    assert captions_of(read_captions(tmp_path)) == {"é.jpg": ("A kite .",)}
+
+
+def test_texts_without_pictures_are_no_captions(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "A kite .")
+    touch(tmp_path, "b.jpg")
+    with pytest.raises(UserError, match=r"no captions file; .* for a \.txt beside each picture"):
+        read_captions(tmp_path)
+    write(tmp_path / "b.txt", " ")
+    with pytest.raises(UserError, match=r"no captions could be read \(.txt files without .*: 1"):
+        read_captions(tmp_path)
+
+
+def test_a_text_in_an_old_encoding_is_read_and_noted(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "a.txt").write_bytes("Ein großer Topf .".encode("cp1252"))
+    table = read_captions(tmp_path)
+    assert captions_of(table) == {"a.jpg": ("Ein großer Topf .",)}
+    assert table.notes == {"file not UTF-8, read as Windows-1252 (first: a.txt)": 1}
+
+
 # CSV
 
 

@@ -28,7 +28,7 @@ from pipeline.export import RUNNER, SETTINGS, is_export, writing_rules
 from pipeline.images import read_square
 from pipeline.onnx_graphs import Graph, check, to_onnx
 from pipeline.search import SearchConfig, search
-from pipeline.vocabulary import Vocabulary, detokenize
+from pipeline.vocabulary import SPECIALS, Vocabulary, detokenize
 
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[onnx]'")
@@ -261,6 +261,20 @@ def test_the_runner_writes_as_the_pipeline(
     for _ in range(4000):  # of four, such as "#'ll've's", some differ: nobody says so
         tokens = chance.choices(range(4, len(words)), k=chance.randint(0, 3))
         assert runner.write(tokens) == detokenize(vocabulary.decode(tokens))
+
+
+@pytest.mark.parametrize("tokenizer", ["words", "characters"])
+def test_the_runner_writes_other_languages_as_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, runner: onnx_runner.Captioner, tokenizer: str
+) -> None:
+    words = [*SPECIALS, *"狗 在 T恤 london u-bahn 3 한 ไทย l'eau two 's".lower().split()]
+    vocabulary = Vocabulary(words, tokenizer)
+    monkeypatch.setattr(runner, "_words", words)
+    monkeypatch.setitem(runner.settings, "writing", writing_rules(vocabulary))
+    chance = random.Random(0)
+    for _ in range(500):
+        tokens = chance.choices(range(4, len(words)), k=chance.randint(0, 5))
+        assert runner.write(tokens) == vocabulary.detokenize(vocabulary.decode(tokens))
 
 
 # What the files are

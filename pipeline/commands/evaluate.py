@@ -13,6 +13,7 @@ import click
 from pipeline import options
 from pipeline.errors import UserError
 from pipeline.files import check_writable
+from pipeline.vocabulary import TOKENIZERS
 
 
 @options.command()
@@ -43,6 +44,14 @@ from pipeline.files import check_writable
     type=click.Choice(["val", "test", "train"]),
     default="val",
     help="Choose models and options on val; look at test once, at the end.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Choice(list(TOKENIZERS)),
+    default=None,
+    help="For --compare: how the captions are split. A run has its own.  [default: that of the "
+    "scores beside the predictions, else english]",
+    show_default=False,
 )
 @options.beam_size
 @options.consensus
@@ -96,6 +105,7 @@ def main(
     captions: Path | None,
     features: Path | None,
     split: str,
+    tokenizer: str | None,
     beam_size: int | None,
     consensus: float | None,
     matching: float | None,
@@ -129,11 +139,14 @@ def main(
         raise UserError("--html is for one run, or several --together; write a page for each")
     if html is not None:
         check_writable(html)
+    if tokenizer is not None and compare is None:
+        raise UserError("--tokenizer is for --compare; a run is scored with its own")
     if compare is not None:
         from pipeline.evaluation import compare_predictions, print_comparison
 
         data = data or Path("data/flickr8k")
-        print_comparison(compare_predictions(*compare, data, captions, split), *compare)
+        differences = compare_predictions(*compare, data, captions, split, tokenizer)
+        print_comparison(differences, *compare)
         return
     from pipeline.devices import choose_device
     from pipeline.evaluation import SearchOptions, evaluate_runs, print_table

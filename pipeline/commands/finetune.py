@@ -103,7 +103,8 @@ from pipeline import options
 @click.option(
     "--flip/--no-flip",
     default=True,
-    help="Mirror half of the pictures, except those whose captions say left or right.",
+    help="Mirror half of the pictures, except those whose captions say left or right; with another "
+    "--tokenizer than english in stage 2, none.",
 )
 @click.option(
     "--patience",

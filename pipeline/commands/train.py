@@ -5,12 +5,15 @@ The manual is in train_decoder.py, the advice in its --help.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from pipeline import options
 from pipeline.errors import UserError
+from pipeline.tokenizers import ENGLISH
+from pipeline.vocabulary import TOKENIZERS
 
 
 @options.command()
@@ -103,6 +106,13 @@ from pipeline.errors import UserError
     help="Words seen less often in the training captions become <unk>.",
 )
 @click.option(
+    "--tokenizer",
+    type=click.Choice(list(TOKENIZERS)),
+    default=ENGLISH,
+    help="How captions are split: english; words, for other languages that put spaces between "
+    "words; characters, for Chinese, Japanese and others that do not.",
+)
+@click.option(
     "--self-critical-epochs",
     type=click.IntRange(min=0),
     default=0,
@@ -147,6 +157,13 @@ from pipeline.errors import UserError
     "read from the file batch by batch.",
 )
 @options.tensorboard
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Train nothing: read all, and tell what was found, what is doubtful and how long training "
+    "will take. Ends with 0 if it can start, 1 if features have to be extracted first, 2 if it "
+    "cannot.",
+)
 @click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 def main(
     data: Path,
@@ -157,6 +174,8 @@ def main(
     precision: str,
     feature_memory: float,
     tensorboard: bool,
+    tokenizer: str,
+    check: bool,
     force: bool,
     **numbers: float,
 ) -> None:
@@ -165,13 +184,15 @@ def main(
     \b
     Examples:
       python train_decoder.py --epochs 50
+      python train_decoder.py --data photos --check
       python train_decoder.py --data photos --run runs/photos --min-count 2
 
     At the end a matcher of pictures and captions is trained, in a minute or two, which helps to
     choose among captions. Stopped at any moment, the same command goes on after the last finished
     epoch. Captions
-    come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV or JSON Lines; data
-    without a split is split by a hash of the image names.
+    come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV, JSON Lines, or a .txt beside
+    each picture; data without a split is split by a hash of the image names. docs/own-data.md
+    shows the whole way with your own pictures.
     """
     from pipeline.decoder_training import DecoderOptions, train_decoder
     from pipeline.devices import choose_device, choose_training_precision
@@ -190,14 +211,31 @@ def main(
         check_tensorboard()
         watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
-    options = DecoderOptions(
+    decoder_options = DecoderOptions(
         data=str(data),
         captions=str(captions) if captions else None,
         features=str(features or default_cache_path(data)),
         precision=choose_training_precision(precision, chosen),
+        tokenizer=tokenizer,
         **numbers,  # type: ignore[arg-type]
     )
-    progress = train_decoder(options, run, chosen, feature_memory * 1e9, force, watchers)
+    if check:
+        from pipeline.data_check import NextCommands, check_data
+
+        own = {p.name: p.opts[0] for p in click.get_current_context().command.params if p.name}
+        commands = NextCommands(
+            train=options.written_out("train", {k: v for k, v in own.items() if k != "check"}),
+            extract=options.written_out(
+                "extract", {"data": "--data", "features": "--output", "device": "--device"}
+            ),
+            finetune=options.written_out(
+                "finetune",
+                {"data": "--data", "captions": "--captions", "device": "--device"},
+                ["--start", "pretrained", "--run", f"{run}-joint"],
+            ),
+        )
+        sys.exit(check_data(decoder_options, run, chosen, feature_memory * 1e9, force, commands))
+    progress = train_decoder(decoder_options, run, chosen, feature_memory * 1e9, force, watchers)
     click.echo(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
