@@ -42,6 +42,12 @@ from pipeline import server, uploads
 
 HOME = "http://127.0.0.1:8321"
 ROOT = Path(__file__).resolve().parent.parent
+# A request as the application gets it from a server.
+BODY = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a"\r\n\r\n\r\n--x--\r\n'
+SCOPE = {
+    **{"type": "http", "method": "POST", "path": "/caption", "query_string": b"", "root_path": ""},
+    "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"multipart/form-data; boundary=x")],
+}
 
 
 @pytest.fixture(scope="module")
@@ -427,13 +433,12 @@ def test_who_has_left_is_not_captioned(
 ) -> None:
     calls: list[object] = []
     monkeypatch.setattr(server, "caption_uploads", lambda *wish: calls.append(wish))
-    body = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a"\r\n\r\n\r\n--x--\r\n'
     messages: list[dict[str, Any]] = [
-        {"type": "http.request", "body": body, "more_body": False},
+        {"type": "http.request", "body": BODY, "more_body": False},
         {"type": "http.disconnect"},
     ]
     half: list[dict[str, Any]] = [
-        {"type": "http.request", "body": body[:50], "more_body": True},
+        {"type": "http.request", "body": BODY[:50], "more_body": True},
         messages[1],
     ]
 
@@ -447,19 +452,59 @@ def test_who_has_left_is_not_captioned(
         async def send(message: Any) -> None:
             sent.append(message)
 
-        headers = [
-            (b"host", b"127.0.0.1"),
-            (b"content-type", b"multipart/form-data; boundary=x"),
-        ]
-        scope = {"type": "http", "method": "POST", "path": "/caption", "headers": headers}
-        await server.make_app(captioner, "drawn")(
-            {**scope, "query_string": b"", "root_path": ""}, receive, send
-        )
+        await server.make_app(captioner, "drawn")(SCOPE, receive, send)
         return sent
 
     for case in (messages, half):
         assert asyncio.run(leave(case))[0]["status"] == 400
     assert calls == []
+
+
+def test_who_leaves_while_waiting_is_passed_over(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, order = threading.Event(), []
+
+    def caption(_: Captioner, pictures: list[uploads.Upload], __: object) -> list[Prediction]:
+        order.append(pictures[0].name)
+        go.wait(20)
+        return [Prediction("", [Caption("a dog", -1.0)])]
+
+    monkeypatch.setattr(server, "caption_uploads", caption)
+
+    async def ask() -> tuple[int, list[int]]:
+        app, left, statuses = server.make_app(captioner, "drawn"), asyncio.Event(), []
+        body = iter([{"type": "http.request", "body": BODY, "more_body": False}])
+
+        async def receive() -> Any:
+            for message in body:
+                return message
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            statuses.append(message.get("status"))
+
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
+
+            async def in_hand(count: int) -> None:
+                while (await client.get("/health")).json()["requests"] < count:
+                    await asyncio.sleep(0.01)
+
+            picture = {"image": ("first.png", small_picture())}
+            first = asyncio.create_task(client.post("/caption", files=picture))
+            await in_hand(1)
+            second = asyncio.create_task(app(SCOPE, receive, send))
+            await in_hand(2)
+            await asyncio.sleep(0.1)
+            left.set()
+            go.set()
+            await second
+            return (await first).status_code, statuses
+
+    assert asyncio.run(ask()) == (200, [400, None])
+    assert order == ["first.png"]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
