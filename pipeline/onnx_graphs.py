@@ -31,8 +31,8 @@ from pipeline.ensemble import CaptionDecoder, Ensemble
 from pipeline.errors import UserError
 from pipeline.images import IMAGE_SIZE
 
-# Old enough for ONNX Runtime of 2023 and for onnxruntime-web, new enough for the exporter, which
-# writes this one and translates it into others.
+# Old enough for most runtimes; the exporter writes this one itself, and others by translating it,
+# in files that ONNX Runtime reads from 1.18 on (IR version 10).
 OPSET = 18
 # How far a number may be from PyTorch's, as a share of the largest: rounding makes about 1e-6.
 TOLERANCE = 1e-4

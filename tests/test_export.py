@@ -88,6 +88,7 @@ def quick(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return (exported / f"{file}.onnx").read_bytes()
 
     monkeypatch.setattr(onnx_graphs, "to_onnx", known)
+    monkeypatch.setattr(onnx_graphs, "check", lambda *words: None)
 
 
 @pytest.fixture(scope="module")
@@ -448,7 +449,7 @@ def test_files_of_two_exports_are_never_taken_for_one(
     replace = Path.replace
 
     def failing(source: Path, target: Path) -> Path:
-        if source.parent.name == command.TEMPORARY and target.name == "decoder_step.onnx":
+        if target == output / "decoder_step.onnx":
             raise OSError(28, "No space left on device")
         return replace(source, target)
 
