@@ -17,7 +17,7 @@ import click
 import torch
 from torch import Tensor
 
-from pipeline.captioner import SEARCHED_AT_ONCE, Caption, captions_of, encoder_of
+from pipeline.captioner import SEARCHED_AT_ONCE, Caption, captions_of, detailed_captions, encoder_of
 from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.dataset import load_table, rows_of, tokenised
@@ -32,7 +32,7 @@ from pipeline.metrics import Scorer, diversity
 from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED, is_pretrained
 from pipeline.progress import progress_bar
-from pipeline.reranking import search_config
+from pipeline.reranking import best_captions, search_config
 from pipeline.search import SearchConfig, search_in_words
 from pipeline.significance import (
     RESAMPLES,
@@ -43,7 +43,6 @@ from pipeline.significance import (
     compare,
 )
 from pipeline.tokenizers import ENGLISH
-from pipeline.validation import search_all
 from pipeline.vocabulary import tokenizer_of
 
 BOOTSTRAP_SEED = 0
@@ -136,6 +135,7 @@ def evaluate_runs(
     search: SearchOptions | None = None,
     output: Path | None = None,
     java: bool = True,
+    words: bool = False,
 ) -> Evaluation:
     """Score ``best.pt`` of a run, or of several as one model, and write predictions and scores.
 
@@ -151,6 +151,7 @@ def evaluate_runs(
             comes with the program); the scores go to ``scores.json``
             beside it. The names tell the split if it is not val, and ``-together``.
         java: whether METEOR and SPICE are wanted, which take Java and some seconds.
+        words: whether each word's probability is wanted, as on a page.
 
     Raises:
         UserError: checkpoint, captions or features are missing or do not belong together.
@@ -164,7 +165,7 @@ def evaluate_runs(
         own = str(data) == settings["data"]
         features = Path(settings["features"]) if own else default_cache_path(data)
     search = search or SearchOptions()
-    result = evaluate(checkpoint, device, data, captions, features, split, search, java)
+    result = evaluate(checkpoint, device, data, captions, features, split, search, java, words)
     if is_pretrained(runs[0]):
         folder = Path("runs") / PRETRAINED
     else:
@@ -195,6 +196,7 @@ def evaluate(
     split: str,
     search: SearchOptions,
     java: bool,
+    words: bool = False,
 ) -> Evaluation:
     """Caption the pictures of a split and score the captions; see ``evaluate_runs``."""
     opened = _open_split(checkpoint, device, data, captions, features, split)
@@ -211,14 +213,18 @@ def evaluate(
         length_penalty=search.length_penalty,
         max_length=vocabulary.tokenizer.longest,
     )
-    bar = progress_bar(
-        search_all(decoder, opened.features, config, reranker),
-        total=len(groups),
-        unit="image",
-        desc="captioning",
-    )
-    found = [captions_of(hypotheses[:KEPT_CAPTIONS], vocabulary) for hypotheses in bar]
-    captioned = dict(zip(groups, found, strict=True))
+
+    def captioned_pictures() -> Iterator[list[Caption]]:
+        for batch in opened.features:
+            batch = batch.to(device)
+            found = [h[:KEPT_CAPTIONS] for h in best_captions(decoder, batch, config, reranker)]
+            if words:
+                yield from detailed_captions(decoder, batch, found, vocabulary)
+            else:
+                yield from (captions_of(hypotheses, vocabulary) for hypotheses in found)
+
+    bar = progress_bar(captioned_pictures(), total=len(groups), unit="image", desc="captioning")
+    captioned = dict(zip(groups, bar, strict=True))
     predictions = {name: best[0].text for name, best in captioned.items()}
     tokenizer = vocabulary.tokenizer.name
     tokens = {name: vocabulary.tokenize(text) for name, text in predictions.items()}

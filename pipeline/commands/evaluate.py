@@ -156,7 +156,7 @@ def main(
     groups = [runs] if together else [(run,) for run in runs]
     results = {
         " + ".join(map(str, group)): evaluate_runs(
-            group, chosen, data, captions, features, split, search, output, java
+            group, chosen, data, captions, features, split, search, output, java, html is not None
         )
         for group in groups
     }
