@@ -3,9 +3,10 @@
     python train_decoder.py --epochs 50                       # Flickr8k, into runs/decoder
     python train_decoder.py --data photos --run runs/photos   # your own captioned pictures
 
-The run folder holds best.pt (the model to use), last.pt, log.jsonl, config.json, and the
-scores and predictions of best.pt on val. The same command goes on with a run that was
-stopped. Exit codes: 0 done, 2 the command was wrong.
+The run folder holds best.pt (the model to use), last.pt, config.json, log.jsonl and
+samples.jsonl (scores and a few captions after every epoch), curves.svg, report.html (open it in a
+browser, also while the training goes on), and the scores and predictions of best.pt on val. The
+same command goes on with a run that was stopped. Exit codes: 0 done, 2 the command was wrong.
 """
 
 from pipeline.commands.train import main
