@@ -243,16 +243,13 @@ def _in_words(value: Any) -> str:
 def _rows(
     log: Sequence[Mapping[str, Any]], best: Mapping[str, Any], scores: Mapping[str, Any] | None
 ) -> list[Row]:
-    """Give the score table: the best epoch and the last one, and ``best.pt`` as it was scored."""
-    names = {best["epoch"]: "best epoch"}
-    names.setdefault(log[-1]["epoch"], "last epoch")
-    if log[0]["epoch"] == 0:
-        names.setdefault(0, "before training,")
-    rows = [
-        Row(f"{words} {record['epoch']}", "beam 3", record, {})
-        for record in log
-        if (words := names.get(record["epoch"]))
-    ]
+    """Give the score table: start, best epoch and last; ``best.pt`` as it was scored."""
+    roles = (("before training", 0), ("best", best["epoch"]), ("last", log[-1]["epoch"]))
+    rows = []
+    for record in log:
+        words = [role for role, epoch in roles if epoch == record["epoch"]]
+        if words:
+            rows.append(Row(f"epoch {record['epoch']}, {', '.join(words)}", "beam 3", record, {}))
     if scores:
         found = dict(scores["scores"])
         found["distinct"] = found.get("distinct_captions")

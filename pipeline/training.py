@@ -383,11 +383,12 @@ def _epoch_line(log: Sequence[Mapping[str, float]], epochs: int, better: bool) -
         parts.append("before training ")
     parts.append(f"val loss {record['val_loss']:.3f}")
     parts += [f"{name} {record[name]:5.1f}" for name in ("BLEU-4", "CIDEr-D")]
-    parts.append(f"{duration(_seconds(record)):>6},")
+    parts.append(f"{duration(_seconds(record)):>6}")
     # The last few alone: epochs may grow slower, by other work or when they get self-critical.
     recent = [_seconds(record) for record in log[-5:] if record["epoch"]]
-    left = (epochs - record["epoch"]) * sum(recent) / max(1, len(recent))
-    parts[-1] += f" {duration(left):>5} left" if left else " done"
+    if recent:
+        left = (epochs - record["epoch"]) * sum(recent) / len(recent)
+        parts[-1] += f", {duration(left):>5} left" if left else ", done"
     return "  ".join(parts) + ("  best so far" if better else "")
 
 

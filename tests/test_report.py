@@ -261,11 +261,13 @@ def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_
     )
     assert result.exit_code == 0, result.output
     assert f"report: {run / 'report.html'}" in result.stderr
-    assert re.search(r"epoch 0/1  before training .* min left|epoch 0/1  before", result.stderr)
+    assert re.search(
+        r"^epoch 0/1  before training +val loss [^,]* s  best so far$", result.stderr, re.M
+    )
     assert [line["epoch"] for line in read_epochs(run / "samples.jsonl")] == [0, 1]
     assert [len(p) for p in polylines((run / "curves.svg").read_text())] == [1, 2, 2, 2, 1]
     page = Page(run / "report.html")
-    assert "Stage 3" in page.text and "before training" in page.text
+    assert "Stage 3" in page.text and "epoch 0, before training" in page.text
     assert page.headings[2:4] == ["captions", "predictions"]
 
 

@@ -156,8 +156,9 @@ def main(
       python finetune_joint.py --start runs/seed-0 --start runs/seed-1 --run runs/joint-2
       python finetune_joint.py --unfreeze-from Mixed_6e --encoder-lr 5e-5 --run runs/joint-6e
 
-    BatchNorm's statistics stay as they are. Stopped at any moment, the same command goes on
-    after the last finished epoch.
+    BatchNorm's statistics stay as they are. RUN/report.html shows curves and captions, while the
+    training goes on too. Stopped at any moment, the same command goes on after the last finished
+    epoch.
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers

@@ -188,8 +188,8 @@ def main(
       python train_decoder.py --data photos --run runs/photos --min-count 2
 
     At the end a matcher of pictures and captions is trained, in a minute or two, which helps to
-    choose among captions. Stopped at any moment, the same command goes on after the last finished
-    epoch. Captions
+    choose among captions. RUN/report.html shows curves and captions, while the training goes on
+    too. Stopped at any moment, the same command goes on after the last finished epoch. Captions
     come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV, JSON Lines, or a .txt beside
     each picture; data without a split is split by a hash of the image names. docs/own-data.md
     shows the whole way with your own pictures.
