@@ -34,7 +34,7 @@ try:
     onnx_graphs.check_installed()
 except UserError as missing:
     pytest.skip(missing.message, allow_module_level=True)
-from pipeline import onnx_runner  # noqa: E402
+from pipeline import onnx_runner
 
 FILES = {"encoder.onnx", "decoder_start.onnx", "decoder_step.onnx", SETTINGS, RUNNER}
 
