@@ -30,9 +30,11 @@ from pipeline.onnx_graphs import Graph, check, to_onnx
 from pipeline.search import SearchConfig, search
 from pipeline.vocabulary import SPECIALS, Vocabulary, detokenize
 
-for package in ("onnx", "onnxscript", "onnxruntime"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[onnx]'")
-from pipeline import onnx_runner  # noqa: E402
+try:
+    onnx_graphs.check_installed()
+except UserError as missing:
+    pytest.skip(missing.message, allow_module_level=True)
+from pipeline import onnx_runner
 
 FILES = {"encoder.onnx", "decoder_start.onnx", "decoder_step.onnx", SETTINGS, RUNNER}
 
