@@ -15,10 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 import pipeline
-from pipeline import options
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, temporary_path
 from pipeline.pretrained import PRETRAINED
@@ -229,58 +226,7 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
     }
 
 
-@options.command()
-@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="The same as RUNS, as caption.py has it.",
-)
-@click.option(
-    "--weights",
-    default=None,
-    help="The encoder's weights, where they moved since training; checked to be the same.",
-)
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("captioner-onnx"),
-    help="Folder to write.",
-)
-@click.option(
-    "--beam-size",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Hypotheses kept a picture where the runner is not told. Without second opinions, as "
-    "there, 3 to 5 is best.  [default: 3]",
-    show_default=False,
-)
-@click.option("--force", is_flag=True, help="Also write into a folder with other things in it.")
-def main(
-    runs: tuple[Path, ...],
-    model: tuple[Path, ...],
-    weights: str | None,
-    output: Path,
-    beam_size: int | None,
-    force: bool,
-) -> None:
-    """Write RUNS as ONNX files, with a program that captions without PyTorch.
-
-    RUNS are run folders or checkpoints; of several, the decoders caption together. By default
-    runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program.
-
-    \b
-    Example:
-      python -m pipeline.export runs/decoder --output captioner-onnx/
-      python captioner-onnx/run_captioner.py photo.jpg
-    """
-    from pipeline.commands.caption import default_model
-
-    models = [*runs, *model] or [default_model()]
-    for path in export_captioner(models, output, weights, beam_size, force):
-        click.echo(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)
-
-
 if __name__ == "__main__":
+    from pipeline.commands.export import main
+
     main()

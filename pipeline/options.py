@@ -20,6 +20,7 @@ SCRIPTS = {
     "caption": "caption.py",
     "evaluate": "evaluate.py",
     "report": "-m pipeline.report",
+    "export": "-m pipeline.export",
 }
 
 
@@ -37,7 +38,7 @@ class GroupedCommand(click.Command):
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
         rows: dict[str, list[tuple[str, str]]] = {
-            heading: [] for heading in ("Options", *self.groups, "Other options")
+            heading: [] for heading in ("Options", *self.groups)
         }
         for parameter in self.get_params(context):
             record = parameter.get_help_record(context)
@@ -49,10 +50,7 @@ class GroupedCommand(click.Command):
                     formatter.write_dl(records)
 
     def _heading(self, name: str) -> str:
-        for heading, names in self.groups.items():
-            if name in names:
-                return heading
-        return "Other options" if self.groups and name in ("help", "force") else "Options"
+        return next((heading for heading, names in self.groups.items() if name in names), "Options")
 
     def get_help(self, context: click.Context) -> str:
         """Write the help; under ``captioner``, with its sub-commands in the examples."""

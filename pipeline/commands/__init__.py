@@ -2,7 +2,7 @@
 
 After ``pip install .`` they are also sub-commands of one program:
 
-    captioner extract | train | finetune | caption | evaluate | report
+    captioner extract | train | finetune | caption | evaluate | report | export
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ COMMANDS = {
     "caption": "Caption pictures.",
     "evaluate": "Score captions.",
     "report": "Show a training run as one page.",
+    "export": "Write a captioner as ONNX files, to run without PyTorch.",
 }
 
 

@@ -86,8 +86,10 @@ GROUPS = {
 @click.option(
     "--max-length",
     type=click.IntRange(min=1),
-    default=20,
-    help="Most words in a caption. Longer ones than people wrote in training ramble.",
+    default=None,
+    help="Most words in a caption. Longer ones than people wrote in training ramble.  [default: "
+    "20; of characters more, see train_decoder.py --tokenizer]",
+    show_default=False,
 )
 @click.option(
     "--temperature",

@@ -15,8 +15,15 @@ from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.vocabulary import TOKENIZERS
 
+GROUPS = {
+    "How captions are searched": ("beam_size", "consensus", "matching", "length_penalty"),
+    "What is written": ("output", "html", "java"),
+    "Other data": ("data", "captions", "features", "tokenizer"),
+    "Machine": ("device",),
+}
 
-@options.command()
+
+@options.command(GROUPS)
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--data",

@@ -23,8 +23,14 @@ NO_DATA = """{data}: no such folder. Two ways to get Flickr8k:
   or unpack the Kaggle archive adityajn105/flickr8k to {data}
 For your own pictures: --data FOLDER"""
 
+GROUPS = {
+    "Encoder": ("weights", "engine", "precision"),
+    "Broken pictures": ("on_error", "retry_failed"),
+    "Machine": ("device", "batch_size", "workers"),
+}
 
-@options.command()
+
+@options.command(GROUPS)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

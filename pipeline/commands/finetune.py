@@ -12,8 +12,17 @@ import click
 
 from pipeline import options
 
+GROUPS = {
+    "What learns, and how fast": (
+        *("epochs", "batch_size", "accumulate", "encoder_lr", "decoder_lr", "weight_decay"),
+        *("label_smoothing", "average", "unfreeze_from", "patience", "seed"),
+    ),
+    "How pictures are varied": ("smallest_crop", "flip"),
+    "Machine": ("device", "precision", "workers"),
+}
 
-@options.command()
+
+@options.command(GROUPS)
 @click.option(
     "--start",
     type=click.Path(path_type=Path),

@@ -15,8 +15,21 @@ from pipeline.errors import UserError
 from pipeline.tokenizers import ENGLISH
 from pipeline.vocabulary import TOKENIZERS
 
+GROUPS = {
+    "Length and speed": ("epochs", "batch_size", "lr", "patience", "seed"),
+    "The decoder": ("embed_size", "hidden_size", "image_state", "tied"),
+    "Against learning by heart": (
+        *("dropout", "feature_dropout", "label_smoothing", "weight_decay", "average"),
+    ),
+    "Words": ("min_count", "tokenizer"),
+    "Learning from its own captions": (
+        *("self_critical_epochs", "self_critical_lr", "self_critical_truth"),
+    ),
+    "Machine": ("device", "precision", "feature_memory"),
+}
 
-@options.command()
+
+@options.command(GROUPS)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),

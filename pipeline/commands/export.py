@@ -1,0 +1,66 @@
+"""Write a captioner as ONNX files.
+
+The manual is in its --help, and in docs/export.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline import options
+
+
+@options.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="The same as RUNS, as caption.py has it.",
+)
+@click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since training; checked to be the same.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("captioner-onnx"),
+    help="Folder to write.",
+)
+@click.option(
+    "--beam-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Hypotheses kept a picture where the runner is not told. Without second opinions, as "
+    "there, 3 to 5 is best.  [default: 3]",
+    show_default=False,
+)
+@click.option("--force", is_flag=True, help="Also write into a folder with other things in it.")
+def main(
+    runs: tuple[Path, ...],
+    model: tuple[Path, ...],
+    weights: str | None,
+    output: Path,
+    beam_size: int | None,
+    force: bool,
+) -> None:
+    """Write RUNS as ONNX files, with a program that captions without PyTorch.
+
+    RUNS are run folders or checkpoints; of several, the decoders caption together. By default
+    runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program.
+
+    \b
+    Example:
+      python -m pipeline.export runs/decoder --output captioner-onnx/
+      python captioner-onnx/run_captioner.py photo.jpg
+    """
+    from pipeline.commands.caption import default_model
+    from pipeline.export import export_captioner
+
+    models = [*runs, *model] or [default_model()]
+    for path in export_captioner(models, output, weights, beam_size, force):
+        click.echo(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)
