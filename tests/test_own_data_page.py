@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from example_layouts import write_examples
+
+from pipeline.captions import read_captions
+from pipeline.images import find_images
 
 PAGE = REPOSITORY / "docs" / "own-data.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -105,6 +109,27 @@ def test_the_page_names_only_options_that_there_are(tmp_path: Path) -> None:
         script, *arguments = shlex.split(command)[1:]
         main = importlib.import_module(Path(script).stem).main
         main.make_context(script, arguments)
+
+
+def test_the_examples_hold_the_same_captions_in_every_layout(tmp_path: Path) -> None:
+    write_examples(tmp_path, images=20, seed=0)
+    tables = {}
+    for name, layout in (
+        ("csv", "CSV"),
+        ("coco", "COCO JSON"),
+        ("text", "folder of .txt captions"),
+        ("german", "CSV"),
+        ("chinese", "CSV"),
+    ):
+        pictures = find_images(tmp_path / name)
+        table, found = read_captions(tmp_path / name).restrict(pictures)
+        assert table.layout == layout and not table.notes
+        assert len(found) == len(pictures) == (18 if name == "coco" else 20)
+        tables[name] = {image.name: image.captions for image in table.images}
+    assert tables["csv"] == tables["text"]
+    assert tables["coco"].items() < tables["csv"].items()
+    assert tables["german"].keys() == tables["chinese"].keys() == tables["csv"].keys()
+    assert len(find_images(tmp_path / "new")) == 4
 
 
 def test_shortened_lines_are_compared_by_their_beginning() -> None:
