@@ -42,4 +42,5 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build *.egg-info data/scenes data/features/scenes.h5 runs/demo runs/demo-joint
+	rm -rf $(VENV) build *.egg-info data/scenes data/features/scenes.h5 runs/demo runs/demo-joint \
+		data/examples

@@ -37,7 +37,7 @@ def main() -> None:
     run(f"train_decoder.py --data data/scenes --run runs/demo --force {DECODER}")
     run(f"finetune_joint.py --start runs/demo --run runs/demo-joint --force {JOINT}")
     run("evaluate.py runs/demo --split test --no-java")
-    run("evaluate.py runs/demo-joint --split test --no-java")
+    run("evaluate.py runs/demo-joint --split test --no-java --html runs/demo-joint/test.html")
     show_captions()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -97,6 +98,59 @@ def written_out(command: str, options: Mapping[str, str], more: Sequence[str] = 
             words += [options[name], str(value)]
     return shlex.join([*words, *more])
 
+
+device = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+
+training_precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
+)
+
+captions = click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's JSON, "
+    "CSV or JSON Lines.",
+)
+
+weights = click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since training; checked to be the same. A model "
+    "of finetune_joint.py has them inside.",
+)
+
+weight_decay = click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+
+label_smoothing = click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+
+average = click.option(
+    "--average",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.998,
+    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
+    "0: no mean. Nearer to 1 is over more steps.",
+)
+
+patience = click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never. The last epochs, "
+    "at a low learning rate, are often the best: stopping saves time, not quality.",
+)
+
+force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 
 beam_size = click.option(
     "--beam-size",

@@ -87,11 +87,7 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
 
 @options.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--weights",
-    default=None,
-    help="The encoder's weights, where they moved since training; checked to be the same.",
-)
+@options.weights
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

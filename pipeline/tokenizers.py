@@ -75,11 +75,15 @@ class Tokenizer:
     longest_in_training: int = 50
 
 
-class _CharacterTable(dict[int, str]):
+class CharacterTable(dict[int, str]):
     """What ``str.translate`` makes of a character, worked out when it first occurs."""
 
+    def __init__(self, clean: Callable[[str], str]) -> None:
+        super().__init__()
+        self._clean = clean
+
     def __missing__(self, code: int) -> str:
-        self[code] = replacement = _clean_character(chr(code))
+        self[code] = replacement = self._clean(chr(code))
         return replacement
 
 
@@ -100,7 +104,7 @@ def _clean_character(character: str) -> str:
     return character if category[0] in "LMN" else " "
 
 
-_CHARACTERS = _CharacterTable()
+_CHARACTERS = CharacterTable(_clean_character)
 
 
 def _clean(text: str) -> str:

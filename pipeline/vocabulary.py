@@ -38,6 +38,7 @@ from pipeline.tokenizers import (
     CHARACTERS,
     ENGLISH,
     WORDS,
+    CharacterTable,
     Tokenizer,
     characters_of,
     join_characters,
@@ -83,14 +84,6 @@ _EDGES = re.compile(r"^(?:['/-]|\.(?!\d))+|['/-]+$")
 _EQUATION_SIGN = re.compile(r"[+=]")
 
 
-class _CharacterTable(dict[int, str]):
-    """What ``str.translate`` makes of a character, worked out when it first occurs."""
-
-    def __missing__(self, code: int) -> str:
-        self[code] = replacement = _clean_character(chr(code))
-        return replacement
-
-
 def _clean_character(character: str) -> str:
     """Return what stands for one character: itself, a plain form, a space or nothing."""
     category = unicodedata.category(character)
@@ -107,7 +100,7 @@ def _clean_character(character: str) -> str:
     return " "
 
 
-_CHARACTERS = _CharacterTable()
+_CHARACTERS = CharacterTable(_clean_character)
 
 
 @lru_cache(maxsize=1)

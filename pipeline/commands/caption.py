@@ -55,12 +55,7 @@ GROUPS = {
     "the model that comes with the program]",
     show_default=False,
 )
-@click.option(
-    "--weights",
-    default=None,
-    help="The encoder's weights, where they moved since training; checked to be the same. A "
-    "model of finetune_joint.py has them inside.",
-)
+@options.weights
 @options.beam_size
 @options.consensus
 @options.matching
@@ -172,7 +167,7 @@ GROUPS = {
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=7860, help="Of that page; 0: any free one."
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@options.device
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),

@@ -32,12 +32,7 @@ GROUPS = {
     help="Folder with the captions.  [default: that of the training]",
     show_default=False,
 )
-@click.option(
-    "--captions",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="The captions file, where --data holds several.",
-)
+@options.captions
 @click.option(
     "--features",
     type=click.Path(path_type=Path),
@@ -105,7 +100,7 @@ GROUPS = {
     help="Score RUNS as one model whose decoders caption together; they must be of one encoder and "
     "recipe, with other seeds. The files go into the first run's folder, as predictions-together.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@options.device
 def main(
     runs: tuple[Path, ...],
     data: Path | None,

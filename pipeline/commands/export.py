@@ -20,11 +20,7 @@ from pipeline import options
     multiple=True,
     help="The same as RUNS, as caption.py has it.",
 )
-@click.option(
-    "--weights",
-    default=None,
-    help="The encoder's weights, where they moved since training; checked to be the same.",
-)
+@options.weights
 @click.option(
     "--output",
     type=click.Path(path_type=Path),

@@ -52,7 +52,7 @@ GROUPS = {
     "or 'random' (untrained, for tests). auto goes on with what the cache was begun with; else it "
     "takes imagenet, or pretrained where that cannot be had.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+@options.device
 @click.option(
     "--engine",
     type=click.Choice(["auto", "torch", "openvino"]),

@@ -39,17 +39,8 @@ GROUPS = {
     help="Folder with pictures and captions.  [default: that of the starting run]",
     show_default=False,
 )
-@click.option(
-    "--captions",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="The captions file, where --data holds several.",
-)
-@click.option(
-    "--weights",
-    default=None,
-    help="The encoder's weights, where they moved since the starting run; checked to be the same.",
-)
+@options.captions
+@options.weights
 @click.option(
     "--run",
     type=click.Path(path_type=Path),
@@ -81,22 +72,9 @@ GROUPS = {
     default=1e-4,
     help="Highest learning rate of the decoder, which is trained already.",
 )
-@click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
-)
-@click.option(
-    "--label-smoothing",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.1,
-    help="Share of the target spread over all words.",
-)
-@click.option(
-    "--average",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.998,
-    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
-    "0: no mean.",
-)
+@options.weight_decay
+@options.label_smoothing
+@options.average
 @click.option(
     "--unfreeze-from",
     default="Mixed_7a",
@@ -115,25 +93,15 @@ GROUPS = {
     help="Mirror half of the pictures, except those whose captions say left or right; with another "
     "--tokenizer than english in stage 2, none.",
 )
-@click.option(
-    "--patience",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Stop after so many epochs without a better CIDEr-D on val; 0: never.",
-)
+@options.patience
 @click.option(
     "--seed",
     type=click.IntRange(0, 2**31 - 1),
     default=0,
     help="Of order, augmentation and dropout.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
-)
+@options.device
+@options.training_precision
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -142,7 +110,7 @@ GROUPS = {
     show_default=False,
 )
 @options.tensorboard
-@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+@options.force
 def main(
     start: tuple[Path, ...],
     data: Path | None,

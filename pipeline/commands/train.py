@@ -36,13 +36,7 @@ GROUPS = {
     default="data/flickr8k",
     help="Folder with the captions, and the pictures that the features were made of.",
 )
-@click.option(
-    "--captions",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's "
-    "JSON, CSV or JSON Lines.",
-)
+@options.captions
 @click.option(
     "--features",
     type=click.Path(path_type=Path),
@@ -67,15 +61,8 @@ GROUPS = {
 @click.option(
     "--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, help="Highest learning rate."
 )
-@click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
-)
-@click.option(
-    "--label-smoothing",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.1,
-    help="Share of the target spread over all words.",
-)
+@options.weight_decay
+@options.label_smoothing
 @click.option(
     "--embed-size",
     type=click.IntRange(min=1),
@@ -105,13 +92,7 @@ GROUPS = {
     default=True,
     help="Tell words by the vectors that they are read by: fewer weights, a quicker step.",
 )
-@click.option(
-    "--average",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.998,
-    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
-    "0: no mean. Nearer to 1 is over more steps.",
-)
+@options.average
 @click.option(
     "--min-count",
     type=click.IntRange(min=1),
@@ -148,20 +129,9 @@ GROUPS = {
 @click.option(
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, help="Of weights, order and dropout."
 )
-@click.option(
-    "--patience",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Stop after so many epochs without a better CIDEr-D on val; 0: never. The last epochs, "
-    "at a low learning rate, are often the best: stopping saves time, not quality.",
-)
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
-)
+@options.patience
+@options.device
+@options.training_precision
 @click.option(
     "--feature-memory",
     type=click.FloatRange(min=0),
@@ -177,7 +147,7 @@ GROUPS = {
     "will take. Ends with 0 if it can start, 1 if features have to be extracted first, 2 if it "
     "cannot.",
 )
-@click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+@options.force
 def main(
     data: Path,
     captions: Path | None,
