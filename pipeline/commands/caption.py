@@ -165,7 +165,7 @@ GROUPS = {
     "reached from this computer alone.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=7860, help="Of that page; 0: any free one."
+    "--port", type=click.IntRange(0, 65535), default=8321, help="Of that page; 0: any free one."
 )
 @options.device
 @click.option(
