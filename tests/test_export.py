@@ -21,8 +21,9 @@ from drawn_run import DrawnRun
 from PIL import Image
 
 from pipeline import Captioner, onnx_graphs
-from pipeline import export as command
+from pipeline import export as module
 from pipeline.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.commands import export as command
 from pipeline.errors import UserError
 from pipeline.export import RUNNER, SETTINGS, is_export, writing_rules
 from pipeline.images import read_square
@@ -340,7 +341,7 @@ def test_of_the_model_in_the_box_the_licence_is_told(drawn_run: DrawnRun) -> Non
     checkpoint = load_checkpoint(drawn_run.run)
     for models, start in ([["pretrained"], ()], [["runs/joint"], ("pretrained",)]):
         checkpoint.settings["start"] = start
-        settings = command.captioner_settings(checkpoint, [Path(model) for model in models])
+        settings = module.captioner_settings(checkpoint, [Path(model) for model in models])
         assert "research and education only" in settings["licence"]
 
 
@@ -405,13 +406,14 @@ def test_a_failed_export_leaves_what_was_there(
 
 KILLED = """
 import os, signal, sys
-from pipeline import export, onnx_graphs
+from pipeline import onnx_graphs
+import pipeline.commands.export as commands_export
 def killed(graph):
     if isinstance(graph.module, onnx_graphs.StepGraph):
         os.kill(os.getpid(), signal.SIGKILL)
     return b"half"
 onnx_graphs.to_onnx, onnx_graphs.check = killed, lambda *words: None
-export.main(sys.argv[1:])
+commands_export.main(sys.argv[1:])
 """
 
 
@@ -425,7 +427,7 @@ def test_a_killed_export_leaves_what_was_there_and_the_next_cleans_up(
     if before:
         shutil.copytree(exported, output)
     words = [str(drawn_run.run), "--output", str(output)]
-    root = Path(command.__file__).parents[1]
+    root = Path(module.__file__).parents[1]
     ended = subprocess.run(
         [sys.executable, "-c", KILLED, *words], env={**os.environ, "PYTHONPATH": str(root)}
     )
@@ -523,7 +525,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 
 def test_importing_it_is_cheap() -> None:
     code = "import sys, pipeline.export; print('torch' in sys.modules, 'PIL' in sys.modules)"
-    root = Path(command.__file__).parents[1]
+    root = Path(module.__file__).parents[1]
     ended = subprocess.run(
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
@@ -559,7 +561,7 @@ def test_unreadable_pictures_are_named(drawn_run: DrawnRun, exported: Path, tmp_
         (SETTINGS, "{}", "captioner.json: not that of an exported captioner"),
         (
             SETTINGS,
-            json.dumps({"format": command.FORMAT, "format_version": 2}),
+            json.dumps({"format": module.FORMAT, "format_version": 2}),
             "captioner.json: of version 2, and this program reads 1",
         ),
         ("decoder_step.onnx", None, "decoder_step.onnx: no such file"),

@@ -215,10 +215,10 @@ def main(
     Stopped at any moment, the same command goes on where it was.
     """
     _check(images, serve, skip_existing, output, diverse, num_captions, search)
-    models = model or (default_model(),)
     if serve:
         from pipeline.server import serve as serve_page
 
+        models = model or (default_model(),)
         serve_page(_load(models, device, weights, 1), _name(models), port, open_browser=True)
         return
     for target in (output, html):
