@@ -553,7 +553,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch, missing: s
     monkeypatch.delitem(sys.modules, "pipeline.server")
     monkeypatch.delitem(sys.modules, "pipeline.uploads")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r"pip install 'show-and-tell-captioner\[serve\]'"):
+    with pytest.raises(UserError, match=r"pip install starlette uvicorn python-multipart"):
         importlib.import_module("pipeline.server")
 
 

@@ -225,6 +225,7 @@ def main(
         if target is not None:
             check_writable(target)
     paths = collect(images)
+    models = model or (default_model(),)
     from pipeline.captioning import Places, Request, caption_pictures
     from pipeline.output import printable
 
