@@ -151,6 +151,7 @@ class Captioner:
         matching: float | None = None,
         least: int = 1,
         *,
+        rounds: int = 1,
         min_length: int = SearchConfig.min_length,
         max_length: int | None = None,
         prefix: str = "",
@@ -164,6 +165,7 @@ class Captioner:
         Args:
             beam_size, consensus, matching: see ``reranking.search_config``.
             least: how many captions a picture are wanted.
+            rounds: how often to search for captions to choose among.
             min_length, max_length: fewest and most words in a caption; by default 1, and 20 or what
                 the language needs (``tokenizers``).
             prefix: words that every caption begins with.
@@ -199,6 +201,7 @@ class Captioner:
         return search_config(
             self.reranker,
             *(beam_size, consensus, matching, least, self.decoder.config.members, sampling),
+            rounds=rounds,
             min_length=min_length,
             max_length=max_length,
             prefix=tuple(self.vocabulary.encode(words)),

@@ -101,6 +101,7 @@ class SearchOptions:
     beam_size: int | None = None
     consensus: float | None = None
     matching: float | None = None
+    rounds: int = 1
     length_penalty: float = SearchConfig.length_penalty
 
 
@@ -210,6 +211,7 @@ def evaluate(
         search.consensus,
         search.matching,
         decoders=checkpoint.decoder_config.members,
+        rounds=search.rounds,
         length_penalty=search.length_penalty,
         max_length=vocabulary.tokenizer.longest,
     )

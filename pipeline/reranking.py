@@ -8,7 +8,8 @@ such pictures, the second what tells this one from others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,6 @@ from pipeline.search import (
     SearchConfig,
     beam_search,
     search,
-    token_log_probabilities,
 )
 
 # How captions are searched where there are second opinions: more candidates than the decoder alone
@@ -32,8 +32,10 @@ from pipeline.search import (
 # of 1 (of 10), and a cosine of 1, weigh against a log-probability of 1.
 RERANKED_BEAM, RERANKED_BEAM_TOGETHER = 10, 20
 CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
-# Where captions are to differ, each after the first is the best of so many.
-DIVERSE_BEAM = 5
+# Beams of the rounds after the first, and what a word costs there. Together with the weights that
+# are best for them, for the choice among what several rounds found, chosen on Flickr8k's val.
+LATER_BEAM, ROUNDS_DIVERSITY = 5, 1.0
+ROUNDS_CONSENSUS, ROUNDS_MATCHING = 3.0, 4.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ def search_config(
     least: int = 1,
     decoders: int = 1,
     sampling: bool = False,
+    rounds: int = 1,
     **others: Any,
 ) -> SearchConfig:
     """Choose how to search where not all is said: with every second opinion that there is.
@@ -73,11 +76,14 @@ def search_config(
         least: how many hypotheses are needed.
         decoders: how many caption together.
         sampling: draw captions: ``least`` of them, and without second opinions, where not said.
+        rounds: how often to search, of which second opinions gain.
         others: see ``SearchConfig``.
 
     Raises:
         UserError: a second opinion is asked for that the model does not have.
     """
+    if rounds > 1 and (sampling or beam_size == 1):
+        raise UserError(f"--rounds {rounds}: is for beams, not for greedy search or drawn captions")
     for option, weight, there in (
         ("--consensus", consensus, reranker.consensus is not None),
         ("--matching", matching, reranker.matcher is not None),
@@ -89,22 +95,25 @@ def search_config(
             )
     if consensus is None:
         there = reranker.consensus is not None and not sampling
-        consensus = CONSENSUS_WEIGHT if there else 0.0
+        usual = CONSENSUS_WEIGHT if rounds == 1 else ROUNDS_CONSENSUS
+        consensus = usual if there else 0.0
     if matching is None:
         there = reranker.matcher is not None and not sampling
-        matching = MATCHING_WEIGHT if there else 0.0
+        usual = MATCHING_WEIGHT if rounds == 1 else ROUNDS_MATCHING
+        matching = usual if there else 0.0
     if sampling:
         beam_size = beam_size or least
     if beam_size == 1:
         consensus = matching = 0.0  # there is nothing to choose from
-    usual = SearchConfig.beam_size
+    beams = SearchConfig.beam_size
     if consensus or matching:
-        usual = RERANKED_BEAM if decoders == 1 else RERANKED_BEAM_TOGETHER
+        beams = RERANKED_BEAM if decoders == 1 or rounds > 1 else RERANKED_BEAM_TOGETHER
     return SearchConfig(
-        beam_size=max(usual, least) if beam_size is None else beam_size,
+        beam_size=max(beams, least) if beam_size is None else beam_size,
         consensus=consensus,
         matching=matching,
         sampling=sampling,
+        rounds=rounds,
         **others,
     )
 
@@ -118,9 +127,22 @@ def best_captions(
 ) -> list[list[Hypothesis]]:
     """Search captions for features (B, 2048), and rank them by what ``config`` gives a weight.
 
+    With several rounds, captions of later searches, each for something else, are added to those
+    of the first: beams differ in a word or two, and second opinions want more to choose from.
     ``keys`` are those of ``search``.
     """
-    return _ranked(decoder, features, search(decoder, features, config, keys), config, reranker)
+    found = search(decoder, features, config, keys)
+    ranked = _ranked(decoder, features, found, config, reranker)
+    if config.rounds == 1:
+        return ranked
+    later = _later_rounds(decoder, features, config, reranker, ranked, ROUNDS_DIVERSITY)
+    for searched, _ in itertools.islice(later, config.rounds - 1):
+        for group, more in zip(found, searched, strict=True):
+            known = {tuple(hypothesis.tokens) for hypothesis in group}
+            group += [h for h in more if tuple(h.tokens) not in known]
+    for group in found:
+        group.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
+    return _ranked(decoder, features, found, config, reranker)
 
 
 def diverse_captions(
@@ -132,36 +154,16 @@ def diverse_captions(
 ) -> list[list[Hypothesis]]:
     """Find ``count`` captions of each of features (B, 2048) that say different things.
 
-    One search after the other: a word costs ``config.diversity`` for each caption that was found
-    before and has it in the same place (Vijayakumar et al., arXiv 1610.02424, with the Hamming
-    distance; their groups of beams grow side by side). The first caption is that of
-    ``best_captions``; the others follow by their scores, which are without what words cost.
+    The first caption is that of ``best_captions``; each other one is the best of a later round,
+    and they follow by their scores.
 
     Returns:
         For each picture its captions; fewer than ``count`` where no other could be found.
     """
-    found = [group[:1] for group in best_captions(decoder, features, config, reranker)]
-    later = replace(config, beam_size=min(config.beam_size, DIVERSE_BEAM))
-    size = len(features), config.max_length + 1, decoder.config.vocabulary_size
-    penalty = torch.zeros(size, device=features.device)
-    for _ in range(count - 1):
-        for picture, group in enumerate(found):
-            words = group[-1].tokens
-            penalty[picture, range(len(words)), words] += config.diversity
-        searched = beam_search(decoder, features, later, penalty)
-        chances = token_log_probabilities(
-            decoder, features, [[h.tokens for h in group] for group in searched]
-        )
-        groups = [
-            [
-                Hypothesis(
-                    h.tokens, sum(chance), sum(chance) / len(chance) ** config.length_penalty
-                )
-                for h, chance in zip(group, each, strict=True)
-            ]
-            for group, each in zip(searched, chances, strict=True)
-        ]
-        ranked = _ranked(decoder, features, groups, config, reranker)
+    best = best_captions(decoder, features, config, reranker)
+    found = [group[:1] for group in best]
+    later = _later_rounds(decoder, features, config, reranker, best, config.diversity)
+    for _, ranked in itertools.islice(later, count - 1):
         for group, more in zip(found, ranked, strict=True):
             known = {tuple(hypothesis.tokens) for hypothesis in group}
             group += [h for h in more if tuple(h.tokens) not in known][:1]
@@ -169,6 +171,35 @@ def diverse_captions(
         [first, *sorted(others, key=lambda hypothesis: hypothesis.score, reverse=True)]
         for first, *others in found
     ]
+
+
+def _later_rounds(
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig,
+    reranker: Reranker,
+    ranked: list[list[Hypothesis]],
+    diversity: float,
+) -> Iterator[tuple[list[list[Hypothesis]], list[list[Hypothesis]]]]:
+    """Search on and on, each time for something else.
+
+    A word costs ``diversity`` for each earlier round whose best caption has it in the same place
+    (Vijayakumar et al., arXiv 1610.02424, with the Hamming distance; their groups of beams grow
+    side by side). ``ranked`` are the captions of the first round.
+
+    Yields:
+        The hypotheses of a round, with scores of the decoder alone; and the same ranked.
+    """
+    config = replace(config, beam_size=min(config.beam_size, LATER_BEAM))
+    size = len(features), config.max_length + 1, decoder.config.vocabulary_size
+    penalty = torch.zeros(size, device=features.device)
+    while True:
+        for picture, group in enumerate(ranked):
+            words = group[0].tokens
+            penalty[picture, range(len(words)), words] += diversity
+        searched = beam_search(decoder, features, config, penalty)
+        ranked = _ranked(decoder, features, searched, config, reranker)
+        yield searched, ranked
 
 
 def _ranked(

@@ -34,6 +34,7 @@ class SearchConfig:
         consensus: weight of the agreement with similar pictures' captions, see ``reranking``.
         matching: weight of how well a caption fits the picture; with both 0 the decoder alone
             chooses.
+        rounds: how often to search for captions to choose among, see ``reranking``.
         prefix: word ids that every caption begins with.
         diversity: what it costs a caption, in nats, to have a word where an earlier caption of the
             picture has it, see ``reranking.diverse_captions``; 0: the captions of one search.
@@ -51,6 +52,7 @@ class SearchConfig:
     length_penalty: float = 0.9
     consensus: float = 0.0
     matching: float = 0.0
+    rounds: int = 1
     prefix: tuple[int, ...] = ()
     diversity: float = 0.0
     sampling: bool = False
@@ -81,6 +83,8 @@ def search_in_words(search: Mapping[str, Any]) -> str:
         words = [f"sampling, temperature {search['temperature']:g}, top-p {search['top_p']:g}"]
     else:
         words = ["greedy" if beam == 1 else f"beam {beam}"]
+    if search.get("rounds", 1) > 1:
+        words.append(f"{search['rounds']} rounds")
     return ", ".join(
         [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
     )
@@ -203,7 +207,7 @@ def beam_search(
     greedy search.
 
     A ``penalty`` (B, max_length + 1, V) is taken from the log-probabilities of the tokens at each
-    place, and so from those of the hypotheses.
+    place while it is decided which beams to keep; those of the hypotheses are without it.
     """
     beams, device = config.beam_size, features.device
     results: list[list[Hypothesis]] = [[] for _ in features]
@@ -224,10 +228,10 @@ def beam_search(
     for length in range(config.max_length + 1):
         batch = len(pictures)
         logits, (hidden, cell) = decoder.step(token, (hidden, cell))
-        costs = None
+        fees = None
         if penalty is not None:
-            costs = penalty[pictures, length].repeat_interleave(beams, 0)
-        best, tokens = _best_tokens(logits, length, beams + 1, config, costs)  # (B * K, K + 1)
+            fees = penalty[pictures, length].repeat_interleave(beams, 0)
+        best, tokens = _best_tokens(logits, length, beams + 1, config, fees)  # (B * K, K + 1)
         each = best.shape[1]
         totals = (live.view(-1, 1) + best).view(batch, beams * each)
         total, index = totals.topk(min(candidates, beams * each), dim=1)  # (B, 2K), best first
@@ -266,7 +270,23 @@ def beam_search(
                 break
         token, chosen = token.flatten(), chosen.flatten()
         hidden, cell = hidden.index_select(0, chosen), cell.index_select(0, chosen)
-    return results
+    if penalty is None:
+        return results
+    fees = penalty.cpu()
+    return [_unpenalised(group, own, config) for group, own in zip(results, fees, strict=True)]
+
+
+def _unpenalised(
+    group: Sequence[Hypothesis], penalty: Tensor, config: SearchConfig
+) -> list[Hypothesis]:
+    """Give hypotheses back what they have paid of a penalty (max_length + 1, V); best first."""
+    free = []
+    for hypothesis in group:
+        words = hypothesis.tokens
+        paid = float(penalty[range(len(words) + 1), [*words, END_ID]].sum())
+        total = hypothesis.log_probability + paid
+        free.append(Hypothesis(words, total, total / (len(words) + 1) ** config.length_penalty))
+    return sorted(free, key=lambda hypothesis: hypothesis.score, reverse=True)
 
 
 @torch.inference_mode()

@@ -495,7 +495,7 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         page.keyboard.press("Escape")
         assert not page.locator("#viewer").is_visible()
         focused = "document.activeElement.closest('.card').querySelector('.name').textContent"
-        assert page.evaluate(focused) == "gone.png"
+        page.wait_for_function(f"{focused} === 'gone.png'")
         assert problems == []
 
 

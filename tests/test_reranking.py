@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.matching import Matcher, MatcherConfig
 from pipeline.reranking import Reranker, best_captions, search_config
-from pipeline.search import SearchConfig, search
+from pipeline.search import SearchConfig, search, token_log_probabilities
 from pipeline.vocabulary import Vocabulary
 
 WORDS = Vocabulary.build(["a b c d e f g h".split()], 1)
@@ -88,3 +90,47 @@ def test_what_the_model_lacks_cannot_be_asked_for(option: str) -> None:
     with pytest.raises(UserError, match=f"--{option} 2: this model has not"):
         search_config(Reranker(), **{option: 2.0})  # type: ignore[arg-type]
     assert search_config(Reranker(), **{option: 0.0}) == SearchConfig(3)  # type: ignore[arg-type]
+
+
+def test_rounds_add_other_captions_to_choose_from() -> None:
+    decoder, features = make_decoder(), torch.randn(6, 3)
+    reranker = make_reranker(decoder)
+    one = SearchConfig(4, max_length=6, consensus=2.0, matching=3.0)
+    three = replace(one, rounds=3)
+    before = best_captions(decoder, features, one, reranker)
+    after = best_captions(decoder, features, three, reranker)
+    for first, all_rounds in zip(before, after, strict=True):
+        words = [tuple(h.tokens) for h in all_rounds]
+        assert len(set(words)) == len(words) > len(first)
+        assert {tuple(h.tokens) for h in first} < set(words)
+        assert all_rounds[0].score >= first[0].score
+        scores = [h.score for h in all_rounds]
+        assert scores == sorted(scores, reverse=True)
+    assert any(b[0].score > a[0].score for a, b in zip(before, after, strict=True))
+    found = [[h.tokens for h in group] for group in after]
+    chances = token_log_probabilities(decoder, features, found)
+    for group, each in zip(after, chances, strict=True):
+        assert [h.log_probability for h in group] == pytest.approx(list(map(sum, each)), abs=1e-4)
+    for picture in (0, 5):
+        [alone] = best_captions(decoder, features[picture : picture + 1], three, reranker)
+        assert [h.tokens for h in alone] == found[picture]
+
+
+def test_without_second_opinions_the_best_of_all_rounds_is_taken() -> None:
+    decoder, features = make_decoder(), torch.randn(6, 3)
+    plain = best_captions(decoder, features, SearchConfig(4), Reranker())
+    rounds = best_captions(decoder, features, SearchConfig(4, rounds=3), Reranker())
+    for more, few in zip(rounds, plain, strict=True):
+        assert {tuple(h.tokens) for h in few} <= {tuple(h.tokens) for h in more}
+        scores = [h.score for h in more]
+        assert scores == sorted(scores, reverse=True) and scores[0] >= few[0].score
+
+
+def test_rounds_have_weights_of_their_own_and_are_for_beams() -> None:
+    both = make_reranker(make_decoder())
+    config = search_config(both, rounds=5, decoders=3)
+    assert (config.beam_size, config.consensus, config.matching) == (10, 3.0, 4.0)
+    assert search_config(both, consensus=1.0, matching=0.0, rounds=5).consensus == 1.0
+    for wrong in ({"beam_size": 1}, {"sampling": True}):
+        with pytest.raises(UserError, match="--rounds 2"):
+            search_config(both, rounds=2, **wrong)

@@ -34,7 +34,7 @@ GROUPS = {
         *("layout", "output", "skip_existing", "sidecar", "write_metadata", "overwrite"),
         *("html", "thumbnails"),
     ),
-    "How captions are searched": ("beam_size", "consensus", "matching"),
+    "How captions are searched": ("beam_size", "consensus", "matching", "rounds"),
     "What captions": (
         *("num_captions", "diverse", "prefix", "min_length", "max_length"),
         *("temperature", "top_p", "seed", "words"),
@@ -59,6 +59,7 @@ GROUPS = {
 @options.beam_size
 @options.consensus
 @options.matching
+@options.rounds
 @click.option(
     "--num-captions",
     type=click.IntRange(min=1),

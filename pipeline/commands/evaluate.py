@@ -16,7 +16,7 @@ from pipeline.files import check_writable
 from pipeline.vocabulary import TOKENIZERS
 
 GROUPS = {
-    "How captions are searched": ("beam_size", "consensus", "matching", "length_penalty"),
+    "How captions are searched": ("beam_size", "consensus", "matching", "rounds", "length_penalty"),
     "What is written": ("output", "html", "java"),
     "Other data": ("data", "captions", "features", "tokenizer"),
     "Machine": ("device",),
@@ -58,6 +58,7 @@ GROUPS = {
 @options.beam_size
 @options.consensus
 @options.matching
+@options.rounds
 @click.option(
     "--length-penalty",
     type=click.FloatRange(min=0),
@@ -111,6 +112,7 @@ def main(
     beam_size: int | None,
     consensus: float | None,
     matching: float | None,
+    rounds: int,
     length_penalty: float,
     output: Path | None,
     html: Path | None,
@@ -153,7 +155,7 @@ def main(
     from pipeline.devices import choose_device
     from pipeline.evaluation import SearchOptions, evaluate_runs, print_table
 
-    search = SearchOptions(beam_size, consensus, matching, length_penalty)
+    search = SearchOptions(beam_size, consensus, matching, rounds, length_penalty)
     chosen = choose_device(device)
     groups = [runs] if together else [(run,) for run in runs]
     results = {
