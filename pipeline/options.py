@@ -193,6 +193,6 @@ rounds = click.option(
     type=click.IntRange(min=1),
     default=1,
     help="Search so often, each time for captions that differ from those before, so that "
-    "--consensus and --matching have more to choose from: 5 are worth about 1.5 of CIDEr-D, for "
-    "three times the time.",
+    "--consensus and --matching have more to choose from. On Flickr8k 5 gain about 1 of CIDEr-D, and "
+    "more various captions, and lose 0.3 of ROUGE-L; a caption takes thrice the time.",
 )
