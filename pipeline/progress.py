@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-LINE = "{desc}: {n_fmt} of {total_fmt} {unit}s, {rate_fmt}{postfix}, {remaining} left"
+LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class PlainLines:
