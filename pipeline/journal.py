@@ -65,13 +65,16 @@ class Journal:
         return whole.decode("utf-8", "replace").splitlines()
 
     def add(self, prediction: Prediction) -> None:
-        """Note a picture that could be captioned."""
+        """Note a picture that could be captioned, unless it is gone already."""
+        try:
+            state = _state(prediction.path)
+        except OSError:
+            return  # captioned while it was there; a resumed run has nothing to compare with
         captions = [
             [c.text, c.log_probability, [[word.text, word.probability] for word in c.words]]
             for c in prediction.captions
         ]
-        entry = [prediction.path, _state(prediction.path), captions]
-        self._write(json.dumps(entry))
+        self._write(json.dumps([prediction.path, state, captions]))
 
     def _write(self, line: str) -> None:
         try:

@@ -96,6 +96,19 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
     assert sorted(p.name for p in album.parent.iterdir()) == ["album", "out.jsonl", "whole.jsonl"]
 
 
+def test_an_interruption_promises_to_go_on_only_where_something_is_kept(
+    drawn_run: DrawnRun, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Captioner, "stream", interrupted)
+    result = caption(drawn_run, album)
+    assert result.exit_code == 130 and result.stderr == "interrupted\n"
+    result = caption(drawn_run, album, "--sidecar")
+    assert result.stderr == "interrupted; the same command goes on\n"
+
+
 def test_what_changed_since_the_interruption_is_captioned_again(
     drawn_run: DrawnRun, album: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -419,6 +432,12 @@ def test_a_journal_of_garbage_is_begun_anew(tmp_path: Path) -> None:
         str(picture): Prediction(str(picture), [Caption("a", -1.0, (Word("a", 0.5),))])
     }
     assert Journal(target, {"a": 2}).known == {}
+
+
+def test_a_picture_that_is_gone_before_it_is_noted_stops_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.csv", {})
+    journal.add(Prediction(str(tmp_path / "gone.jpg"), [Caption("a", -1.0)]))
+    assert Journal(tmp_path / "x.csv", {}).known == {}
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def main(
       find . -name '*.jpg' -print0 | python caption.py - --format jsonl
       python caption.py --serve
 
-    Stopped at any moment, the same command goes on where it was.
+    Stopped at any moment, the same command goes on where it was, unless captions go to standard
+    output alone.
     """
     _check(images, serve, skip_existing, output, diverse, num_captions, search)
     if serve:
@@ -254,7 +255,8 @@ def main(
             lambda pictures: _load(models, device, weights, pictures), paths, places, request
         )
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command goes on", err=True)
+        kept = output or html or sidecar or write_metadata
+        click.echo("interrupted" + ("; the same command goes on" if kept else ""), err=True)
         sys.exit(130)
     if html is not None:
         click.echo(f"page: {html}", err=True)
