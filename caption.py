@@ -10,8 +10,9 @@
     python caption.py --serve                                 # a page to drop pictures on
 
 Captions go to standard output, progress and complaints to standard error. Stopped at any moment,
-the same command goes on where it was, unless captions go to standard output alone. Exit codes: 0 all pictures captioned, 1 some could not be
-read or written (each is named at the end), 2 the command was wrong.
+the same command goes on where it was, unless captions go to standard output alone. Exit codes:
+0 all pictures captioned, 1 some could not be read or written (each is named at the end), 2 the
+command was wrong.
 """
 
 from pipeline.commands.caption import main

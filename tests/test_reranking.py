@@ -94,6 +94,8 @@ def test_what_the_model_lacks_cannot_be_asked_for(option: str) -> None:
 
 def test_rounds_add_other_captions_to_choose_from() -> None:
     decoder, features = make_decoder(), torch.randn(6, 3)
+    with torch.no_grad():  # so sharp that a later round finds some captions again
+        decoder.projection.weight *= 10
     reranker = make_reranker(decoder)
     one = SearchConfig(4, max_length=6, consensus=2.0, matching=3.0)
     three = replace(one, rounds=3)
@@ -101,16 +103,17 @@ def test_rounds_add_other_captions_to_choose_from() -> None:
     after = best_captions(decoder, features, three, reranker)
     for first, all_rounds in zip(before, after, strict=True):
         words = [tuple(h.tokens) for h in all_rounds]
-        assert len(set(words)) == len(words) > len(first)
-        assert {tuple(h.tokens) for h in first} < set(words)
+        assert len(set(words)) == len(words)
+        assert {tuple(h.tokens) for h in first} <= set(words)
         assert all_rounds[0].score >= first[0].score
         scores = [h.score for h in all_rounds]
         assert scores == sorted(scores, reverse=True)
     assert any(b[0].score > a[0].score for a, b in zip(before, after, strict=True))
+    assert sum(map(len, before)) < sum(map(len, after)) < 3 * sum(map(len, before))
     found = [[h.tokens for h in group] for group in after]
     chances = token_log_probabilities(decoder, features, found)
     for group, each in zip(after, chances, strict=True):
-        assert [h.log_probability for h in group] == pytest.approx(list(map(sum, each)), abs=1e-4)
+        assert [h.log_probability for h in group] == pytest.approx(list(map(sum, each)), abs=1e-3)
     for picture in (0, 5):
         [alone] = best_captions(decoder, features[picture : picture + 1], three, reranker)
         assert [h.tokens for h in alone] == found[picture]

@@ -229,19 +229,21 @@ def test_what_is_drawn_for_a_picture_does_not_depend_on_the_others() -> None:
         assert [h.tokens for h in alone] == [h.tokens for h in together[place]]
     other = search(decoder, features, SearchConfig(5, 8, sampling=True, seed=5), keys)
     assert [[h.tokens for h in g] for g in other] != [[h.tokens for h in g] for g in together]
+    alike = search(decoder, features[:1].expand(2, -1), config, [3, 4])
+    assert [h.tokens for h in alike[0]] != [h.tokens for h in alike[1]]
     scores = [[h.score for h in group] for group in together]
     assert scores == [sorted(group, reverse=True) for group in scores]
 
 
 def first_words(config: SearchConfig, count: int = 4000) -> Counter[int]:
-    decoder, features = make_decoder(sharpness=1.0), some_features(1)
+    decoder, features = make_decoder(sharpness=30.0), some_features(1)
     torch.manual_seed(0)
     [drawn] = sample(decoder, features, count, config)
     return Counter(h.tokens[0] for h in drawn)
 
 
 def first_word_probabilities(temperature: float) -> Tensor:
-    decoder, features = make_decoder(sharpness=1.0), some_features(1)
+    decoder, features = make_decoder(sharpness=30.0), some_features(1)
     logits = decoder.step(torch.tensor([START_ID]), decoder.start(features))[0].clone()
     logits[:, [PAD_ID, START_ID, UNKNOWN_ID, END_ID]] = -torch.inf
     return (logits / temperature).softmax(-1)[0]
@@ -251,6 +253,8 @@ def first_word_probabilities(temperature: float) -> Tensor:
 def test_words_are_drawn_as_often_as_the_temperature_says(temperature: float) -> None:
     drawn = first_words(SearchConfig(temperature=temperature))
     wanted = first_word_probabilities(temperature)
+    if temperature != 1:  # else the test could not tell
+        assert float((wanted - first_word_probabilities(1.0)).abs().max()) > 0.1
     for word in wanted.topk(5).indices.tolist():
         deviation = (float(wanted[word]) * (1 - float(wanted[word])) / 4000) ** 0.5
         assert drawn[word] / 4000 == pytest.approx(float(wanted[word]), abs=4 * deviation + 1e-3)
@@ -266,6 +270,21 @@ def test_top_p_draws_from_the_smallest_set_that_has_that_probability(top_p: floa
     assert drawn[int(order[0])] / 4000 == pytest.approx(float(expected[0]), abs=0.04)
     if top_p > 0.1:
         assert len(drawn) > 1
+
+
+def test_a_penalty_decides_which_beams_stay_but_is_not_in_their_probabilities() -> None:
+    decoder, features = make_decoder(), some_features(8)
+    config = SearchConfig(beam_size=4, max_length=7)
+    penalty = 3 * torch.rand((8, 8, VOCABULARY), generator=torch.Generator().manual_seed(2))
+    found = beam_search(decoder, features, config, penalty)
+    plain = beam_search(decoder, features, config)
+    assert [[h.tokens for h in g] for g in found] != [[h.tokens for h in g] for g in plain]
+    for picture, group in zip(features, found, strict=True):
+        for hypothesis in group:
+            expected = teacher_forced(decoder, picture, hypothesis.tokens)
+            assert hypothesis.log_probability == pytest.approx(expected, abs=1e-3)
+        scores = [hypothesis.score for hypothesis in group]
+        assert scores == sorted(scores, reverse=True)
 
 
 def test_diverse_captions_begin_with_the_best_and_share_fewer_words() -> None:
