@@ -39,6 +39,7 @@ def main() -> None:
     run("evaluate.py runs/demo --split test --no-java")
     run("evaluate.py runs/demo-joint --split test --no-java --html runs/demo-joint/test.html")
     show_captions()
+    say("To look at in a browser: runs/demo/report.html, runs/demo-joint/test.html")
 
 
 def caption_photographs() -> None:
