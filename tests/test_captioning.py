@@ -195,13 +195,20 @@ def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     assert asked == ["a.jpg", "c.jpg", "d.jpg", "f.jpg"]
     assert "2 have captions already: passed over" in result.stderr
     assert output.read_bytes() == whole.read_bytes()
-    # What the file has of other pictures stays, before the rest; nothing is left to be done.
-    asked.clear()
-    result = caption(
-        drawn_run, album / "a.jpg", "--format", layout, "--output", output, "--skip-existing"
-    )
-    assert asked == [] and result.exit_code == 0
-    assert output.read_bytes() == whole.read_bytes()
+
+    # What the file has of other pictures stays, before the rest.
+    def add(name: str) -> list[str]:
+        asked.clear()
+        words = ["--format", layout, "--output", output, "--skip-existing"]
+        assert caption(drawn_run, album / name, *words).exit_code == 0
+        return asked
+
+    assert add("a.jpg") == [] and output.read_bytes() == whole.read_bytes()
+    shutil.copy(album / "a.jpg", album / "g.jpg")
+    assert add("g.jpg") == ["g.jpg"]
+    before, after = read_predictions(whole, layout), read_predictions(output, layout)
+    assert [p.path for p in after] == [*(p.path for p in before), str(album / "g.jpg")]
+    assert [p.captions[0].text for p in after[:6]] == [p.captions[0].text for p in before]
 
 
 def test_skip_existing_names_a_file_of_another_format(drawn_run: DrawnRun, album: Path) -> None:
