@@ -26,6 +26,7 @@ from pipeline.extraction import Extraction, extract
 from pipeline.images import find_images
 from pipeline.matching import Matcher, MatcherConfig
 from pipeline.openvino_engine import choose_engine
+from pipeline.picture_sources import PictureFolder
 from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig, search
 
@@ -108,7 +109,7 @@ def compare_captioning(
     def extraction() -> int:
         extract(
             Extraction(
-                *(material.pictures, names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
+                *(PictureFolder(material.pictures), names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
                 *(inference_batch_size(CPU), default_workers(CPU), engine),
                 force=True,
             )

@@ -22,6 +22,7 @@ from pipeline.extraction import Extraction, extract
 from pipeline.features import EncoderIdentity
 from pipeline.images import find_images, prefetch, read_square
 from pipeline.openvino_engine import choose_engine
+from pipeline.picture_sources import PictureFolder
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
         def ours(engine: str = engine, ready: Encoder = ready) -> int:
             output = folder / f"{engine}.h5"
             task = Extraction(
-                *(material.pictures, names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
+                *(PictureFolder(material.pictures), names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
                 *(batch, workers, engine),
                 force=True,
             )

@@ -28,7 +28,7 @@ from pipeline.devices import (
     default_workers,
 )
 from pipeline.encoder import load_encoder
-from pipeline.joint_training import JointOptions, JointStage, Picture
+from pipeline.joint_training import JointOptions, JointStage, TrainingPicture
 from pipeline.search import SearchConfig, search
 from pipeline.training import (
     Phase,
@@ -289,9 +289,9 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
         encoder=load_encoder(material.weights),
         decoder=decoder,
         vocabulary=material.vocabulary,
-        pictures=[Picture(path, True) for path in paths],
+        pictures=[TrainingPicture(path, True) for path in paths],
         captions=captions,
-        val_paths=[],
+        val_pictures=[],
         validator=Validator({"none": [["none"]]}, material.vocabulary),
         options=JointOptions(
             start=(),

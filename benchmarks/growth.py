@@ -32,6 +32,7 @@ from pipeline.encoder import Encoder
 from pipeline.extraction import Extraction, extract
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.images import find_images
+from pipeline.picture_sources import PictureFolder
 from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig
 from pipeline.validation import search_all
@@ -68,7 +69,11 @@ def grow_extraction(count: int, folder: Path) -> float:
     names = find_images(data)
     encoder = cast(Encoder, PixelEncoder())
     output = folder / f"{count}.h5"
-    extract(Extraction(data, names, output, encoder, 4, default_workers(torch.device("cpu"))))
+    extract(
+        Extraction(
+            PictureFolder(data), names, output, encoder, 4, default_workers(torch.device("cpu"))
+        )
+    )
     return (time.perf_counter() - began) / count * 1e3
 
 

@@ -30,6 +30,7 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.sidecar_captions import find_sidecars
+from pipeline.tar_shards import TarShards
 
 SPLITS = ("train", "val", "test")
 
@@ -245,6 +246,16 @@ def _read_sidecars(folder: Path, gathered: Gathered) -> str:
         for text in texts:
             gathered.count(reason, text.relative_to(folder).as_posix())
     return "folder of .txt captions"
+
+
+def read_shards(shards: TarShards, gathered: Gathered) -> str:
+    """Read the texts beside pictures in tar shards; return the layout's name."""
+    found = shards.read_captions()
+    for name, lines in found.captions.items():
+        gathered.add(name, name, lines)
+    for text in found.lone:
+        gathered.count(".txt files without one picture of their name ignored", text)
+    return "tar shards with .txt captions"
 
 
 def _read_token_file(path: Path, lines: list[str], gathered: Gathered) -> None:

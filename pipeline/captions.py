@@ -29,8 +29,16 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipeline.caption_files import SPLITS, Gathered, find_files, normal_name, read_file
+from pipeline.caption_files import (
+    SPLITS,
+    Gathered,
+    find_files,
+    normal_name,
+    read_file,
+    read_shards,
+)
 from pipeline.errors import UserError
+from pipeline.tar_shards import TarShards
 
 FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d+)_[0-9a-f]{10}\.jpg")
 
@@ -94,16 +102,21 @@ class CaptionTable:
         ]
 
 
-def read_captions(data: Path, captions: Path | None = None) -> CaptionTable:
-    """Read the captions of the folder ``data``, or of the one file ``captions``.
+def read_captions(data: Path | TarShards, captions: Path | None = None) -> CaptionTable:
+    """Read the captions of the folder or the shards ``data``, or of the one file ``captions``.
 
     ``captions`` may be relative to the working folder or to ``data``. Single bad lines are
     dropped and counted in the table's notes. Raises ``UserError`` where no captions file is
     found, several compete, or the file cannot be read or holds no captions.
     """
-    paths = find_files(Path(data), None if captions is None else Path(captions))
     gathered = Gathered()
-    layouts = [read_file(path, gathered) for path in paths]
+    if isinstance(data, TarShards) and captions is None:
+        paths = [Path(data.origin)]
+        layouts = [read_shards(data, gathered)]
+    else:
+        folder = Path() if isinstance(data, TarShards) else Path(data)
+        paths = find_files(folder, None if captions is None else Path(captions))
+        layouts = [read_file(path, gathered) for path in paths]
     notes, found = gathered.finish()
     if not found:
         reasons = "; ".join(f"{words}: {count:,}" for words, count in sorted(notes.items()))

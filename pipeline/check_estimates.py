@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -16,6 +15,7 @@ from pipeline.decoder_training import DecoderOptions, build_decoder
 from pipeline.devices import autocast, choose_precision, default_workers, inference_batch_size
 from pipeline.encoder import encode_all, load_encoder
 from pipeline.features import FEATURE_SIZE
+from pipeline.images import Picture
 from pipeline.matching import MatcherConfig
 from pipeline.reranking import Reranker
 from pipeline.search import SearchConfig
@@ -128,12 +128,12 @@ def _peak_memory() -> float | None:
     return float(used if sys.platform == "darwin" else 1024 * used)
 
 
-def extraction_seconds(paths: Sequence[Path], pictures: int, device: torch.device) -> float:
+def extraction_seconds(files: Sequence[Picture], pictures: int, device: torch.device) -> float:
     """Estimate how long so many pictures take, from a few of them and an untrained encoder."""
     precision = choose_precision("auto", device)
     encoder = load_encoder("random", precision).for_inference().to(device)
     workers = default_workers(device)
-    sample = list(paths[:: max(1, len(paths) // SAMPLED_PICTURES)][:SAMPLED_PICTURES])
+    sample = list(files[:: max(1, len(files) // SAMPLED_PICTURES)][:SAMPLED_PICTURES])
     few = sample[: inference_batch_size(device)]
     for _ in encode_all(encoder, few, workers):  # the first batch has to warm up
         pass

@@ -31,7 +31,7 @@ from pipeline.dataset import encode_captions, rows_of, tokenised
 from pipeline.decoder_training import DecoderOptions
 from pipeline.errors import UserError
 from pipeline.features import DONE, FEATURE_SIZE, FeatureCache, partial_path
-from pipeline.images import find_images
+from pipeline.picture_sources import PictureSource, open_source
 from pipeline.pretrained import PRETRAINED
 from pipeline.run_folder import refuse_other_settings
 from pipeline.search import SearchConfig
@@ -69,15 +69,15 @@ class CheckedData:
     Attributes:
         whole: all that the captions files have.
         table: the images with a picture, or with features where there is a cache.
-        names: for each of these the picture's path below the data folder.
-        on_disk: all pictures below the data folder.
+        names: for each of these the picture's name in the source.
+        source: where the pictures are.
         cache: the features, or None where they are still to be extracted.
     """
 
     whole: CaptionTable
     table: CaptionTable
     names: dict[str, str]
-    on_disk: list[str]
+    source: PictureSource
     cache: FeatureCache | None
 
 
@@ -118,11 +118,12 @@ def check_data(
     if checked.cache is not None:
         click.echo(f"next: training can start\n  {commands.train}")
         return 0
-    paths = [Path(options.data) / path for path in checked.names.values()]
-    seconds = extraction_seconds(paths, len(checked.on_disk), device)
+    count = len(checked.source.names)
+    pictures = [checked.source.picture(name) for name in checked.names.values()]
+    seconds = extraction_seconds(pictures, count, device)
     click.echo(
         f"next: extract features, in about {duration(seconds)} "
-        f"({size(ROW_BYTES * len(checked.on_disk))} of disk)\n  {commands.extract}\n"
+        f"({size(ROW_BYTES * count)} of disk)\n  {commands.extract}\n"
         f"then:\n  {commands.train}"
     )
     return 1
@@ -136,11 +137,13 @@ def _check_captions(
     Raises:
         UserError: training cannot start.
     """
-    data, table = Path(options.data), checked.table
+    table = checked.table
     say_captions(checked.whole)
-    _say_pictures(checked, data)
+    _say_pictures(checked, options.data)
     if not table.images:
-        raise UserError(f"{table.source}: none of its pictures is among those of --data {data}")
+        raise UserError(
+            f"{table.source}: none of its pictures is among those of --data {options.data}"
+        )
     sizes = Counter(image.split for image in table.images)
     none = f", {sizes[None]:,} in no split" if sizes[None] else ""
     per_split = ", ".join(f"{sizes[split]:,} {split}" for split in SPLITS)
@@ -157,36 +160,37 @@ def _check_captions(
     say_lengths([*train_captions, *val_captions], options.tokenizer)
     vocabulary = Vocabulary.build(train_captions, options.min_count, options.tokenizer)
     advice += say_vocabulary(train_captions, val_captions, options.min_count)
-    advice += say_duplicates(table.images, {n: data / p for n, p in checked.names.items()})
+    pictures = {name: checked.source.picture(path) for name, path in checked.names.items()}
+    files = {name: picture for name, picture in pictures.items() if isinstance(picture, Path)}
+    advice += say_duplicates(table.images, files)
     advice += _say_features(checked, options, commands)
     return train, val, vocabulary
 
 
 def _read(options: DecoderOptions) -> CheckedData:
     """Read captions, and join them with the features, or with the pictures where there are none."""
-    data, features = Path(options.data), Path(options.features)
-    table = read_captions(data, Path(options.captions) if options.captions else None)
-    on_disk = find_images(data)
+    source, features = open_source(options.data), Path(options.features)
+    captions = Path(options.captions) if options.captions else None
+    table = read_captions(source.captioned, captions)
     cache = FeatureCache(features) if features.is_file() else None
-    if cache is None and not on_disk:
-        raise UserError(f"--data {data}: no pictures in this folder, and no features of them")
-    available = on_disk if cache is None else cache.names(DONE)
+    if cache is None and not source.names:
+        raise UserError(f"--data {options.data}: no pictures there, and no features of them")
+    available = source.names if cache is None else cache.names(DONE)
     restricted, names = table.restrict(available)
-    return CheckedData(table, restricted, names, on_disk, cache)
+    return CheckedData(table, restricted, names, source, cache)
 
 
-def _say_pictures(checked: CheckedData, data: Path) -> None:
+def _say_pictures(checked: CheckedData, data: str) -> None:
     """Compare the captions with the pictures of the folder, whatever features there are."""
-    if not checked.on_disk:
+    on_disk = checked.source.names
+    if not on_disk:
         click.echo(f"pictures: none in {data}, which training does not need: there are features")
         return
-    found, names = checked.whole.restrict(checked.on_disk)
-    click.echo(
-        f"pictures: {len(checked.on_disk):,} in {data}, {len(names):,} of them with captions"
-    )
+    found, names = checked.whole.restrict(on_disk)
+    click.echo(f"pictures: {len(on_disk):,} in {data}, {len(names):,} of them with captions")
     here = names.keys() | checked.names.keys()  # one may be gone since it was extracted
     missing = [image.name for image in checked.whole.images if image.name not in here]
-    bare = sorted(set(checked.on_disk) - set(names.values()))
+    bare = sorted(set(on_disk) - set(names.values()))
     for words, strangers in (
         ("captioned images without a picture, left out", missing),
         ("pictures without captions, left out", bare),
@@ -216,10 +220,10 @@ def _say_features(
         f"features: {path}, of {len(used):,} captioned pictures ({identity.encoder} with "
         f"{Path(identity.weights_source).name}, {identity.precision}, {identity.engine})"
     )
-    _, on_disk = checked.whole.restrict(checked.on_disk)
+    _, here = checked.whole.restrict(checked.source.names)
     failures = cache.failures()
-    failed = sorted(set(on_disk.values()) & failures.keys())
-    missing = sorted(set(on_disk.values()) - set(cache.names()))
+    failed = sorted(set(here.values()) & failures.keys())
+    missing = sorted(set(here.values()) - set(cache.names()))
     advice = []
     if failed:
         why = failures[failed[0]]

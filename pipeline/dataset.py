@@ -15,14 +15,15 @@ from torch import Tensor
 from pipeline.captions import CaptionedImage, CaptionTable, read_captions
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, FeatureCache
+from pipeline.picture_sources import PictureSource
 from pipeline.tokenizers import ENGLISH
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenizer_of
 
 
 def load_table(
-    data: Path, captions: Path | None, available: Sequence[str]
+    source: PictureSource, captions: Path | None, available: Sequence[str]
 ) -> tuple[CaptionTable, dict[str, str]]:
-    """Read the captions of ``data``, keep those whose picture is available, and say aloud
+    """Read the captions of ``source``, keep those whose picture is available, and say aloud
     what was found.
 
     Returns:
@@ -31,11 +32,13 @@ def load_table(
     Raises:
         UserError: no captions, or none of their pictures is available.
     """
-    table, names = read_captions(data, captions).restrict(available)
+    table, names = read_captions(source.captioned, captions).restrict(available)
     for line in table.summary():
         click.echo(line, err=True)
     if not table.images:
-        raise UserError(f"{table.source}: none of its pictures is among those of --data {data}")
+        raise UserError(
+            f"{table.source}: none of its pictures is among those of --data {source.origin}"
+        )
     return table, names
 
 

@@ -29,6 +29,7 @@ from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.features import DONE, EncoderIdentity, FeatureCache
 from pipeline.matching import train_matcher
+from pipeline.picture_sources import open_source
 from pipeline.report import epoch_reporter
 from pipeline.report_data import ReportData, describe_data
 from pipeline.run_folder import open_run
@@ -245,8 +246,9 @@ def prepare_stage(
         The stage, and what the report tells of its data.
     """
     cache = FeatureCache(Path(options.features))
+    source = open_source(options.data)
     captions_file = Path(options.captions) if options.captions else None
-    table, names = load_table(Path(options.data), captions_file, cache.names(DONE))
+    table, names = load_table(source, captions_file, cache.names(DONE))
     train_captions = tokenised(table.of_split("train"), options.tokenizer)
     val_captions = tokenised(table.of_split("val"), options.tokenizer)
     for split, images in (("train", train_captions), ("val", val_captions)):
@@ -287,8 +289,9 @@ def prepare_stage(
         err=True,
     )
     validator = Validator(val_captions, vocabulary)
-    paths = {name: Path(options.data) / path for name, path in names.items()}
-    data = describe_data(table, paths, train_captions, val_captions, vocabulary, validator.samples)
+    data = describe_data(
+        *(table, source, names, train_captions, val_captions, vocabulary, validator.samples)
+    )
     stage = DecoderStage(
         decoder=decoder.to(device),
         vocabulary=vocabulary,

@@ -32,7 +32,7 @@ from torchvision.models.inception import BasicConv2d, Inception3
 from pipeline.devices import DTYPES, autocast, inference_batch_size, threads_per_worker
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
-from pipeline.images import IMAGE_SIZE, ImageError, prefetch, read_square
+from pipeline.images import IMAGE_SIZE, ImageError, Picture, prefetch, read_square
 from pipeline.pretrained import PRETRAINED, pretrained_path
 from pipeline.quantisation import dequantise
 
@@ -181,7 +181,7 @@ class EncodedBatch:
 
 
 def encode_files(
-    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Path]]], workers: int
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Picture]]], workers: int
 ) -> Iterator[EncodedBatch]:
     """Decode and encode files, given in batches of (key, path); batches come in their order.
 
@@ -191,7 +191,7 @@ def encode_files(
     whatever the number of files.
     """
 
-    def encode(batch: Sequence[tuple[int, Path]]) -> EncodedBatch:
+    def encode(batch: Sequence[tuple[int, Picture]]) -> EncodedBatch:
         squares: dict[int, numpy.ndarray] = {}
         failures: dict[int, str] = {}
         for key, path in batch:
@@ -212,7 +212,7 @@ def encode_files(
         )
 
 
-def encode_all(encoder: Encoder, paths: Sequence[Path], workers: int) -> Iterator[EncodedBatch]:
+def encode_all(encoder: Encoder, paths: Sequence[Picture], workers: int) -> Iterator[EncodedBatch]:
     """Encode files in batches that suit the encoder's device; keys are their indices."""
     size = inference_batch_size(next(encoder.parameters()).device)
     files = list(enumerate(paths))

@@ -26,10 +26,11 @@ from pipeline.encoder import encode_all
 from pipeline.errors import UserError
 from pipeline.features import DONE, FeatureCache, default_cache_path
 from pipeline.files import atomic_write
-from pipeline.images import find_images, unreadable_images
+from pipeline.images import unreadable_images
 from pipeline.java_metrics import java_metrics
 from pipeline.metrics import Scorer, diversity
 from pipeline.openvino_engine import choose_engine
+from pipeline.picture_sources import open_source
 from pipeline.pretrained import PRETRAINED, is_pretrained
 from pipeline.progress import progress_bar
 from pipeline.reranking import best_captions, search_config
@@ -57,7 +58,8 @@ class ScoredPicture:
 
     Attributes:
         name: what the captions file calls it.
-        path: where its file was; that features are cached does not tell that it still is.
+        path: where its file was; that features are cached does not tell that it still is, and in
+            shards there is none.
         captions: best first.
         references: as people wrote them.
         cider: CIDEr-D of the best caption, in percent.
@@ -129,7 +131,7 @@ class SplitData:
 def evaluate_runs(
     runs: Sequence[Path],
     device: torch.device,
-    data: Path | None = None,
+    data: str | Path | None = None,
     captions: Path | None = None,
     features: Path | None = None,
     split: str = "val",
@@ -159,7 +161,7 @@ def evaluate_runs(
     """
     checkpoint = load_together(runs)
     settings = checkpoint.settings
-    data = data or Path(settings["data"])
+    data = data or settings["data"]
     if captions is None and str(data) == settings["data"] and settings["captions"]:
         captions = Path(settings["captions"])
     if features is None:
@@ -191,7 +193,7 @@ def evaluate_runs(
 def evaluate(
     checkpoint: Checkpoint,
     device: torch.device,
-    data: Path,
+    data: str | Path,
     captions: Path | None,
     features: Path,
     split: str,
@@ -271,21 +273,22 @@ def evaluate(
 def _open_split(
     checkpoint: Checkpoint,
     device: torch.device,
-    data: Path,
+    data: str | Path,
     captions: Path | None,
     features: Path,
     split: str,
 ) -> SplitData:
     """Find the features of a split: in the cache if it is the model's encoder's, else anew."""
+    source = open_source(data)
     tokenizer = checkpoint.vocabulary.tokenizer.name
     cache = FeatureCache(features) if features.is_file() else None
     mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
     if cache is not None and mismatch is None:
-        table, names = load_table(data, captions, cache.names(DONE))
+        table, names = load_table(source, captions, cache.names(DONE))
         groups = _groups(table, split, tokenizer)
         rows = rows_of(cache, [names[name] for name in groups])
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
-        paths = {name: data / names[name] for name in groups}
+        paths = {name: Path(source.origin) / names[name] for name in groups}
         return SplitData(str(features), table, groups, paths, batches, {})
     if checkpoint.encoder_weights is None and cache is not None:
         raise UserError(
@@ -293,20 +296,22 @@ def _open_split(
         )
     if checkpoint.encoder_weights is None:
         FeatureCache(features)  # says that it is missing, and what to do
-    table, names = load_table(data, captions, find_images(data))
+    table, names = load_table(source, captions, source.names)
     workers = default_workers(device)
     groups = _groups(table, split, tokenizer)
-    broken = unreadable_images([data / names[name] for name in groups], workers)
-    for path, reason in broken.items():
-        click.echo(f"failed: {path}: {reason}", err=True)
-    groups = {name: group for name, group in groups.items() if data / names[name] not in broken}
+    pictures = {name: source.picture(names[name]) for name in groups}
+    broken = unreadable_images([*pictures.values()], workers)
+    for picture, reason in broken.items():
+        click.echo(f"failed: {picture}: {reason}", err=True)
+    groups = {name: group for name, group in groups.items() if pictures[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
     encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
-    paths = {name: data / names[name] for name in groups}
-    files = [*paths.values()]
-    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, files, workers))
+    kept = [pictures[name] for name in groups]
+    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, kept, workers))
     joined = _gathered(encoded, SEARCHED_AT_ONCE)
-    return SplitData("the checkpoint's own encoder", table, groups, paths, joined, broken)
+    paths = {name: Path(str(pictures[name])) for name in groups}
+    left_out = {Path(str(picture)): reason for picture, reason in broken.items()}
+    return SplitData("the checkpoint's own encoder", table, groups, paths, joined, left_out)
 
 
 def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
@@ -388,7 +393,7 @@ def _tokenizer_in_words(name: str) -> str:
 def compare_predictions(
     first: Path,
     second: Path,
-    data: Path,
+    data: str | Path,
     captions: Path | None,
     split: str,
     tokenizer: str | None = None,
@@ -419,7 +424,7 @@ def compare_predictions(
         raise UserError(
             f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
         )
-    groups = _groups(read_captions(data, captions), split, tokenizer)
+    groups = _groups(read_captions(open_source(data).captioned, captions), split, tokenizer)
     strangers = sorted(tokens[0].keys() - groups.keys())
     if strangers:
         raise UserError(f"{first}: {strangers[0]!r} is not in the {split} split of {data}")

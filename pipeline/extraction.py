@@ -25,6 +25,7 @@ from pipeline.feature_writer import (
     say_what_is_gone,
 )
 from pipeline.features import PENDING, FeatureCache, images_sha256, partial_path
+from pipeline.picture_sources import PictureSource
 from pipeline.progress import progress_bar
 
 
@@ -48,9 +49,8 @@ class Extraction:
     """What is to be extracted, and how.
 
     Attributes:
-        data: folder of pictures.
-        names: the pictures, as paths relative to ``data``, in the order of their bytes: see
-            ``images.find_images``.
+        source: where the pictures are.
+        names: which of them, in the order of their bytes; all are ``source.names``.
         output: the HDF5 file; ``.partial`` is added to its name until it is complete.
         encoder: the network; BatchNorm is folded into its weights in the work.
         batch_size: pictures a forward pass.
@@ -61,7 +61,7 @@ class Extraction:
         retry_failed: try the pictures again that an earlier run recorded as failed.
     """
 
-    data: Path
+    source: PictureSource
     names: Sequence[str]
     output: Path
     encoder: Encoder
@@ -108,13 +108,15 @@ def extract_share(task: Extraction, job: Job) -> ExtractionResult:
     """
     task.encoder.engine = task.engine
     if len(set(job.collect(images_sha256(task.names)))) > 1:
-        raise UserError(f"--data {task.data}: the processes of this job see different pictures")
+        raise UserError(
+            f"--data {task.source.origin}: the processes of this job see different pictures"
+        )
     parts = shares(len(task.names), task.batch_size, job.size)
     shards = [shard_path(task.output, number, len(parts)) for number in range(len(parts))]
     mine = parts[job.rank] if job.rank < len(parts) else range(0)
     finished = FeatureCache(task.output) if task.output.is_file() and not task.force else None
     if finished is not None:
-        check_origin([finished], task.encoder.identity, str(task.data.resolve()))
+        check_origin([finished], task.encoder.identity, task.source.origin)
         whole = is_whole(finished, task.names, task.retry_failed, mine)
         if job.total(whole) == job.size:
             return ExtractionResult(finished, encoded=0, kept=len(task.names))
@@ -149,7 +151,7 @@ def _open_writer(task: Extraction, path: Path, names: Sequence[str]) -> CacheWri
         task.encoder.identity,
         task.force,
         task.retry_failed,
-        str(task.data.resolve()),
+        task.source.origin,
         [] if task.force else [f for f in related if f not in own and f.is_file()],
     )
 
@@ -158,7 +160,7 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) 
     """Encode what a cache lacks; returns how many pictures were, and how many were there."""
     finished = int((writer.cache.status != PENDING).sum())
     batches = (
-        [(row, task.data / writer.cache.name(row)) for row in rows]
+        [(row, task.source.picture(writer.cache.name(row))) for row in rows]
         for rows in writer.pending_batches(task.batch_size)
     )
     encoded = 0
@@ -176,9 +178,10 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) 
                 writer.write(batch.keys, batch.features, {})
                 writer.commit()
                 row, reason = next(iter(batch.failures.items()))
+                picture = task.source.picture(writer.cache.name(row))
                 raise InputError(
-                    f"{task.data / writer.cache.name(row)}: {reason} (--on-error skip records it "
-                    "and goes on; what is done is kept)"
+                    f"{picture}: {reason} (--on-error skip records it and goes on; what is done is "
+                    "kept)"
                 )
             bar.update(writer.write(batch.keys, batch.features, batch.failures))
             encoded += len(batch.keys)

@@ -38,6 +38,7 @@ import h5py
 import numpy
 
 from pipeline.errors import UserError
+from pipeline.tar_shards import is_tar_shards, shards_folder
 
 SCHEMA_VERSION = 1
 FEATURE_SIZE = 2048
@@ -271,8 +272,12 @@ class FeatureCache:
         return self.features[rows].astype(numpy.float32)
 
 
-def default_cache_path(data: Path) -> Path:
-    """Give the cache of a data folder where no other is named: data/features/FOLDER.h5."""
+def default_cache_path(data: str | Path) -> Path:
+    """Give the cache of a data folder, or of one with shards, where no other is named:
+    data/features/FOLDER.h5.
+    """
+    if is_tar_shards(data):
+        data = shards_folder(str(data))
     # Not resolve(), which would take the name of what a symbolic link points to.
     return Path("data/features") / f"{Path(os.path.abspath(data)).name}.h5"  # noqa: PTH100
 

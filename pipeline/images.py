@@ -8,6 +8,7 @@ Python's lock, so plain threads decode beside the network (``prefetch``).
 from __future__ import annotations
 
 import functools
+import io
 import os
 import warnings
 from collections import deque
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
 from pipeline.errors import UserError
 
@@ -42,6 +43,17 @@ IMAGE_SIZE = 299
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class StoredPicture(Protocol):
+    """A picture that is not a file of its own, as in a tar shard."""
+
+    def read(self) -> bytes:
+        """Give the picture's bytes; an ImageError or OSError where it cannot."""
+
+
+PictureFile = TypeVar("PictureFile", bound="Picture")
+Picture: TypeAlias = str | os.PathLike[str] | StoredPicture
 
 
 class ImageError(Exception):
@@ -80,7 +92,7 @@ def find_images(folder: Path) -> list[str]:
     return sorted(names, key=os.fsencode)
 
 
-def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.Image:
+def load_image(path: Picture, size: int | None = None) -> Image.Image:
     """Decode one picture to 8-bit RGB, upright, as a person would see it.
 
     EXIF orientation is applied, transparency is laid over white, 16-bit and float
@@ -88,7 +100,7 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
     frame is taken.
 
     Args:
-        path: the picture.
+        path: the picture: its file, or what gives its bytes.
         size: the side it will be resized to. A JPEG more than twice as large is decoded
             at the smallest of its own scales (1/2, 1/4, 1/8) that stays above twice
             ``size``, which is many times quicker for camera pictures.
@@ -108,7 +120,7 @@ def load_image(path: str | os.PathLike[str], size: int | None = None) -> Image.I
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def opened(path: Picture) -> Iterator[Image.Image]:
     """Open a picture with Pillow, undecoded; whatever goes wrong in the block is an ImageError.
 
     Raises:
@@ -119,17 +131,21 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     _quieten_pillow()
     _register_heif()
     try:
-        with Image.open(path) as image:
+        if isinstance(path, (str, os.PathLike)):
+            file: Path | io.BytesIO = Path(path)
+        else:
+            file = io.BytesIO(path.read())
+        with Image.open(file) as image:
             yield image
     except UnidentifiedImageError as error:
-        raise ImageError(_why_unidentified(Path(path))) from error
+        raise ImageError(_why_unidentified(file)) from error
     except Image.DecompressionBombError as error:
         raise ImageError("too many pixels (decompression bomb?)") from error
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except OSError as error:
         raise ImageError(error.strerror or str(error) or type(error).__name__) from error
-    except (MemoryError, KeyboardInterrupt):
+    except (MemoryError, KeyboardInterrupt, ImageError):
         raise
     except Exception as error:
         # Pillow's format plugins let ValueError, SyntaxError, struct.error, IndexError and
@@ -137,9 +153,12 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
-def _why_unidentified(path: Path) -> str:
-    with path.open("rb") as file:
-        beginning = file.read(12)
+def _why_unidentified(file: Path | io.BytesIO) -> str:
+    if isinstance(file, Path):
+        with file.open("rb") as opened_file:
+            beginning = opened_file.read(12)
+    else:
+        beginning = file.getvalue()[:12]
     if not beginning:
         return "empty file"
     if beginning[4:].startswith(HEIC_BEGINNINGS) and not _register_heif():
@@ -226,7 +245,7 @@ def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
     return numpy.asarray(image)
 
 
-def read_square(path: str | os.PathLike[str], size: int = IMAGE_SIZE) -> numpy.ndarray:
+def read_square(path: Picture, size: int = IMAGE_SIZE) -> numpy.ndarray:
     """Decode ``path`` and bring it to a square: uint8 (size, size, 3).
 
     Raises:
@@ -235,10 +254,10 @@ def read_square(path: str | os.PathLike[str], size: int = IMAGE_SIZE) -> numpy.n
     return to_square(load_image(path, size), size)
 
 
-def unreadable_images(paths: Sequence[Path], workers: int) -> dict[Path, str]:
+def unreadable_images(paths: Sequence[PictureFile], workers: int) -> dict[PictureFile, str]:
     """Decode every picture once, and give the reason for each that cannot be."""
 
-    def reason(path: Path) -> str | None:
+    def reason(path: PictureFile) -> str | None:
         try:
             load_image(path, IMAGE_SIZE)
         except ImageError as error:

@@ -33,13 +33,14 @@ from pipeline.features import FEATURE_SIZE
 from pipeline.images import (
     IMAGE_SIZE,
     ImageError,
+    Picture,
     augmented_square,
-    find_images,
     load_image,
     prefetch,
     unreadable_images,
 )
 from pipeline.matching import train_matcher
+from pipeline.picture_sources import open_source
 from pipeline.progress import progress_bar
 from pipeline.report import epoch_reporter
 from pipeline.report_data import describe_data
@@ -82,10 +83,10 @@ class JointOptions:
 
 
 @dataclass
-class Picture:
+class TrainingPicture:
     """One training picture: where it is, and whether it may be flipped."""
 
-    path: Path
+    picture: Picture
     flip: bool
 
 
@@ -111,9 +112,9 @@ class JointStage:
     encoder: Encoder
     decoder: CaptionDecoder
     vocabulary: Vocabulary
-    pictures: Sequence[Picture]
+    pictures: Sequence[TrainingPicture]
     captions: EncodedCaptions
-    val_paths: Sequence[Path]
+    val_pictures: Sequence[Picture]
     validator: Validator
     options: JointOptions
     workers: int
@@ -166,7 +167,7 @@ class JointStage:
             # Chance belongs to the picture and the epoch, whichever thread reads it.
             random = Random(seed * len(self.pictures) + number)
             try:
-                image = load_image(picture.path, 2 * IMAGE_SIZE)
+                image = load_image(picture.picture, 2 * IMAGE_SIZE)
             except ImageError as error:
                 return error
             flip = self.options.flip and picture.flip
@@ -178,7 +179,7 @@ class JointStage:
         pixels: list[numpy.ndarray] = []
         for number, square in squares:
             if isinstance(square, ImageError):
-                self.unreadable[str(self.pictures[number].path)] = str(square)
+                self.unreadable[str(self.pictures[number].picture)] = str(square)
                 continue
             numbers.append(number)
             pixels.append(square)
@@ -227,11 +228,13 @@ class JointStage:
         encoder = copy.deepcopy(self.encoder)
         encoder.precision = self.options.precision
         encoder.for_inference()
-        features = torch.zeros(len(self.val_paths), self.decoder.config.feature_size)
-        for batch in encode_all(encoder, self.val_paths, self.workers):
+        features = torch.zeros(len(self.val_pictures), self.decoder.config.feature_size)
+        for batch in encode_all(encoder, self.val_pictures, self.workers):
             if batch.failures:
                 number, reason = next(iter(batch.failures.items()))
-                raise InputError(f"{self.val_paths[number]}: {reason}, though it was whole before")
+                raise InputError(
+                    f"{self.val_pictures[number]}: {reason}, though it was whole before"
+                )
             features[batch.keys] = torch.from_numpy(batch.features)
         return self.validator.validate(self.decoder, features)
 
@@ -306,17 +309,18 @@ def finetune_joint(
     for path in starts:
         if run.resolve() in (path.resolve(), path.resolve().parent):
             raise UserError(f"--run {run}: is the run that --start names; give another folder")
-    data = Path(options.data)
+    source = open_source(options.data)
     captions_file = Path(options.captions) if options.captions else None
     last = run / "last.pt"
     resumed = last.is_file() and not force
     start = load_together([last] if resumed else starts)
-    table, names = load_table(data, captions_file, find_images(data))
+    table, names = load_table(source, captions_file, source.names)
     tokenizer = start.vocabulary.tokenizer.name
     train_captions = tokenised(table.of_split("train"), tokenizer)
     val_captions = tokenised(table.of_split("val"), tokenizer)
-    broken = unreadable_images([data / names[name] for name in val_captions], workers)
-    val_captions = {n: group for n, group in val_captions.items() if data / names[n] not in broken}
+    val_pictures = {name: source.picture(names[name]) for name in val_captions}
+    broken = unreadable_images([*val_pictures.values()], workers)
+    val_captions = {n: group for n, group in val_captions.items() if val_pictures[n] not in broken}
     for split, images in (("train", train_captions), ("val", val_captions)):
         if not images:
             raise UserError(f"{table.source}: no picture is in the {split} split")
@@ -325,9 +329,8 @@ def finetune_joint(
     splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
     open_run(run, {**asdict(options), **splits}, force)
     validator = Validator(val_captions, start.vocabulary)
-    paths = {name: data / path for name, path in names.items()}
     described = describe_data(
-        table, paths, train_captions, val_captions, start.vocabulary, validator.samples
+        *(table, source, names, train_captions, val_captions, start.vocabulary, validator.samples)
     )
     raw = {image.name: image.captions for image in table.images}
     english = tokenizer == ENGLISH
@@ -343,15 +346,16 @@ def finetune_joint(
         decoder=start.build_decoder().to(device),
         vocabulary=start.vocabulary,
         pictures=[
-            Picture(data / names[name], english and may_flip(raw[name])) for name in train_captions
+            TrainingPicture(source.picture(names[name]), english and may_flip(raw[name]))
+            for name in train_captions
         ],
         captions=captions,
-        val_paths=[data / names[name] for name in val_captions],
+        val_pictures=[val_pictures[name] for name in val_captions],
         validator=validator,
         options=options,
         workers=workers,
         device=device,
-        unreadable={str(path): reason for path, reason in broken.items()},
+        unreadable={str(picture): reason for picture, reason in broken.items()},
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
     click.echo(
@@ -387,12 +391,12 @@ def add_second_opinions(stage: JointStage, run: Path) -> None:
     encoder = encoder_of(best, None, stage.options.precision).for_inference().to(stage.device)
     features = torch.zeros(len(kept), FEATURE_SIZE, dtype=torch.float16)
     whole = torch.zeros(len(kept), dtype=torch.bool)
-    paths = [stage.pictures[number].path for number in kept.tolist()]
-    with progress_bar(total=len(paths), unit="image", desc="encoding train") as bar:
-        for batch in encode_all(encoder, paths, stage.workers):
+    pictures = [stage.pictures[number].picture for number in kept.tolist()]
+    with progress_bar(total=len(pictures), unit="image", desc="encoding train") as bar:
+        for batch in encode_all(encoder, pictures, stage.workers):
             features[batch.keys] = torch.from_numpy(batch.features).half()
             whole[batch.keys] = True
-            stage.unreadable |= {str(paths[key]): why for key, why in batch.failures.items()}
+            stage.unreadable |= {str(pictures[key]): why for key, why in batch.failures.items()}
             bar.update(len(batch.keys) + len(batch.failures))
     features, kept = features[whole], kept[whole]
     decoder = best.build_decoder().to(stage.device)

@@ -13,6 +13,8 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from pipeline.tar_shards import is_tar_shards
+
 # What follows "captioner" where the program was installed -> the script of this repository.
 SCRIPTS = {
     "extract": "extract_features.py",
@@ -60,6 +62,15 @@ class GroupedCommand(click.Command):
             for name, script in SCRIPTS.items():
                 text = text.replace(f"python {script}", f"{context.parent.command_path} {name}")
         return text
+
+
+class DataPath(click.Path):
+    """The type of ``--data``: a folder, or a pattern of tar shards, which may be a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Bring a folder's path to the one form that runs are compared by."""
+        text = str(super().convert(value, param, ctx))
+        return text if is_tar_shards(text) else str(Path(text))
 
 
 def command(

@@ -32,6 +32,7 @@ from pipeline.images import ImageError, load_image
 from pipeline.metrics import Scorer
 from pipeline.report_data import ReportData, Tokenised, read_data
 from pipeline.run_folder import CONFIG, LOG, PREDICTIONS, REPORT, SAMPLES, SCORES, read_epochs
+from pipeline.tar_shards import TarMember
 from pipeline.training import Watcher
 from pipeline.vocabulary import Vocabulary
 
@@ -315,7 +316,7 @@ def _picture(name: str, data: ReportData | None) -> Shown:
 
 
 @functools.lru_cache(maxsize=64)
-def thumbnail(path: Path) -> str:
+def thumbnail(path: Path | TarMember) -> str:
     """Give a small JPEG of a picture as a data URI, or nothing if it cannot be read."""
     try:
         image = load_image(path, THUMBNAIL)

@@ -14,7 +14,8 @@ from pipeline.captions import CaptionTable, read_captions
 from pipeline.dataset import tokenised
 from pipeline.errors import UserError
 from pipeline.features import DONE, FeatureCache
-from pipeline.images import find_images
+from pipeline.picture_sources import PictureSource, open_source
+from pipeline.tar_shards import TarMember
 from pipeline.vocabulary import Vocabulary
 
 Tokenised = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each caption
@@ -65,12 +66,13 @@ class ReportData:
     train_words: int
     missed: Sequence[tuple[str, int]]
     references: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    pictures: Mapping[str, Path] = field(default_factory=dict)
+    pictures: Mapping[str, Path | TarMember] = field(default_factory=dict)
 
 
 def describe_data(
     table: CaptionTable,
-    paths: Mapping[str, Path],
+    source: PictureSource,
+    names: Mapping[str, str],
     train: Tokenised,
     val: Tokenised,
     vocabulary: Vocabulary,
@@ -80,7 +82,8 @@ def describe_data(
 
     Args:
         table: the captions, of images that have a picture.
-        paths: image name to picture.
+        source: where the pictures are; of what is far away none is shown.
+        names: image name -> name in ``source``.
         train, val: tokenised captions of the two splits.
         vocabulary: the run's.
         shown: images whose captions and pictures are to be kept.
@@ -97,8 +100,18 @@ def describe_data(
         train_words=len(counts[0]),
         missed=sorted(missed.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_MISSED],
         references={i.name: i.captions for i in table.images if i.name in kept},
-        pictures={name: path for name, path in paths.items() if name in kept},
+        pictures=_pictures(source, {name: names[name] for name in kept & names.keys()}),
     )
+
+
+def _pictures(source: PictureSource, names: Mapping[str, str]) -> dict[str, Path | TarMember]:
+    """Find pictures to be shown: none where that would take long, or they are no longer there."""
+    if not source.is_near:
+        return {}
+    try:
+        return {name: source.picture(path) for name, path in names.items()}
+    except UserError:  # shards that are gone; features are enough to train on
+        return {}
 
 
 def _count(captions: Tokenised) -> Counter[str]:
@@ -142,27 +155,26 @@ def read_data(
     Raises:
         UserError: they cannot be read, or are not those of the training.
     """
-    folder = data or Path(settings["data"])
+    source = open_source(data or settings["data"])
     captions = Path(settings["captions"]) if settings.get("captions") and data is None else None
-    table = read_captions(folder, captions)
-    table, names = _restricted(table, folder, Path(settings["features"]), settings)
+    table = read_captions(source.captioned, captions)
+    table, names = _restricted(table, source, Path(settings["features"]), settings)
     train, val = (
         tokenised(table.of_split(split), vocabulary.tokenizer.name) for split in ("train", "val")
     )
     if not train or not val:
         raise UserError(f"{table.source}: no captions of the pictures trained on")
-    paths = {name: folder / path for name, path in names.items()}
-    return describe_data(table, paths, train, val, vocabulary, val), val
+    return describe_data(table, source, names, train, val, vocabulary, val), val
 
 
 def _restricted(
-    table: CaptionTable, folder: Path, features: Path, settings: Mapping[str, Any]
+    table: CaptionTable, source: PictureSource, features: Path, settings: Mapping[str, Any]
 ) -> tuple[CaptionTable, dict[str, str]]:
     """Keep the images that were trained with: those with features, or with pictures."""
     available: list[Sequence[str]] = []
     if features.is_file():
         available.append(FeatureCache(features).names(DONE))
-    available.append(find_images(folder))
+    available.append(source.names)
     for names in available:
         kept, pictures = table.restrict(names)
         hashes = {f"{split}_images": kept.split_hash(split) for split in ("train", "val")}

@@ -179,7 +179,7 @@ def test_missing_pictures_are_named_and_so_are_those_without_captions(tmp_path: 
         ("empty", "the file is empty"),
         ("no header", "no header with an image and a caption column"),
         ("other names", "none of its pictures is among those of --data"),
-        ("no pictures", "no pictures in this folder, and no features of them"),
+        ("no pictures", "no pictures there, and no features of them"),
         ("one picture", "no picture is in the train split"),
         ("rare words", "no word occurs 5 times or more"),
         ("broken cache", "not a readable feature cache"),

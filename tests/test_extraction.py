@@ -29,6 +29,7 @@ from pipeline.extraction import Extraction, ExtractionResult, extract
 from pipeline.features import FEATURE_SIZE, PENDING, FeatureCache, partial_path
 from pipeline.images import IMAGE_SIZE, find_images, read_square
 from pipeline.openvino_engine import choose_engine
+from pipeline.picture_sources import PictureFolder
 
 STANDIN = REPOSITORY.parent / "shared" / "weights" / "inception_v3_standin.pth"
 FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k" / "Images"
@@ -41,7 +42,11 @@ def sha256(path: Path) -> str:
 def run(data: Path, output: Path, encoder: StubEncoder, **options: Any) -> ExtractionResult:
     """Extract with a stub encoder, four pictures a batch, one batch after the other."""
     options = {"batch_size": 4, "workers": 1, **options}
-    return extract(Extraction(data, find_images(data), output, cast(Encoder, encoder), **options))
+    return extract(
+        Extraction(
+            PictureFolder(data), find_images(data), output, cast(Encoder, encoder), **options
+        )
+    )
 
 
 def spoil(*paths: Path) -> None:
@@ -474,7 +479,7 @@ def test_a_folder_without_pictures_is_refused_before_any_weights_are_loaded(
     monkeypatch.setattr("pipeline.encoder.load_encoder", None)
     (tmp_path / "notes.txt").touch()
     message = refusal("--data", tmp_path, "--output", tmp_path / "x.h5", "--weights", "random")
-    assert message == f"--data {tmp_path}: no pictures in this folder"
+    assert message == f"--data {tmp_path}: no pictures there"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -24,6 +24,7 @@ from pipeline.feature_shards import begun_identity, shard_files, shard_path, sha
 from pipeline.feature_writer import partial_path
 from pipeline.features import FEATURE_SIZE, FeatureCache
 from pipeline.images import find_images
+from pipeline.picture_sources import PictureFolder
 
 
 @dataclass
@@ -81,7 +82,9 @@ def task(
 ) -> Extraction:
     options = {"batch_size": 2, "workers": 1, **options}
     encoder = encoder or StubEncoder()
-    return Extraction(data, find_images(data), output, cast(Encoder, encoder), **options)
+    return Extraction(
+        PictureFolder(data), find_images(data), output, cast(Encoder, encoder), **options
+    )
 
 
 def shared(
@@ -293,7 +296,9 @@ def test_other_encoders_and_other_pictures_are_refused(pictures: Path, tmp_path:
     def with_own_names(job: Job) -> ExtractionResult:
         mine = task(pictures, tmp_path / "y.h5")
         names = mine.names[job.rank :]
-        return extract_share(Extraction(pictures, names, mine.output, mine.encoder, 2, 1), job)
+        return extract_share(
+            Extraction(PictureFolder(pictures), names, mine.output, mine.encoder, 2, 1), job
+        )
 
     results = in_threads(2, with_own_names)
     assert any("see different pictures" in str(result) for result in results)

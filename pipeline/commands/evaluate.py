@@ -27,7 +27,7 @@ GROUPS = {
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=options.DataPath(),
     default=None,
     help="Folder with the captions.  [default: that of the training]",
     show_default=False,
@@ -104,7 +104,7 @@ GROUPS = {
 @options.device
 def main(
     runs: tuple[Path, ...],
-    data: Path | None,
+    data: str | None,
     captions: Path | None,
     features: Path | None,
     split: str,
@@ -148,7 +148,7 @@ def main(
     if compare is not None:
         from pipeline.evaluation import compare_predictions, print_comparison
 
-        data = data or Path("data/flickr8k")
+        data = data or "data/flickr8k"
         differences = compare_predictions(*compare, data, captions, split, tokenizer)
         print_comparison(differences, *compare)
         return

@@ -13,7 +13,8 @@ import click
 
 from pipeline import options
 from pipeline.errors import UserError
-from pipeline.images import find_images
+from pipeline.picture_sources import open_source
+from pipeline.tar_shards import is_tar_shards
 
 if TYPE_CHECKING:
     from pipeline.extraction import ExtractionResult
@@ -33,9 +34,10 @@ GROUPS = {
 @options.command(GROUPS)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=options.DataPath(),
     default="data/flickr8k",
-    help="Folder of pictures; sub-folders are searched too.",
+    help="Folder of pictures; sub-folders are searched too. Or tar shards, as of WebDataset: "
+    "'shards/{0000..0099}.tar', on disk or at any URL that fsspec reads.",
 )
 @click.option(
     "--output",
@@ -93,7 +95,7 @@ GROUPS = {
 @click.option("--force", is_flag=True, help="Begin anew, whatever the cache holds.")
 @click.option("--download", is_flag=True, help="Fetch Flickr8k to --data first (resumable).")
 def main(
-    data: Path,
+    data: str,
     output: Path | None,
     weights: str,
     device: str,
@@ -127,13 +129,13 @@ def main(
             from pipeline.download import download_flickr8k
 
             if job.rank == 0:
-                download_flickr8k(data)
+                download_flickr8k(Path(data))
             job.wait_for_all()
-        if not data.is_dir():
+        if not is_tar_shards(data) and not Path(data).is_dir():
             raise UserError(NO_DATA.format(data=data))
-        names = find_images(data)
-        if not names:
-            raise UserError(f"--data {data}: no pictures in this folder")
+        source = open_source(data)
+        if not source.names:
+            raise UserError(f"--data {data}: no pictures there")
         from pipeline.devices import (
             choose_device,
             choose_precision,
@@ -154,8 +156,8 @@ def main(
             engine = begun.engine if engine == "auto" else engine
         precision = choose_precision(precision, chosen)
         if weights == "auto" and begun is not None:
-            source = begun.weights_source
-            weights = source if source in NAMED_WEIGHTS or Path(source).is_file() else weights
+            had = begun.weights_source
+            weights = had if had in NAMED_WEIGHTS or Path(had).is_file() else weights
         encoder = job.one_a_machine_first(lambda: load_encoder(weights, precision)).to(chosen)
         if len(set(job.collect(encoder.source))) > 1:
             raise UserError(
@@ -166,13 +168,13 @@ def main(
                 "The encoder is untrained (--weights random): captions will be poor.", err=True
             )
         task = Extraction(
-            data=data,
-            names=names,
+            source=source,
+            names=source.names,
             output=output,
             encoder=encoder,
             batch_size=batch_size or inference_batch_size(chosen),
             workers=workers or default_workers(chosen),
-            engine=choose_engine(engine, chosen, len(names)),
+            engine=choose_engine(engine, chosen, len(source.names)),
             on_error=on_error,
             force=force,
             retry_failed=retry_failed,

@@ -34,9 +34,9 @@ GROUPS = {
 )
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=options.DataPath(),
     default=None,
-    help="Folder with pictures and captions.  [default: that of the starting run]",
+    help="Folder, or tar shards, with pictures and captions.  [default: that of the starting run]",
     show_default=False,
 )
 @options.captions
@@ -113,7 +113,7 @@ GROUPS = {
 @options.force
 def main(
     start: tuple[Path, ...],
-    data: Path | None,
+    data: str | None,
     captions: Path | None,
     weights: str | None,
     run: Path,
@@ -146,7 +146,7 @@ def main(
 
     settings = load_checkpoint(start[0]).settings
     if data is None:
-        data = Path(settings["data"])
+        data = settings["data"]
         captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
     watchers = []
     if tensorboard:
@@ -155,7 +155,7 @@ def main(
     chosen = choose_device(device)
     joint_options = JointOptions(
         start=tuple(map(str, start)),
-        data=str(data),
+        data=data,
         captions=str(captions) if captions else None,
         weights=weights,
         features=settings["features"],

@@ -32,9 +32,10 @@ GROUPS = {
 @options.command(GROUPS)
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=options.DataPath(),
     default="data/flickr8k",
-    help="Folder with the captions, and the pictures that the features were made of.",
+    help="Folder with the captions, and the pictures that the features were made of; or tar "
+    "shards, as for extract_features.py.",
 )
 @options.captions
 @click.option(
@@ -149,7 +150,7 @@ GROUPS = {
 )
 @options.force
 def main(
-    data: Path,
+    data: str,
     captions: Path | None,
     features: Path | None,
     run: Path,
@@ -195,7 +196,7 @@ def main(
         watchers.append(tensorboard_writer(run))
     chosen = choose_device(device)
     decoder_options = DecoderOptions(
-        data=str(data),
+        data=data,
         captions=str(captions) if captions else None,
         features=str(features or default_cache_path(data)),
         precision=choose_training_precision(precision, chosen),
