@@ -27,23 +27,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, TypeAlias
 
-import h5py
 import numpy
 
 from pipeline.errors import UserError
+from pipeline.hdf5_layout import Dataset, read_layout
 from pipeline.tar_shards import is_tar_shards, shards_folder
 
 SCHEMA_VERSION = 1
 FEATURE_SIZE = 2048
 PENDING, DONE, FAILED = 0, 1, 2
 REASON_BYTES = 160
+FEATURE_TYPE = numpy.dtype("<f2")
+# The other datasets with their types; S: bytes of a fixed number.
+COLUMNS = {"names": "S", "status": "u1", "reason": "S", "crc": "u4", "complete": "u1"}
 # Rows touched at a time where a whole cache is walked through: 32 MB of features.
 CHUNK = 8192
 
@@ -133,39 +137,40 @@ class FeatureCache:
                 else f"{path}: no such feature cache; make it with extract_features.py"
             )
         try:
-            with h5py.File(path, "r", locking=False) as file:
-                if file.attrs.get("schema_version") != SCHEMA_VERSION:
-                    raise UserError(
-                        f"{path}: not a feature cache of schema version {SCHEMA_VERSION}; "
-                        "make it anew: extract_features.py --force"
-                    )
-                fields = EncoderIdentity.__dataclass_fields__.keys() & file.attrs.keys()
-                self.identity = EncoderIdentity(**{f: str(file.attrs[f]) for f in fields})
-                self.images_sha256 = str(file.attrs["images_sha256"])
-                self.data = str(file.attrs["data"])
-                mode: MapMode = "r+" if writable else "r"
-                self.shards: list[Path] = []
-                self._open_features: Callable[[], numpy.memmap | ShardedFeatures]
-                if file["features"].is_virtual:
-                    self._open_features = self._find_shards(file["features"])
-                else:
-                    place = _place(file["features"])
-                    self._open_features = functools.partial(_map, path, *place, mode)
-                self._open_features()
-                self._names = _map(path, *_place(file["names"]), mode)
-                self.status = _map(path, *_place(file["status"]), mode)
-                self._reason = _map(path, *_place(file["reason"]), mode)
-                self._crc = _map(path, *_place(file["crc"]), mode)
-                self._complete = _map(path, *_place(file["complete"]), mode)
+            layout = read_layout(path)
+            if layout.attributes.get("schema_version") != SCHEMA_VERSION:
+                raise UserError(
+                    f"{path}: not a feature cache of schema version {SCHEMA_VERSION}; "
+                    "make it anew: extract_features.py --force"
+                )
+            places = layout.datasets
+            _check_places(places)
+            texts = {name: str(value) for name, value in layout.attributes.items()}
+            fields = EncoderIdentity.__dataclass_fields__.keys() & texts.keys()
+            self.identity = EncoderIdentity(**{field: texts[field] for field in fields})
+            self.images_sha256, self.data = texts["images_sha256"], texts["data"]
+            mode: MapMode = "r+" if writable else "r"
+            self.shards: list[Path] = []
+            self._open_features: Callable[[], numpy.memmap | ShardedFeatures]
+            if places["features"].offset is None:
+                self._open_features = self._find_shards(places["features"])
+            else:
+                self._open_features = functools.partial(_map, path, places["features"], mode)
+            self._open_features()
+            self._names = _map(path, places["names"], mode)
+            self.status = _map(path, places["status"], mode)
+            self._reason = _map(path, places["reason"], mode)
+            self._crc = _map(path, places["crc"], mode)
+            self._complete = _map(path, places["complete"], mode)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        except (OSError, LookupError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: not a readable feature cache ({error}); "
                 "extract_features.py --force makes it anew"
             ) from error
 
-    def _find_shards(self, features: h5py.Dataset) -> Callable[[], ShardedFeatures]:
+    def _find_shards(self, features: Dataset) -> Callable[[], ShardedFeatures]:
         """Find the files behind a virtual dataset; only files beside the cache are opened.
 
         Raises:
@@ -174,24 +179,26 @@ class FeatureCache:
         """
         starts, open_parts = [], []
         expected = 0
-        for source in features.virtual_sources():
-            shard = self.path.parent / source.file_name
-            if shard.name != source.file_name or source.dset_name != "features":
-                raise ValueError(f"features in {source.file_name!r}")
+        for source in features.sources:
+            shard = self.path.parent / source.file
+            beside = shard.name == source.file != ".."
+            if not beside or source.dataset != "features":
+                raise ValueError(f"features in {source.file!r}")
             if not shard.is_file():
                 raise UserError(
                     f"{shard}: missing, though {self.path.name} needs it; put it back, or make it "
                     "again with the command that made it"
                 )
-            (first, _), (last, _) = source.vspace.get_select_bounds()
-            with h5py.File(shard, "r", locking=False) as file:
-                place = _place(file["features"])
-            if first != expected or place[2] != (last + 1 - first, FEATURE_SIZE):
+            part = read_layout(shard).datasets["features"]
+            shape = (source.last + 1 - source.first, FEATURE_SIZE)
+            if source.first != expected or part.offset is None or part.shape != shape:
                 raise ValueError(f"{shard.name} has other rows")
-            expected = last + 1
+            if part.dtype != FEATURE_TYPE:
+                raise ValueError(f"{shard.name} has features of another type")
+            expected = source.last + 1
             self.shards.append(shard)
-            starts.append(first)
-            open_parts.append(functools.partial(_map, shard, *place, "r"))
+            starts.append(source.first)
+            open_parts.append(functools.partial(_map, shard, part, "r"))
         if features.shape != (expected, FEATURE_SIZE):
             raise ValueError("features of another shape")
         return functools.partial(ShardedFeatures, starts, open_parts)
@@ -228,8 +235,18 @@ class FeatureCache:
         return bool(self._complete[0])
 
     def name(self, row: int | numpy.integer) -> str:
-        """Give the picture's path, relative to the data folder, of one row."""
-        return os.fsdecode(bytes(self._names[row]))
+        """Give the picture's path, relative to the data folder, of one row.
+
+        Raises:
+            UserError: it would lead out of that folder.
+        """
+        name = os.fsdecode(bytes(self._names[row]))
+        if not _is_below(name):
+            raise UserError(
+                f"{self.path}: names a picture outside of its folder ({name}); "
+                "extract_features.py --force makes it anew"
+            )
+        return name
 
     def names(self, status: int | None = None) -> list[str]:
         """List all names, or those of rows with one status, in row order."""
@@ -287,23 +304,42 @@ def images_sha256(names: Sequence[str]) -> str:
     return hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
 
 
-def _place(dataset: h5py.Dataset) -> tuple[numpy.dtype, int, tuple[int, ...]]:
-    """Tell dtype, offset in the file and shape of a contiguous dataset."""
-    dtype: numpy.dtype = dataset.dtype
-    if h5py.check_string_dtype(dtype) is not None:
-        dtype = numpy.dtype(f"S{dtype.itemsize}")
-    offset = dataset.id.get_offset()
-    if offset is None:
-        raise ValueError(f"{dataset.name} is not contiguous")
-    return dtype, offset, dataset.shape
+def _check_places(places: Mapping[str, Dataset]) -> None:
+    """Make sure that datasets are there, of the types and shapes that a cache has, and apart.
+
+    Raises:
+        ValueError: one is not.
+    """
+    missing = sorted({"features", *COLUMNS} - places.keys())
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    rows = places["names"].shape
+    expected = {name: (kind, rows) for name, kind in COLUMNS.items()}
+    expected |= {"features": ("f2", (*rows, FEATURE_SIZE)), "complete": ("u1", (1,))}
+    spans = []
+    for name, (kind, shape) in expected.items():
+        place = places[name]
+        fits = place.dtype.kind == "S" if kind == "S" else place.dtype == numpy.dtype(f"<{kind}")
+        if len(rows) != 1 or place.shape != shape or not fits:
+            raise ValueError(f"{name} is of another type or shape")
+        if place.offset is not None:
+            spans.append((place.offset, place.offset + place.size))
+        elif name != "features":
+            raise ValueError(f"{name} is not in the file")
+    spans.sort()
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise ValueError("its datasets overlap")
 
 
-def _map(
-    path: Path,
-    dtype: numpy.dtype,
-    offset: int,
-    shape: tuple[int, ...],
-    mode: MapMode,
-) -> numpy.memmap:
-    """Map a dataset's bytes as an array."""
-    return numpy.memmap(path, dtype, mode, offset, shape)
+def _is_below(name: str) -> bool:
+    """Tell whether a name is that of a file below a folder, and leads nowhere else."""
+    if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
+        return True  # as nearly all are, and there may be millions
+    path = PurePath(name)
+    return not (path.is_absolute() or path.drive or path.root or ".." in path.parts)
+
+
+def _map(path: Path, dataset: Dataset, mode: MapMode) -> numpy.memmap:
+    """Map a contiguous dataset's bytes as an array."""
+    assert dataset.offset is not None
+    return numpy.memmap(path, dataset.dtype, mode, dataset.offset, dataset.shape)

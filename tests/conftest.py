@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import hypothesis
 import numpy
 import pytest
 from PIL import Image, ImageDraw
@@ -16,6 +17,16 @@ sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
 from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
 
 from pipeline.features import FEATURE_SIZE, EncoderIdentity  # noqa: E402
+
+# The same examples every time, so that a failure is of the change and not of the day.
+hypothesis.settings.register_profile(
+    "suite",
+    derandomize=True,
+    database=None,
+    deadline=5000,  # ms an example: an input must not keep a reader busy
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("suite")
 
 
 class StubEncoder:
