@@ -1,255 +1,36 @@
-"""Stage 3: train encoder and decoder together, on pictures.
-
-Each picture goes through the network once a step, with all of its captions. The layers
-below the first unfrozen one only infer: they run without autograd, with BatchNorm folded.
-Above it convolutions and BatchNorm's scale and shift learn, while its statistics stay
-those of ImageNet: batches are far too small to estimate them anew.
-"""
+"""Stage 3: train encoder and decoder together, on pictures; what learns is in ``joint_stage``."""
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
-from typing import Any
 
 import click
-import numpy
 import torch
-from torch import Tensor
 
 from pipeline.captioner import encoder_of
-from pipeline.checkpoint import Checkpoint, load_checkpoint, load_together, save_checkpoint
+from pipeline.checkpoint import load_checkpoint, load_together, save_checkpoint
 from pipeline.consensus import choose_neighbours, sampled_pictures
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
-from pipeline.devices import inference_batch_size
-from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
-from pipeline.ensemble import CaptionDecoder
-from pipeline.errors import InputError, UserError
+from pipeline.encoder import TRUNK_LAYERS, encode_all
+from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE
-from pipeline.images import (
-    IMAGE_SIZE,
-    ImageError,
-    augmented_square,
-    find_images,
-    load_image,
-    prefetch,
-    unreadable_images,
-)
+from pipeline.images import find_images, unreadable_images
+from pipeline.joint_stage import JointOptions, JointStage, Picture
 from pipeline.matching import train_matcher
 from pipeline.progress import progress_bar
 from pipeline.report import epoch_reporter
 from pipeline.report_data import describe_data
 from pipeline.run_folder import open_run
 from pipeline.tokenizers import ENGLISH
-from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
-from pipeline.validation import Validation, Validator
-from pipeline.vocabulary import END_ID, UNKNOWN_ID, Vocabulary
+from pipeline.training import Phase, Progress, TrainingConfig, Watcher, train
+from pipeline.validation import Validator
+from pipeline.vocabulary import END_ID, UNKNOWN_ID
 
 # A picture whose captions tell sides is never flipped.
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class JointOptions:
-    """The options of ``finetune_joint.py`` that decide the result.
-
-    Attributes are explained by ``python finetune_joint.py --help``.
-    """
-
-    start: tuple[str, ...]
-    data: str
-    captions: str | None
-    weights: str | None
-    features: str
-    epochs: int
-    batch_size: int
-    accumulate: int
-    encoder_lr: float
-    decoder_lr: float
-    weight_decay: float
-    label_smoothing: float
-    average: float
-    unfreeze_from: str
-    smallest_crop: float
-    flip: bool
-    patience: int
-    seed: int
-    precision: str
-
-
-@dataclass
-class Picture:
-    """One training picture: where it is, and whether it may be flipped."""
-
-    path: Path
-    flip: bool
-
-
-@dataclass
-class JointBatch:
-    """Pictures with all their captions.
-
-    Attributes:
-        pixels: uint8 (B, 299, 299, 3).
-        picture: int64 (C,): which of the B pictures each caption is of.
-        captions: int64 (C, T), padded.
-    """
-
-    pixels: Tensor
-    picture: Tensor
-    captions: Tensor
-
-
-@dataclass
-class JointStage:
-    """Encoder, decoder, pictures and captions, as ``training.train`` wants them."""
-
-    encoder: Encoder
-    decoder: CaptionDecoder
-    vocabulary: Vocabulary
-    pictures: Sequence[Picture]
-    captions: EncodedCaptions
-    val_paths: Sequence[Path]
-    validator: Validator
-    options: JointOptions
-    workers: int
-    device: torch.device
-    unreadable: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        cut = TRUNK_LAYERS.index(self.options.unfreeze_from)
-        # The frozen layers are copied before folding: a checkpoint keeps them as they were.
-        self.frozen = copy.deepcopy(self.encoder.trunk[:cut])
-        fold_for_inference(self.frozen, self.options.precision)
-        self.unfrozen = self.encoder.trunk[cut:]
-        self.encoder.requires_grad_(False)
-        self.unfrozen.requires_grad_(True)
-        self.unfrozen.to(memory_format=torch.channels_last)
-        self.first_caption = self.captions.first_of_picture
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Encoder and decoder, each with its learning rate."""
-        decay = self.options.weight_decay
-        return [
-            {
-                "params": list(self.decoder.parameters()),
-                "lr": self.options.decoder_lr,
-                "weight_decay": decay,
-            },
-            {
-                "params": list(self.unfrozen.parameters()),
-                "lr": self.options.encoder_lr,
-                "weight_decay": decay,
-            },
-        ]
-
-    def batches_per_epoch(self, epoch: int) -> int:
-        """Count the batches of pictures."""
-        return -(-len(self.pictures) // self.options.batch_size)
-
-    def batches(self, epoch: int) -> Iterator[JointBatch]:
-        """Give batches of augmented pictures with their captions, in a new order.
-
-        A picture that cannot be read is passed over and remembered.
-        """
-        seed = self.options.seed * SEED_STRIDE + epoch
-        order = torch.randperm(
-            len(self.pictures), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-
-        def read(number: int) -> numpy.ndarray | ImageError:
-            picture = self.pictures[number]
-            # Chance belongs to the picture and the epoch, whichever thread reads it.
-            random = Random(seed * len(self.pictures) + number)
-            try:
-                image = load_image(picture.path, 2 * IMAGE_SIZE)
-            except ImageError as error:
-                return error
-            flip = self.options.flip and picture.flip
-            return augmented_square(image, random, flip, self.options.smallest_crop)
-
-        size = self.options.batch_size
-        squares = zip(order, prefetch(read, order, self.workers, ahead=2 * size), strict=True)
-        numbers: list[int] = []
-        pixels: list[numpy.ndarray] = []
-        for number, square in squares:
-            if isinstance(square, ImageError):
-                self.unreadable[str(self.pictures[number].path)] = str(square)
-                continue
-            numbers.append(number)
-            pixels.append(square)
-            if len(numbers) == size:
-                yield self._batch(numbers, pixels)
-                numbers, pixels = [], []
-        if numbers:
-            yield self._batch(numbers, pixels)
-
-    def _batch(self, numbers: list[int], pixels: list[numpy.ndarray]) -> JointBatch:
-        ranges = [
-            torch.arange(int(self.first_caption[n]), int(self.first_caption[n + 1]))
-            for n in numbers
-        ]
-        counts = torch.tensor([len(indices) for indices in ranges])
-        return JointBatch(
-            torch.from_numpy(numpy.stack(pixels)),
-            torch.repeat_interleave(torch.arange(len(numbers)), counts),
-            self.captions.padded(torch.cat(ranges)),
-        )
-
-    def set_training(self, training: bool) -> None:
-        """Switch the decoder's dropout; the encoder stays in eval mode, see the module."""
-        self.decoder.train(training)
-
-    def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
-        """Cross-entropy of all captions of the batch's pictures."""
-        pixels = self.encoder.normalise(batch.pixels.to(self.device, non_blocking=True))
-        # Few at a time, as in extraction: what lies between two layers then stays in the cache.
-        few = pixels.split(inference_batch_size(self.device))
-        with torch.no_grad():
-            hidden = torch.cat([self.frozen(part) for part in few])
-        features = self.unfrozen(hidden).flatten(1).float()  # (B, 2048)
-        return self.decoder.loss(
-            features[batch.picture.to(self.device)],
-            batch.captions.to(self.device),
-            self.options.label_smoothing,
-        )
-
-    def facts(self) -> dict[str, float]:
-        """Nothing else."""
-        return {}
-
-    def validate(self) -> Validation:
-        """Encode the val pictures with the present encoder, and score the decoder on them."""
-        encoder = copy.deepcopy(self.encoder)
-        encoder.precision = self.options.precision
-        encoder.for_inference()
-        features = torch.zeros(len(self.val_paths), self.decoder.config.feature_size)
-        for batch in encode_all(encoder, self.val_paths, self.workers):
-            if batch.failures:
-                number, reason = next(iter(batch.failures.items()))
-                raise InputError(f"{self.val_paths[number]}: {reason}, though it was whole before")
-            features[batch.keys] = torch.from_numpy(batch.features)
-        return self.validator.validate(self.decoder, features)
-
-    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        """Describe the present weights, the encoder's among them."""
-        self.encoder.forget_identity()
-        return Checkpoint(
-            decoder_config=self.decoder.config,
-            decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
-            vocabulary=self.vocabulary,
-            encoder=self.encoder.identity,
-            encoder_weights={
-                k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()
-            },
-            epoch=epoch,
-            scores=scores,
-            settings=asdict(self.options),
-        )
 
 
 def may_flip(captions: Sequence[str]) -> bool:

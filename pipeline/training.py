@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.curves import write_curves
 from pipeline.devices import autocast
+from pipeline.epoch_lines import epoch_line, sample_line, shows_sample
 from pipeline.errors import UserError
-from pipeline.progress import duration, progress_bar
+from pipeline.progress import progress_bar
 from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
 from pipeline.validation import Validation
+from pipeline.weight_average import WeightAverage
 
 # A stride between the seeds of epochs that no one's choice of seeds will cross.
 SEED_STRIDE = 1_000_003
-
-SAMPLE_EVERY = 5  # epochs, between captions on the terminal
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,9 @@ def train(
         save_checkpoint(last, checkpoint)
         average.exchange()
         log = read_epochs(run / LOG)
-        click.echo(_epoch_line(log, config.epochs, better), err=True)
-        shown = progress.epoch in (1, config.epochs) or progress.epoch % SAMPLE_EVERY == 0
-        if shown and found.samples:
-            click.echo(_sample_line(found.samples, progress.epoch), err=True)
+        click.echo(epoch_line(log, config.epochs, better), err=True)
+        if found.samples and shows_sample(progress.epoch, config.epochs):
+            click.echo(sample_line(found.samples, progress.epoch), err=True)
 
     if score_start and not last.is_file():
         finish_epoch({})
@@ -261,46 +260,6 @@ def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
     fused = stage.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
-
-
-class WeightAverage:
-    """A running mean of weights over the steps of training, or nothing where decay is 0.
-
-    The decay rises from 0.1 to its full value, as the mean would else hold on to the random start.
-
-    Attributes:
-        others: what is not in the parameters now: the mean, or the trained weights while the
-            mean stands in for them.
-        steps: how many there were.
-    """
-
-    def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self.parameters = parameters if decay else []
-        self.decay = decay
-        self.others = [parameter.detach().clone() for parameter in self.parameters]
-        self.steps = 0
-
-    def update(self) -> None:
-        """Take in the weights after a step."""
-        if self.others:
-            self.steps += 1
-            decay = min(self.decay, self.steps / (self.steps + 9))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.others, self.parameters, 1 - decay)
-
-    def exchange(self) -> None:
-        """Put the mean in place of the trained weights, or those back."""
-        for parameter, other in zip(self.parameters, self.others, strict=True):
-            trained = parameter.detach().clone()
-            parameter.data.copy_(other)
-            other.copy_(trained)
-
-    def load(self, trained: list[Tensor], steps: int) -> None:
-        """Go on from a checkpoint, whose model has the mean: ``trained`` are the others."""
-        for parameter, other, saved in zip(self.parameters, self.others, trained, strict=True):
-            other.copy_(parameter.detach())
-            parameter.data.copy_(saved)
-        self.steps = steps
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -369,34 +328,3 @@ def train_epoch(
     if not tokens_sum:
         raise LossError("no training picture could be read")
     return loss_sum / tokens_sum
-
-
-def _epoch_line(log: Sequence[Mapping[str, float]], epochs: int, better: bool) -> str:
-    """Sum the last epoch of ``log`` up in one line for the terminal."""
-    record = log[-1]
-    parts = [f"epoch {record['epoch']:>{len(str(epochs))}.0f}/{epochs}"]
-    if "reward" in record:
-        parts.append(f"reward {record['reward']:9.1f}")
-    elif "train_loss" in record:
-        parts.append(f"train loss {record['train_loss']:.3f}")
-    else:
-        parts.append("before training ")
-    parts.append(f"val loss {record['val_loss']:.3f}")
-    parts += [f"{name} {record[name]:5.1f}" for name in ("BLEU-4", "CIDEr-D")]
-    parts.append(f"{duration(_seconds(record)):>6}")
-    # The last few alone: epochs may grow slower, by other work or when they get self-critical.
-    recent = [_seconds(record) for record in log[-5:] if record["epoch"]]
-    if recent:
-        left = (epochs - record["epoch"]) * sum(recent) / len(recent)
-        parts[-1] += f", {duration(left):>5} left" if left else ", done"
-    return "  ".join(parts) + ("  best so far" if better else "")
-
-
-def _seconds(record: Mapping[str, float]) -> float:
-    return record.get("seconds", 0.0) + record["validation_seconds"]
-
-
-def _sample_line(samples: Mapping[str, str], epoch: int) -> str:
-    """Show the caption of one of the pictures, which take turns."""
-    name, caption = list(samples.items())[epoch // SAMPLE_EVERY % len(samples)]
-    return f'    {name}: "{caption}"'

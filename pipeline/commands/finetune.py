@@ -140,7 +140,8 @@ def main(
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
     from pipeline.evaluation import evaluate_runs, print_table
-    from pipeline.joint_training import JointOptions, finetune_joint
+    from pipeline.joint_stage import JointOptions
+    from pipeline.joint_training import finetune_joint
     from pipeline.report import write_report
     from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
 
