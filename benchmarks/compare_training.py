@@ -30,13 +30,8 @@ from pipeline.devices import (
 from pipeline.encoder import load_encoder
 from pipeline.joint_stage import JointOptions, JointStage, Picture
 from pipeline.search import SearchConfig, search
-from pipeline.training import (
-    Phase,
-    TrainingConfig,
-    learning_rate_factor,
-    make_optimizer,
-    train_epoch,
-)
+from pipeline.training import learning_rate_factor, make_optimizer, train_epoch
+from pipeline.training_config import Phase, TrainingConfig
 from pipeline.validation import Validator, mean_loss
 from pipeline.vocabulary import END_ID, START_ID
 from pipeline.weight_average import WeightAverage

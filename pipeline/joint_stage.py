@@ -9,6 +9,7 @@ those of ImageNet: batches are far too small to estimate them anew.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import Tensor
 from pipeline.checkpoint import Checkpoint
 from pipeline.dataset import EncodedCaptions
 from pipeline.devices import inference_batch_size
-from pipeline.encoder import TRUNK_LAYERS, Encoder, encode_all, fold_for_inference
+from pipeline.distributed import ALONE, Job
+from pipeline.encoder import TRUNK_LAYERS, Encoder, fold_for_inference
+from pipeline.encoding import encode_together
 from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError
 from pipeline.images import IMAGE_SIZE, ImageError, augmented_square, load_image, prefetch
@@ -97,6 +100,7 @@ class JointStage:
     workers: int
     device: torch.device
     unreadable: dict[str, str] = field(default_factory=dict)
+    job: Job = ALONE
 
     def __post_init__(self) -> None:
         cut = TRUNK_LAYERS.index(self.options.unfreeze_from)
@@ -129,10 +133,13 @@ class JointStage:
         """Count the batches of pictures."""
         return -(-len(self.pictures) // self.options.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[JointBatch]:
-        """Give batches of augmented pictures with their captions, in a new order.
+    def batches(self, epoch: int) -> Iterator[JointBatch | None]:
+        """Give this process's share of batches of augmented pictures, with their captions, in a
+        new order.
 
-        A picture that cannot be read is passed over and remembered.
+        A picture that cannot be read is passed over and remembered. Each process reads its share
+        of the next so many pictures, and hears which of the others' cannot be read: so all know
+        what is a batch, and it is what one process would make of the same pictures.
         """
         seed = self.options.seed * SEED_STRIDE + epoch
         order = torch.randperm(
@@ -151,22 +158,37 @@ class JointStage:
             return augmented_square(image, random, flip, self.options.smallest_crop)
 
         size = self.options.batch_size
-        squares = zip(order, prefetch(read, order, self.workers, ahead=2 * size), strict=True)
-        numbers: list[int] = []
-        pixels: list[numpy.ndarray] = []
-        for number, square in squares:
-            if isinstance(square, ImageError):
-                self.unreadable[str(self.pictures[number].path)] = str(square)
-                continue
-            numbers.append(number)
-            pixels.append(square)
-            if len(numbers) == size:
-                yield self._batch(numbers, pixels)
-                numbers, pixels = [], []
-        if numbers:
-            yield self._batch(numbers, pixels)
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        mine = [number for group in groups for number in self.job.share(group)]
+        ahead = 2 * -(-size // self.job.size)
+        squares = zip(mine, prefetch(read, mine, self.workers, ahead), strict=True)
+        readable: list[int] = []  # the next batches, of all processes
+        pixels: dict[int, numpy.ndarray] = {}  # of this one's
+        for group in groups:
+            failures: dict[int, str] = {}
+            for number, square in itertools.islice(squares, len(self.job.share(group))):
+                if isinstance(square, ImageError):
+                    failures[number] = str(square)
+                else:
+                    pixels[number] = square
+            failures = {n: why for part in self.job.collect(failures) for n, why in part.items()}
+            for number in group:
+                if number in failures:
+                    self.unreadable[str(self.pictures[number].path)] = failures[number]
+                else:
+                    readable.append(number)
+            if len(readable) >= size:
+                yield self._batch(readable[:size], pixels)
+                readable = readable[size:]
+        if readable:
+            yield self._batch(readable, pixels)
 
-    def _batch(self, numbers: list[int], pixels: list[numpy.ndarray]) -> JointBatch:
+    def _batch(self, batch: list[int], squares: dict[int, numpy.ndarray]) -> JointBatch | None:
+        """Make this process's share of a batch, those of ``squares``, which are taken out."""
+        numbers = [number for number in batch if number in squares]
+        if not numbers:
+            return None
+        pixels = [squares.pop(number) for number in numbers]
         ranges = [
             torch.arange(int(self.first_caption[n]), int(self.first_caption[n + 1]))
             for n in numbers
@@ -205,13 +227,11 @@ class JointStage:
         encoder = copy.deepcopy(self.encoder)
         encoder.precision = self.options.precision
         encoder.for_inference()
-        features = torch.zeros(len(self.val_paths), self.decoder.config.feature_size)
-        for batch in encode_all(encoder, self.val_paths, self.workers):
-            if batch.failures:
-                number, reason = next(iter(batch.failures.items()))
-                raise InputError(f"{self.val_paths[number]}: {reason}, though it was whole before")
-            features[batch.keys] = torch.from_numpy(batch.features)
-        return self.validator.validate(self.decoder, features)
+        features, failures = encode_together(encoder, self.val_paths, self.workers, self.job)
+        if failures:
+            number, reason = next(iter(failures.items()))
+            raise InputError(f"{self.val_paths[number]}: {reason}, though it was whole before")
+        return self.validator.validate(self.decoder, features, self.job)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights, the encoder's among them."""

@@ -14,9 +14,10 @@ from pipeline.captioner import encoder_of
 from pipeline.checkpoint import load_checkpoint, load_together, save_checkpoint
 from pipeline.consensus import choose_neighbours, sampled_pictures
 from pipeline.dataset import EncodedCaptions, encode_captions, load_table, tokenised
-from pipeline.encoder import TRUNK_LAYERS, encode_all
+from pipeline.distributed import ALONE, Job
+from pipeline.encoder import TRUNK_LAYERS
+from pipeline.encoding import encode_together
 from pipeline.errors import UserError
-from pipeline.features import FEATURE_SIZE
 from pipeline.images import find_images, unreadable_images
 from pipeline.joint_stage import JointOptions, JointStage, Picture
 from pipeline.matching import train_matcher
@@ -25,7 +26,8 @@ from pipeline.report import epoch_reporter
 from pipeline.report_data import describe_data
 from pipeline.run_folder import open_run
 from pipeline.tokenizers import ENGLISH
-from pipeline.training import Phase, Progress, TrainingConfig, Watcher, train
+from pipeline.training import Progress, Watcher, train
+from pipeline.training_config import Phase, TrainingConfig
 from pipeline.validation import Validator
 from pipeline.vocabulary import END_ID, UNKNOWN_ID
 
@@ -66,10 +68,11 @@ def finetune_joint(
     workers: int,
     force: bool,
     watchers: Sequence[Watcher] = (),
+    job: Job = ALONE,
 ) -> tuple[Progress, Mapping[str, str]]:
     """Fine-tune the runs ``options.start`` in the folder ``run``, or go on with that.
 
-    ``watchers`` are those of ``training.train``.
+    ``watchers`` and ``job`` are those of ``training.train``.
 
     Returns:
         The state at the end, and the pictures that could not be read, with reasons.
@@ -90,21 +93,24 @@ def finetune_joint(
     data = Path(options.data)
     captions_file = Path(options.captions) if options.captions else None
     last = run / "last.pt"
-    resumed = last.is_file() and not force
-    start = load_together([last] if resumed else starts)
+    force = job.starts_over(force)
+    resumed = job.from_first(lambda: last.is_file() and not force)
+    start = job.from_first(lambda: load_together([last] if resumed else starts))
     table, names = load_table(data, captions_file, find_images(data))
     tokenizer = start.vocabulary.tokenizer.name
     train_captions = tokenised(table.of_split("train"), tokenizer)
     val_captions = tokenised(table.of_split("val"), tokenizer)
-    broken = unreadable_images([data / names[name] for name in val_captions], workers)
+    val_paths = [data / names[name] for name in val_captions]
+    broken = find_unreadable(val_paths, workers, job)
     val_captions = {n: group for n, group in val_captions.items() if data / names[n] not in broken}
     for split, images in (("train", train_captions), ("val", val_captions)):
         if not images:
             raise UserError(f"{table.source}: no picture is in the {split} split")
-    encoder = encoder_of(start, None if resumed else options.weights, "fp32")
+    weights = None if resumed else options.weights
+    encoder = job.one_a_machine_first(lambda: encoder_of(start, weights, "fp32"))
     encoder.source = str(run / "best.pt")
     splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
-    open_run(run, {**asdict(options), **splits}, force)
+    open_run(run, {**asdict(options), **splits}, force, job)
     validator = Validator(val_captions, start.vocabulary)
     paths = {name: data / path for name, path in names.items()}
     described = describe_data(
@@ -133,6 +139,7 @@ def finetune_joint(
         workers=workers,
         device=device,
         unreadable={str(path): reason for path, reason in broken.items()},
+        job=job,
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
     click.echo(
@@ -150,31 +157,41 @@ def finetune_joint(
         average=options.average,
     )
     watchers = [*watchers, epoch_reporter(run, described)]
-    progress = train(stage, run, config, score_start=True, watchers=watchers)
+    progress = train(stage, run, config, score_start=True, watchers=watchers, job=job)
     add_second_opinions(stage, run)
     return progress, stage.unreadable
+
+
+def find_unreadable(paths: Sequence[Path], workers: int, job: Job) -> dict[Path, str]:
+    """Decode every picture once, each process a share, and give the reasons of those that fail."""
+    found: dict[Path, str] = {}
+    for part in job.collect(unreadable_images(job.share(paths), workers)):
+        found |= part
+    return {path: found[path] for path in paths if path in found}
 
 
 def add_second_opinions(stage: JointStage, run: Path) -> None:
     """Give ``best.pt`` of a finished run its neighbours and its matcher (see ``reranking``).
 
     For that the training pictures are encoded once more, as they are, by the encoder that was
-    chosen: of many a sample.
+    chosen: of many a sample. The processes of a job share this; rank 0 does the rest.
     """
-    best = load_checkpoint(run)
+    best = stage.job.from_first(lambda: load_checkpoint(run))
     if best.matcher is not None:
         return
     kept = sampled_pictures(len(stage.pictures))
     encoder = encoder_of(best, None, stage.options.precision).for_inference().to(stage.device)
-    features = torch.zeros(len(kept), FEATURE_SIZE, dtype=torch.float16)
-    whole = torch.zeros(len(kept), dtype=torch.bool)
     paths = [stage.pictures[number].path for number in kept.tolist()]
-    with progress_bar(total=len(paths), unit="image", desc="encoding train") as bar:
-        for batch in encode_all(encoder, paths, stage.workers):
-            features[batch.keys] = torch.from_numpy(batch.features).half()
-            whole[batch.keys] = True
-            stage.unreadable |= {str(paths[key]): why for key, why in batch.failures.items()}
-            bar.update(len(batch.keys) + len(batch.failures))
+    mine = -(-len(paths) // stage.job.size)
+    with progress_bar(total=mine, unit="image", desc="encoding train") as bar:
+        features, failures = encode_together(
+            encoder, paths, stage.workers, stage.job, torch.float16, bar.update
+        )
+    stage.unreadable |= {str(paths[number]): why for number, why in failures.items()}
+    if stage.job.rank > 0:
+        return
+    whole = torch.ones(len(kept), dtype=torch.bool)
+    whole[list(failures)] = False
     features, kept = features[whole], kept[whole]
     decoder = best.build_decoder().to(stage.device)
     batches = (part.float() for part in features.split(4096))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,8 @@ class WeightAverage:
         steps: how many there were.
     """
 
-    def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self.parameters = parameters if decay else []
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters = list(parameters) if decay else []
         self.decay = decay
         self.others = [parameter.detach().clone() for parameter in self.parameters]
         self.steps = 0
