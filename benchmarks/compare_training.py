@@ -28,18 +28,13 @@ from pipeline.devices import (
     default_workers,
 )
 from pipeline.encoder import load_encoder
-from pipeline.joint_training import JointOptions, JointStage, TrainingPicture
+from pipeline.joint_stage import JointOptions, JointStage, TrainingPicture
 from pipeline.search import SearchConfig, search
-from pipeline.training import (
-    Phase,
-    TrainingConfig,
-    WeightAverage,
-    learning_rate_factor,
-    make_optimizer,
-    train_epoch,
-)
+from pipeline.training import learning_rate_factor, make_optimizer, train_epoch
+from pipeline.training_config import Phase, TrainingConfig
 from pipeline.validation import Validator, mean_loss
 from pipeline.vocabulary import END_ID, START_ID
+from pipeline.weight_average import WeightAverage
 
 CPU = torch.device("cpu")
 # The plain network that both sides train, and defaults of train_decoder.py and finetune_joint.py.

@@ -26,12 +26,11 @@ from pipeline.devices import (
 )
 from pipeline.encoder import (
     NAMED_WEIGHTS,
-    EncodedBatch,
     Encoder,
-    encode_files,
     load_encoder,
     load_trunk,
 )
+from pipeline.encoding import EncodedBatch, encode_files
 from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError, UserError
 from pipeline.openvino_engine import choose_engine

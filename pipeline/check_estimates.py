@@ -13,7 +13,8 @@ from pipeline.consensus import MOST_PICTURES
 from pipeline.dataset import EncodedCaptions, bucketed_batches, count_batches
 from pipeline.decoder_training import DecoderOptions, build_decoder
 from pipeline.devices import autocast, choose_precision, default_workers, inference_batch_size
-from pipeline.encoder import encode_all, load_encoder
+from pipeline.encoder import load_encoder
+from pipeline.encoding import encode_all
 from pipeline.features import FEATURE_SIZE
 from pipeline.images import Picture
 from pipeline.matching import MatcherConfig

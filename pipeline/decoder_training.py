@@ -26,6 +26,7 @@ from pipeline.dataset import (
     tokenised,
 )
 from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.distributed import ALONE, Job
 from pipeline.errors import UserError
 from pipeline.features import DONE, EncoderIdentity, FeatureCache
 from pipeline.matching import train_matcher
@@ -35,7 +36,8 @@ from pipeline.report_data import ReportData, describe_data
 from pipeline.run_folder import open_run
 from pipeline.self_critical import SAMPLES, SelfCritical
 from pipeline.tokenizers import ENGLISH
-from pipeline.training import SEED_STRIDE, Phase, Progress, TrainingConfig, Watcher, train
+from pipeline.training import SEED_STRIDE, Progress, Watcher, train
+from pipeline.training_config import Phase, TrainingConfig
 from pipeline.validation import Validation, Validator
 from pipeline.vocabulary import Vocabulary
 
@@ -101,6 +103,7 @@ class DecoderStage:
     val_features: PictureFeatures
     options: DecoderOptions
     device: torch.device
+    job: Job = ALONE
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """All weights in one group."""
@@ -140,18 +143,24 @@ class DecoderStage:
             return -(-len(self.features) // self.pictures_a_batch)
         return count_batches(len(self.captions), self.options.batch_size)
 
-    def batches(self, epoch: int) -> Iterator[CaptionBatch | PictureBatch]:
-        """Give captions of like length, or pictures, in a new order."""
+    def batches(self, epoch: int) -> Iterator[CaptionBatch | PictureBatch | None]:
+        """Give this process's share of captions of like length, or of pictures, in a new order."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
         if self.is_self_critical(epoch):
             self.self_critical.reset()
             order = torch.randperm(len(self.features), generator=generator)
-            for pictures in order.split(self.pictures_a_batch):
-                yield PictureBatch(self.features[pictures], pictures)
+            for batch in order.split(self.pictures_a_batch):
+                pictures = self.job.share(batch)
+                yield PictureBatch(self.features[pictures], pictures) if len(pictures) else None
             return
-        for indices in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
-            features = self.features[self.captions.pictures[indices]]
-            yield CaptionBatch(features, self.captions.padded(indices))
+        for batch in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
+            yield self._caption_batch(self.job.share(batch))
+
+    def _caption_batch(self, indices: Tensor) -> CaptionBatch | None:
+        if not len(indices):
+            return None
+        features = self.features[self.captions.pictures[indices]]
+        return CaptionBatch(features, self.captions.padded(indices))
 
     @functools.cached_property
     def self_critical(self) -> SelfCritical:
@@ -173,12 +182,15 @@ class DecoderStage:
 
     def facts(self) -> dict[str, float]:
         """The mean reward of the captions drawn, if any were."""
-        drawn = "self_critical" in vars(self) and self.self_critical.drawn
-        return {"reward": self.self_critical.mean_reward} if drawn else {}
+        if "self_critical" not in vars(self):
+            return {}
+        critic = self.self_critical
+        rewards, drawn = self.job.add_up(critic.rewards, critic.drawn)
+        return {"reward": 100 * rewards / drawn} if drawn else {}
 
     def validate(self) -> Validation:
         """Loss, scores and some captions on val."""
-        return self.validator.validate(self.decoder, self.val_features)
+        return self.validator.validate(self.decoder, self.val_features, self.job)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights."""
@@ -203,6 +215,7 @@ def train_decoder(
     memory: float,
     force: bool,
     watchers: Sequence[Watcher] = (),
+    job: Job = ALONE,
 ) -> Progress:
     """Train a decoder in the folder ``run``, or go on with the training there.
 
@@ -212,15 +225,22 @@ def train_decoder(
         device: where to train.
         memory: bytes that features may take; more are read from the cache batch by batch.
         force: start over, whatever the folder holds.
-        watchers: see ``training.train``.
+        watchers, job: see ``training.train``.
 
     Raises:
         UserError: captions or features are missing, do not belong together, or leave train
             or val empty; the run there has other settings.
     """
-    stage, data = prepare_stage(options, run, device, memory, force)
+    stage, data = prepare_stage(options, run, device, memory, force, job)
     watchers = [*watchers, epoch_reporter(run, data)]
-    progress = train(stage, run, stage.config(), watchers=watchers)
+    progress = train(stage, run, stage.config(), watchers=watchers, job=job)
+    if job.rank == 0:
+        add_matcher(stage, run)
+    return progress
+
+
+def add_matcher(stage: DecoderStage, run: Path) -> None:
+    """Give ``best.pt`` of a finished run its matcher (see ``matching``)."""
     best = load_checkpoint(run)
     if best.matcher is None:
         best.matcher = train_matcher(
@@ -228,15 +248,19 @@ def train_decoder(
             stage.captions,
             len(stage.vocabulary),
             (best.decoder_weights["feature_mean"], best.decoder_weights["feature_scale"]),
-            options.seed,
-            device,
+            stage.options.seed,
+            stage.device,
         )
         save_checkpoint(run / "best.pt", best)
-    return progress
 
 
 def prepare_stage(
-    options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
+    options: DecoderOptions,
+    run: Path,
+    device: torch.device,
+    memory: float,
+    force: bool,
+    job: Job = ALONE,
 ) -> tuple[DecoderStage, ReportData]:
     """Read captions and features, open the run folder, and build the decoder.
 
@@ -255,9 +279,9 @@ def prepare_stage(
         if not images:
             raise UserError(f"{table.source}: no picture with features is in the {split} split")
     last = run / "last.pt"
-    saved = None
-    if last.is_file() and not force:
-        saved = load_checkpoint(last)
+    force = job.starts_over(force)
+    saved = job.from_first(lambda: load_checkpoint(last) if last.is_file() and not force else None)
+    if saved is not None:
         vocabulary = saved.vocabulary
         mismatch = saved.encoder.mismatch(cache.identity)
         if mismatch:
@@ -273,7 +297,7 @@ def prepare_stage(
     train_rows = rows_of(cache, [names[name] for name in train_captions])
     val_rows = rows_of(cache, [names[name] for name in val_captions])
     splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
-    open_run(run, {**asdict(options), **splits}, force)
+    open_run(run, {**asdict(options), **splits}, force, job)
     features = PictureFeatures(cache, train_rows, memory)
     val_features = PictureFeatures(cache, val_rows, memory - features.size)
     decoder = build_decoder(options, len(vocabulary))
@@ -302,6 +326,7 @@ def prepare_stage(
         val_features=val_features,
         options=options,
         device=device,
+        job=job,
     )
     return stage, data
 

@@ -1,27 +1,35 @@
-"""Several processes that do one job together, started by PyTorch's ``torchrun``.
+"""What several processes that do one job tell each other, and how they share its work.
 
     torchrun --nproc-per-node 4 extract_features.py --data photos
 
-Without ``torchrun`` a process is alone: rank 0 of 1, and nothing here waits or connects.
-What the processes tell each other is small, so gloo carries it on CPUs and GPUs alike.
+``torchrun`` of PyTorch starts them, and ``torchrun.joined_job`` joins them. Without it a process
+is alone: rank 0 of 1, and nothing here waits or connects. What the processes tell each other is
+small, so gloo carries it on CPUs and GPUs alike.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store
+
+Item = TypeVar("Item")
+Items = TypeVar("Items", bound="Sequence[Any] | Tensor")
 Result = TypeVar("Result")
 
-# One process may finish its share long before another. A process that dies is noticed at
-# once all the same: its connections close, and torchrun ends the others.
-LONGEST_WAIT = timedelta(days=30)
+LOST = (
+    "another process of this job ended before its work was done: see what it says; the same "
+    "command goes on where this one stopped"
+)
+STARTED_OVER = "captioner/started over"
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,16 @@ class Job:
     """Which of the job's processes this one is.
 
     Attributes:
-        rank: its number, from 0; rank 0 alone reports.
+        rank: its number, from 0; rank 0 alone reports, and writes what is of the whole job.
         size: how many there are.
         local_rank: its number among those of this machine, which chooses its GPU.
+        notes: where torchrun keeps what outlives the processes that it restarts; None without it.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    notes: Store | None = None
 
     def wait_for_all(self) -> None:
         """Return when every process has come here.
@@ -65,14 +75,55 @@ class Job:
         import torch.distributed
 
         values: list[Result | None] = [None] * self.size
-        try:
+        with _connected():
             torch.distributed.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise UserError(
-                "another process of this job ended before its work was done: see what it says; "
-                "the same command goes on where this one stopped"
-            ) from error
         return values  # type: ignore[return-value]
+
+    def add_up(self, *values: float) -> tuple[float, ...]:
+        """Add up each of some numbers over all processes; quicker than ``collect``.
+
+        Raises:
+            UserError: another process ended before it came here.
+        """
+        if self.size == 1:
+            return values
+        import torch.distributed
+
+        sums = torch.tensor(values, dtype=torch.float64)
+        with _connected():
+            torch.distributed.all_reduce(sums)
+        return tuple(sums.tolist())
+
+    def from_first(self, function: Callable[[], Result]) -> Result:
+        """Call ``function`` in rank 0 alone; every process gets what it gave.
+
+        Raises:
+            UserError: another process ended before it came here.
+        """
+        if self.size == 1:
+            return function()
+        import torch.distributed
+
+        values = [function() if self.rank == 0 else None]
+        with _connected():
+            torch.distributed.broadcast_object_list(values)
+        return values[0]  # type: ignore[return-value]
+
+    def share(self, items: Items) -> Items:
+        """Give this process's share of some items: one in ``size``; there may be none for it."""
+        return items[self.rank :: self.size]  # type: ignore[return-value]
+
+    def share_out(self, items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
+        """Call ``work`` for every item, each process for its share.
+
+        Returns:
+            What it gave, in the order of the items; every process gets all.
+
+        Raises:
+            UserError: another process ended before it came here.
+        """
+        shares = self.collect([work(item) for item in self.share(items)])
+        return [shares[n % self.size][n // self.size] for n in range(len(items))]
 
     def one_a_machine_first(self, function: Callable[[], Result]) -> Result:
         """Call ``function``, which may download something, in one process of each machine
@@ -82,31 +133,59 @@ class Job:
         self.wait_for_all()
         return function() if result is None else result
 
+    def refuse_differences(self, values: Mapping[str, Any]) -> None:
+        """Check that all processes go by the same values, as machines may differ.
 
-@contextlib.contextmanager
-def joined_job() -> Iterator[Job]:
-    """Join the job that ``torchrun`` started this process for, if it did.
+        Raises:
+            UserError: they do not; it names the first of the values that differs.
+        """
+        first, *others = self.collect(dict(values))
+        for other in others:
+            for name in first:
+                if first[name] != other.get(name):
+                    raise UserError(
+                        f"the processes of this job differ in {name}: {first[name]} and "
+                        f"{other.get(name)}; name it in the command, or give every machine the "
+                        "same files"
+                    )
 
-    Raises:
-        UserError: the others cannot be reached.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Job()
-        return
+    def starts_over(self, force: bool) -> bool:
+        """Tell whether ``force`` still holds: not where this job has started over already, as
+        torchrun gives the processes that it restarts the same options.
+        """
+
+        def still() -> bool:
+            if self.notes is None or not force:
+                return force
+            # Where the notes do not outlive a restart, rather too little is discarded.
+            lasting = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            first = lasting or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+            return first and not self.notes.check([STARTED_OVER])
+
+        return self.from_first(still)
+
+    def note_started_over(self) -> None:
+        """Note that what there was is discarded, so that it happens once: see ``starts_over``."""
+        if self.notes is not None and self.rank == 0:
+            self.notes.set(STARTED_OVER, "")
+
+
+ALONE = Job()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Tell whether an error is that of a process whose neighbour is gone."""
     import torch.distributed
 
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """Say what the errors of a talk between processes mean."""
     try:
-        torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            "WORLD_SIZE is set, but the job's other processes cannot be joined "
-            f"({str(error).splitlines()[0]}); start it with torchrun, or unset WORLD_SIZE"
-        ) from error
-    try:
-        yield Job(
-            torch.distributed.get_rank(),
-            torch.distributed.get_world_size(),
-            int(os.environ.get("LOCAL_RANK", "0")),
-        )
-    finally:
-        torch.distributed.destroy_process_group()
+        yield
+    except RuntimeError as error:
+        raise UserError(LOST) from error

@@ -14,8 +14,7 @@ import math
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -29,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 
-from pipeline.devices import DTYPES, autocast, inference_batch_size, threads_per_worker
+from pipeline.devices import DTYPES, autocast
 from pipeline.errors import UserError
-from pipeline.features import FEATURE_SIZE, EncoderIdentity
-from pipeline.images import IMAGE_SIZE, ImageError, Picture, prefetch, read_square
+from pipeline.features import EncoderIdentity
+from pipeline.images import IMAGE_SIZE
 from pipeline.pretrained import PRETRAINED, pretrained_path
 from pipeline.quantisation import dequantise
 
@@ -163,61 +162,6 @@ def fold_for_inference(layers: nn.Module, precision: str) -> None:
     layers.requires_grad_(False)
     layers.to(DTYPES.get(precision, torch.float32))
     layers.to(memory_format=torch.channels_last)
-
-
-@dataclass
-class EncodedBatch:
-    """One batch of pictures after the encoder.
-
-    Attributes:
-        keys: which pictures were read, in order.
-        features: float32 (len(keys), 2048).
-        failures: key of each picture that could not be read, and why.
-    """
-
-    keys: list[int]
-    features: numpy.ndarray
-    failures: dict[int, str]
-
-
-def encode_files(
-    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Picture]]], workers: int
-) -> Iterator[EncodedBatch]:
-    """Decode and encode files, given in batches of (key, path); batches come in their order.
-
-    Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
-    share of the cores to itself, so that none waits for another in the middle of the network;
-    on a GPU one encodes while the others decode. Memory holds a few batches a worker,
-    whatever the number of files.
-    """
-
-    def encode(batch: Sequence[tuple[int, Picture]]) -> EncodedBatch:
-        squares: dict[int, numpy.ndarray] = {}
-        failures: dict[int, str] = {}
-        for key, path in batch:
-            try:
-                squares[key] = read_square(path)
-            except ImageError as error:
-                failures[key] = str(error)
-        features = (
-            encoder.encode(list(squares.values()))
-            if squares
-            else numpy.empty((0, FEATURE_SIZE), numpy.float32)
-        )
-        return EncodedBatch(list(squares), features, failures)
-
-    with threads_per_worker(workers) as share:
-        yield from prefetch(
-            encode, batches, workers, ahead=workers, start=lambda: torch.set_num_threads(share)
-        )
-
-
-def encode_all(encoder: Encoder, paths: Sequence[Picture], workers: int) -> Iterator[EncodedBatch]:
-    """Encode files in batches that suit the encoder's device; keys are their indices."""
-    size = inference_batch_size(next(encoder.parameters()).device)
-    files = list(enumerate(paths))
-    batches = (files[start : start + size] for start in range(0, len(files), size))
-    yield from encode_files(encoder, batches, workers)
 
 
 def load_encoder(weights: str, precision: str = "fp32") -> Encoder:

@@ -22,7 +22,7 @@ from pipeline.captions import CaptionTable, read_captions
 from pipeline.checkpoint import Checkpoint, load_together
 from pipeline.dataset import load_table, rows_of, tokenised
 from pipeline.devices import choose_precision, default_workers
-from pipeline.encoder import encode_all
+from pipeline.encoding import encode_all
 from pipeline.errors import UserError
 from pipeline.features import DONE, FeatureCache, default_cache_path
 from pipeline.files import atomic_write

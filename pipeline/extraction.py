@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.distributed import Job
-from pipeline.encoder import Encoder, encode_files
+from pipeline.distributed import ALONE, Job
+from pipeline.encoder import Encoder
+from pipeline.encoding import encode_files
 from pipeline.errors import InputError, UserError
 from pipeline.feature_shards import (
     combine_shards,
@@ -73,7 +74,7 @@ class Extraction:
     retry_failed: bool = False
 
 
-def extract(task: Extraction) -> ExtractionResult:
+def extract(task: Extraction, job: Job = ALONE) -> ExtractionResult:
     """Encode pictures into a cache; go on where a kill left off.
 
     Raises:
@@ -84,6 +85,7 @@ def extract(task: Extraction) -> ExtractionResult:
     if not task.force:
         say_what_is_gone(existing_cache(task.output), task.names)
     writer = _open_writer(task, task.output, task.names)
+    job.note_started_over()
     if writer is None:
         return ExtractionResult(FeatureCache(task.output), encoded=0, kept=len(task.names))
     task.encoder.for_inference(task.engine)
@@ -128,6 +130,7 @@ def extract_share(task: Extraction, job: Job) -> ExtractionResult:
         writer = _open_writer(task, shards[job.rank], names)
     # No one's shard may go away before all have taken over what they need of it.
     job.wait_for_all()
+    job.note_started_over()
     if writer is not None:
         task.encoder.for_inference(task.engine)
         encoded, kept = _encode_pending(task, writer, quiet=job.rank > 0)

@@ -38,6 +38,16 @@ class GroupedCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.groups = groups
 
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Read the command line; of several processes that cannot, one alone says so."""
+        try:
+            return super().parse_args(context, args)
+        except click.UsageError:
+            from pipeline.torchrun import joined_job
+
+            with joined_job():
+                raise
+
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
         rows: dict[str, list[tuple[str, str]]] = {

@@ -20,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.distributed import ALONE, Job
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
 
@@ -39,15 +40,24 @@ PATH_OPTIONS = {"data", "captions", "features", "weights"}
 EARLIER_OPTIONS = {"tokenizer": "english"}
 
 
-def open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
+def open_run(run: Path, settings: dict[str, Any], force: bool, job: Job = ALONE) -> None:
     """Make the run folder and its ``config.json``, or check that the run there is the same one.
 
     To be called when all inputs are known to be good: ``force`` deletes the run there.
-    Paths are not compared, as data may move; the hashes of the splits are.
+    Paths are not compared, as data may move; the hashes of the splits are. Of a job's processes,
+    which must have the same settings, rank 0 alone does this.
 
     Raises:
-        UserError: the folder holds a run with other settings, and ``force`` is not set.
+        UserError: the folder holds a run with other settings, and ``force`` is not set; or the
+            processes' settings differ.
     """
+    job.refuse_differences(settings)
+    if job.rank == 0:
+        _open_run(run, settings, force)
+    job.note_started_over()
+
+
+def _open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
     if force:
         for name in RUN_FILES:
             (run / name).unlink(missing_ok=True)

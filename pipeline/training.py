@@ -3,6 +3,9 @@
 All randomness of an epoch (order, dropout, augmentation) follows from the seed and the
 epoch's number alone. A run that was killed therefore goes on from ``last.pt`` exactly as if
 it had never stopped; on a CPU the weights are identical to the bit.
+
+Several processes (``distributed``) each take a share of every batch, and all take the same steps:
+those of one process, but for rounding, and for dropout, which draws other numbers in each.
 """
 
 from __future__ import annotations
@@ -21,76 +24,26 @@ from torch import Tensor, nn
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.curves import write_curves
 from pipeline.devices import autocast
+from pipeline.distributed import ALONE, Job
+from pipeline.epoch_lines import epoch_line, sample_line, shows_sample
 from pipeline.errors import UserError
-from pipeline.progress import duration, progress_bar
+from pipeline.progress import progress_bar
 from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
+from pipeline.training_config import TrainingConfig
 from pipeline.validation import Validation
+from pipeline.weight_average import WeightAverage
 
-# A stride between the seeds of epochs that no one's choice of seeds will cross.
+# A stride between the seeds of epochs that no one's choice of seeds will cross, and one between
+# those of processes.
 SEED_STRIDE = 1_000_003
-
-SAMPLE_EVERY = 5  # epochs, between captions on the terminal
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Epochs over which the learning rate rises and falls once.
-
-    Attributes:
-        epochs: how many.
-        rate: times the stage's full learning rates.
-        divisor: what a batch's summed loss is divided by; 0: the number of its own tokens. Where
-            batches are of captions of like length, their own number would make a word of a short
-            caption count more than one of a long caption.
-    """
-
-    epochs: int
-    rate: float = 1.0
-    divisor: float = 0.0
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long and how fast to train.
-
-    Attributes:
-        phases: of passes over the training captions, one after the other.
-        patience: stop after so many epochs without a better CIDEr-D; 0 never stops.
-        warmup: share of a phase's steps over which the learning rate rises from zero.
-        clip: largest norm of the gradient.
-        accumulate: batches whose gradients are summed before a step.
-        average: decay of a running mean of the weights, which is what is scored and saved as the
-            model (Polyak averaging, exponential); 0 keeps none.
-        seed: of everything random.
-        precision: of the network's arithmetic in training: fp32 or bf16.
-    """
-
-    phases: tuple[Phase, ...]
-    patience: int
-    seed: int
-    precision: str
-    warmup: float = 0.02
-    clip: float = 5.0
-    accumulate: int = 1
-    average: float = 0.0
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of all phases together."""
-        return sum(phase.epochs for phase in self.phases)
-
-    def phase_of(self, epoch: int) -> tuple[Phase, int]:
-        """Find the phase of an epoch, counted from 1, and how many of its epochs come before."""
-        before = epoch - 1
-        for phase in self.phases:
-            if before < phase.epochs:
-                return phase, before
-            before -= phase.epochs
-        raise ValueError(f"no epoch {epoch} in {self.phases}")
+RANK_STRIDE = 2_654_435_761
 
 
 # What is called after every epoch with its line of the log and its sample captions by name.
 Watcher = Callable[[Mapping[str, float], Mapping[str, str]], None]
+
+# ``Stage.loss``, or the same in a job of several processes.
+Loss = Callable[[Any], tuple[Tensor, int]]
 
 
 class LossError(Exception):
@@ -98,7 +51,10 @@ class LossError(Exception):
 
 
 class Stage(Protocol):
-    """What the loop needs to know of a stage."""
+    """What the loop needs to know of a stage.
+
+    In a job of several processes each has the stage, with the same weights.
+    """
 
     device: torch.device
 
@@ -109,7 +65,10 @@ class Stage(Protocol):
         """Say how many batches ``batches`` gives."""
 
     def batches(self, epoch: int) -> Iterator[Any]:
-        """Give the batches of an epoch, in an order that depends on seed and epoch alone."""
+        """Give the batches of an epoch, in an order that depends on seed and epoch alone.
+
+        Each process gives its share of every batch, or None where that is empty.
+        """
 
     def set_training(self, training: bool) -> None:
         """Switch dropout and the like on or off."""
@@ -118,10 +77,13 @@ class Stage(Protocol):
         """Give the summed loss of a batch, and of how many tokens or captions it is."""
 
     def facts(self) -> dict[str, float]:
-        """Give what else is to be logged of the epoch that was trained last."""
+        """Give what else is to be logged of the epoch that was trained last, of all processes."""
 
     def validate(self) -> Validation:
-        """Score the present weights on val; one of the scores is ``CIDEr-D``."""
+        """Score the present weights on val; one of the scores is ``CIDEr-D``.
+
+        Processes may share the work; all of them get the same.
+        """
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Describe the present weights, without what is needed to go on training."""
@@ -136,12 +98,17 @@ class Progress:
     best_cider: float = -math.inf
     best_loss: float = math.inf
 
-    def improved_by(self, scores: dict[str, float]) -> bool:
-        """Tell whether scores are better: by CIDEr-D, and by val loss where that is equal.
+    def take(self, scores: dict[str, float]) -> bool:
+        """Take in the scores of ``epoch``, and tell whether they are the best so far.
 
-        With a single val picture CIDEr-D is always 0, as no word is rarer than another.
+        They are by CIDEr-D, and by val loss where that is equal: with a single val picture
+        CIDEr-D is always 0, as no word is rarer than another.
         """
-        return (scores["CIDEr-D"], -scores["val_loss"]) > (self.best_cider, -self.best_loss)
+        better = (scores["CIDEr-D"], -scores["val_loss"]) > (self.best_cider, -self.best_loss)
+        if better:
+            self.best_epoch = self.epoch
+            self.best_cider, self.best_loss = scores["CIDEr-D"], scores["val_loss"]
+        return better
 
 
 def learning_rate_factor(step: int, total: int, warmup: float) -> float:
@@ -162,8 +129,11 @@ def train(
     config: TrainingConfig,
     score_start: bool = False,
     watchers: Sequence[Watcher] = (),
+    job: Job = ALONE,
 ) -> Progress:
     """Train ``stage`` in the folder ``run``, from its beginning or from where it stopped.
+
+    Of a job's processes rank 0 alone reads and writes the folder.
 
     Args:
         stage: model, data and loss.
@@ -171,7 +141,8 @@ def train(
         config: how to train.
         score_start: score the weights before the first epoch too, as epoch 0, so that
             ``best.pt`` is never worse than what the stage started from.
-        watchers: are shown every epoch.
+        watchers: are shown every epoch, in rank 0.
+        job: the processes that train together; each has to call this.
 
     Returns:
         The state at the end.
@@ -180,37 +151,43 @@ def train(
         UserError: the loss is no longer a number.
     """
     optimizer = make_optimizer(stage)
+    parameters = _parameters(optimizer)
     progress = Progress()
-    average = WeightAverage(_parameters(optimizer), config.average)
+    average = WeightAverage(parameters, config.average)
 
     last = run / "last.pt"
-    if last.is_file():
-        saved = load_checkpoint(last).training
-        if saved is None:
-            raise UserError(f"{last}: holds nothing to go on from; --force starts over")
+    saved = job.from_first(lambda: _read_training(last) if last.is_file() else None)
+    if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
         average.load(saved.get("weights", []), saved.get("steps", 0))
         progress = Progress(**saved["progress"])
         if progress.epoch:
             click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
-    for name in (LOG, SAMPLES):
-        trim_epochs(run / name, progress.epoch if last.is_file() else -1)
+    for name in (LOG, SAMPLES) if job.rank == 0 else ():
+        trim_epochs(run / name, progress.epoch if saved is not None else -1)
+    loss: Loss = stage.loss
+    if job.size > 1:
+        from pipeline.data_parallel import shared_loss
+
+        loss = shared_loss(stage, parameters, job)
 
     def finish_epoch(record: dict[str, float]) -> None:
-        """Score, save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
+        """Score, save and report."""
         began = time.perf_counter()
         average.exchange()  # from here to the end the model has the averaged weights
         stage.set_training(False)
         found = stage.validate()
-        scores = found.scores
-        better = progress.improved_by(scores)
-        if better:
-            progress.best_epoch = progress.epoch
-            progress.best_cider, progress.best_loss = scores["CIDEr-D"], scores["val_loss"]
-        checkpoint = stage.checkpoint(progress.epoch, scores)
+        better = progress.take(found.scores)
+        if job.rank == 0:
+            save_epoch(record, found, better, began)
+        average.exchange()
+
+    def save_epoch(record: dict[str, float], found: Validation, better: bool, began: float) -> None:
+        """Save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
+        checkpoint = stage.checkpoint(progress.epoch, found.scores)
         if better:
             save_checkpoint(run / "best.pt", checkpoint)
-        record = {"epoch": progress.epoch, **record, **scores}
+        record = {"epoch": progress.epoch, **record, **found.scores}
         record["validation_seconds"] = round(time.perf_counter() - began, 2)
         append_epoch(run / LOG, record)
         append_epoch(run / SAMPLES, {"epoch": progress.epoch, "captions": found.samples})
@@ -224,14 +201,12 @@ def train(
             "steps": average.steps,
         }
         save_checkpoint(last, checkpoint)
-        average.exchange()
         log = read_epochs(run / LOG)
-        click.echo(_epoch_line(log, config.epochs, better), err=True)
-        shown = progress.epoch in (1, config.epochs) or progress.epoch % SAMPLE_EVERY == 0
-        if shown and found.samples:
-            click.echo(_sample_line(found.samples, progress.epoch), err=True)
+        click.echo(epoch_line(log, config.epochs, better), err=True)
+        if found.samples and shows_sample(progress.epoch, config.epochs):
+            click.echo(sample_line(found.samples, progress.epoch), err=True)
 
-    if score_start and not last.is_file():
+    if score_start and saved is None:
         finish_epoch({})
     while progress.epoch < config.epochs:
         if config.patience and progress.epoch - progress.best_epoch >= config.patience:
@@ -242,7 +217,7 @@ def train(
         progress.epoch += 1
         began = time.perf_counter()
         try:
-            train_loss = train_epoch(stage, optimizer, config, progress.epoch, average)
+            train_loss = train_epoch(stage, optimizer, config, progress.epoch, average, job, loss)
         except LossError as error:
             raise UserError(f"{run}: {error}. What was saved before is kept") from error
         finish_epoch(
@@ -256,6 +231,14 @@ def train(
     return progress
 
 
+def _read_training(last: Path) -> dict[str, Any]:
+    """Read what ``last.pt`` holds to go on from."""
+    training = load_checkpoint(last).training
+    if training is None:
+        raise UserError(f"{last}: holds nothing to go on from; --force starts over")
+    return training
+
+
 def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     """Make AdamW for a stage; each group keeps its full learning rate as ``initial_lr``."""
     groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
@@ -263,47 +246,7 @@ def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
 
 
-class WeightAverage:
-    """A running mean of weights over the steps of training, or nothing where decay is 0.
-
-    The decay rises from 0.1 to its full value, as the mean would else hold on to the random start.
-
-    Attributes:
-        others: what is not in the parameters now: the mean, or the trained weights while the
-            mean stands in for them.
-        steps: how many there were.
-    """
-
-    def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self.parameters = parameters if decay else []
-        self.decay = decay
-        self.others = [parameter.detach().clone() for parameter in self.parameters]
-        self.steps = 0
-
-    def update(self) -> None:
-        """Take in the weights after a step."""
-        if self.others:
-            self.steps += 1
-            decay = min(self.decay, self.steps / (self.steps + 9))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.others, self.parameters, 1 - decay)
-
-    def exchange(self) -> None:
-        """Put the mean in place of the trained weights, or those back."""
-        for parameter, other in zip(self.parameters, self.others, strict=True):
-            trained = parameter.detach().clone()
-            parameter.data.copy_(other)
-            other.copy_(trained)
-
-    def load(self, trained: list[Tensor], steps: int) -> None:
-        """Go on from a checkpoint, whose model has the mean: ``trained`` are the others."""
-        for parameter, other, saved in zip(self.parameters, self.others, trained, strict=True):
-            other.copy_(parameter.detach())
-            parameter.data.copy_(saved)
-        self.steps = steps
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -313,8 +256,12 @@ def train_epoch(
     config: TrainingConfig,
     epoch: int,
     average: WeightAverage | None = None,
+    job: Job = ALONE,
+    compute_loss: Loss | None = None,
 ) -> float:
     """Pass once over the training captions; returns the mean loss a token, in nats.
+
+    ``compute_loss`` is that of the stage, or that of ``job``: see ``data_parallel``.
 
     Raises:
         LossError: the loss is no longer a number, or there was nothing to train on.
@@ -324,8 +271,9 @@ def train_epoch(
     count = stage.batches_per_epoch(epoch)
     steps = math.ceil(count / config.accumulate)  # an epoch
     step = before * steps
-    torch.manual_seed(config.seed * SEED_STRIDE + epoch)
+    torch.manual_seed(config.seed * SEED_STRIDE + epoch + job.rank * RANK_STRIDE)
     stage.set_training(True)
+    compute_loss = compute_loss or stage.loss
 
     def update(batches: int) -> None:
         """Take one step with the gradients of so many batches."""
@@ -341,7 +289,7 @@ def train_epoch(
         if average is not None:
             average.update()
 
-    loss_sum, tokens_sum, pending = 0.0, 0, 0
+    loss_sum, tokens_sum, pending = 0.0, 0.0, 0
     bar = progress_bar(
         stage.batches(epoch),
         total=count,
@@ -351,14 +299,16 @@ def train_epoch(
     )
     for batch in bar:
         with autocast(stage.device, config.precision):
-            loss, tokens = stage.loss(batch)
-        loss_sum += loss.item()
-        tokens_sum += tokens
+            loss, tokens = compute_loss(batch)
+        batch_loss, batch_tokens = job.add_up(loss.item(), tokens)
+        loss_sum += batch_loss
+        tokens_sum += batch_tokens
         if not math.isfinite(loss_sum):
             raise LossError(
                 f"the loss is {loss_sum} in epoch {epoch}; a lower learning rate may help"
             )
-        (loss / (phase.divisor or tokens)).backward()
+        # The gradient of a job is the mean over its processes.
+        (loss / ((phase.divisor or batch_tokens) / job.size)).backward()
         pending += 1
         if pending == config.accumulate:
             update(pending)
@@ -369,34 +319,3 @@ def train_epoch(
     if not tokens_sum:
         raise LossError("no training picture could be read")
     return loss_sum / tokens_sum
-
-
-def _epoch_line(log: Sequence[Mapping[str, float]], epochs: int, better: bool) -> str:
-    """Sum the last epoch of ``log`` up in one line for the terminal."""
-    record = log[-1]
-    parts = [f"epoch {record['epoch']:>{len(str(epochs))}.0f}/{epochs}"]
-    if "reward" in record:
-        parts.append(f"reward {record['reward']:9.1f}")
-    elif "train_loss" in record:
-        parts.append(f"train loss {record['train_loss']:.3f}")
-    else:
-        parts.append("before training ")
-    parts.append(f"val loss {record['val_loss']:.3f}")
-    parts += [f"{name} {record[name]:5.1f}" for name in ("BLEU-4", "CIDEr-D")]
-    parts.append(f"{duration(_seconds(record)):>6}")
-    # The last few alone: epochs may grow slower, by other work or when they get self-critical.
-    recent = [_seconds(record) for record in log[-5:] if record["epoch"]]
-    if recent:
-        left = (epochs - record["epoch"]) * sum(recent) / len(recent)
-        parts[-1] += f", {duration(left):>5} left" if left else ", done"
-    return "  ".join(parts) + ("  best so far" if better else "")
-
-
-def _seconds(record: Mapping[str, float]) -> float:
-    return record.get("seconds", 0.0) + record["validation_seconds"]
-
-
-def _sample_line(samples: Mapping[str, str], epoch: int) -> str:
-    """Show the caption of one of the pictures, which take turns."""
-    name, caption = list(samples.items())[epoch // SAMPLE_EVERY % len(samples)]
-    return f'    {name}: "{caption}"'

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.dataset import EncodedCaptions, PictureFeatures, encode_captions
+from pipeline.distributed import ALONE, Job
 from pipeline.ensemble import CaptionDecoder
 from pipeline.metrics import Scorer
 from pipeline.reranking import Reranker, best_captions
@@ -36,15 +37,24 @@ def mean_loss(
     captions: EncodedCaptions,
     features: Tensor | PictureFeatures,
     batch_size: int = 256,
+    job: Job = ALONE,
 ) -> float:
-    """Mean cross-entropy a token, in nats; ``captions.pictures`` index ``features``."""
+    """Mean cross-entropy a token, in nats; ``captions.pictures`` index ``features``.
+
+    The processes of ``job`` share the batches.
+    """
     device = decoder.feature_mean.device
-    total, tokens = 0.0, 0
-    for indices in torch.argsort(captions.lengths, stable=True).split(batch_size):
+
+    def batch_loss(indices: Tensor) -> tuple[float, int]:
         loss, count = decoder.loss(
             features[captions.pictures[indices]].to(device), captions.padded(indices).to(device)
         )
-        total += loss.item()
+        return loss.item(), count
+
+    batches = torch.argsort(captions.lengths, stable=True).split(batch_size)
+    total, tokens = 0.0, 0
+    for loss, count in job.share_out(batches, batch_loss):
+        total += loss
         tokens += count
     return total / max(tokens, 1)
 
@@ -94,24 +104,35 @@ class Validator:
         self.batch_size = batch_size
         self.search = SearchConfig(max_length=vocabulary.tokenizer.longest)
 
-    def validate(self, decoder: CaptionDecoder, features: Tensor | PictureFeatures) -> Validation:
+    def validate(
+        self,
+        decoder: CaptionDecoder,
+        features: Tensor | PictureFeatures,
+        job: Job = ALONE,
+    ) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
+
+        The processes of ``job`` share the work batch by batch: the batches of one process, so
+        that captions and scores are the same, whatever their number.
 
         Returns:
             ``val_loss``, the scores of captions searched with three beams, and ``distinct``,
             the number of different captions; and the captions of ``samples``.
         """
+
+        def search(pictures: Tensor) -> list[list[int]]:
+            found = search_all(decoder, [features[pictures]], self.search, Reranker())
+            return [hypotheses[0].tokens for hypotheses in found]
+
         batches = torch.arange(len(self.names)).split(self.batch_size)
-        found = search_all(
-            decoder, (features[pictures] for pictures in batches), self.search, Reranker()
-        )
+        captions = [tokens for batch in job.share_out(batches, search) for tokens in batch]
         predictions = {
-            name: self.vocabulary.decode(hypotheses[0].tokens)
-            for name, hypotheses in zip(self.names, found, strict=True)
+            name: self.vocabulary.decode(tokens)
+            for name, tokens in zip(self.names, captions, strict=True)
         }
         scores = {
-            "val_loss": mean_loss(decoder, self.captions, features),
-            **self.scorer.score(predictions),
+            "val_loss": mean_loss(decoder, self.captions, features, job=job),
+            **job.from_first(lambda: self.scorer.score(predictions)),
             "distinct": len({tuple(words) for words in predictions.values()}),
         }
         write = self.vocabulary.detokenize

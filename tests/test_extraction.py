@@ -23,7 +23,8 @@ from conftest import REPOSITORY, StubEncoder, draw
 from torch import Tensor, nn
 
 import extract_features
-from pipeline.encoder import Encoder, encode_files, load_encoder, load_trunk, weights_sha256
+from pipeline.encoder import Encoder, load_encoder, load_trunk, weights_sha256
+from pipeline.encoding import encode_files
 from pipeline.errors import InputError, UserError
 from pipeline.extraction import Extraction, ExtractionResult, extract
 from pipeline.features import FEATURE_SIZE, PENDING, FeatureCache, partial_path

@@ -5,9 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +12,7 @@ import h5py
 import numpy
 import pytest
 from conftest import REPOSITORY, StubEncoder, draw
+from thread_job import in_threads
 
 from pipeline.distributed import Job
 from pipeline.encoder import Encoder
@@ -25,56 +23,6 @@ from pipeline.feature_writer import partial_path
 from pipeline.features import FEATURE_SIZE, FeatureCache
 from pipeline.images import find_images
 from pipeline.picture_sources import PictureFolder
-
-
-@dataclass
-class Meeting:
-    """Where the threads of ``in_threads`` tell each other what processes would."""
-
-    size: int
-    values: list[Any] = field(init=False)
-    barrier: threading.Barrier = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = [None] * self.size
-        self.barrier = threading.Barrier(self.size)
-
-
-@dataclass(frozen=True)
-class ThreadJob(Job):
-    """A job whose processes are threads, to test without the seconds that torchrun takes."""
-
-    meeting: Meeting = field(default_factory=lambda: Meeting(1))
-
-    def collect(self, value: Any) -> list[Any]:
-        try:
-            self.meeting.values[self.rank] = value
-            self.meeting.barrier.wait(20)
-            values = list(self.meeting.values)
-            self.meeting.barrier.wait(20)
-        except threading.BrokenBarrierError as error:
-            raise UserError("another process of this job ended") from error
-        return values
-
-
-def in_threads(size: int, work: Callable[[Job], ExtractionResult]) -> list[Any]:
-    """Run ``work`` as each rank of a job; gives what each returned or raised."""
-    meeting = Meeting(size)
-    results: list[Any] = [None] * size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadJob(rank, size, rank, meeting))
-        except BaseException as error:
-            results[rank] = error
-            meeting.barrier.abort()
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def task(

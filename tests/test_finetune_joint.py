@@ -137,7 +137,7 @@ def test_evaluate_encodes_with_the_model_or_reads_its_own_cache(
 def test_stopped_and_resumed_equals_undisturbed(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.joint_training as joint
+    import pipeline.joint_stage as joint
 
     run = tmp_path / "run"
     original = joint.JointStage.loss

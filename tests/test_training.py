@@ -26,7 +26,8 @@ from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.errors import UserError
 from pipeline.run_folder import open_run
 from pipeline.tensorboard_log import tensorboard_writer
-from pipeline.training import Phase, TrainingConfig, learning_rate_factor, train
+from pipeline.training import learning_rate_factor, train
+from pipeline.training_config import Phase, TrainingConfig
 from pipeline.validation import Validation
 from pipeline.vocabulary import Vocabulary
 

@@ -122,7 +122,7 @@ def main(
     For several GPUs or machines start it with torchrun: each process encodes a share, into a
     shard beside the cache. On one CPU this gains nothing, as --workers already uses all cores.
     """
-    from pipeline.distributed import joined_job
+    from pipeline.torchrun import joined_job
 
     with joined_job() as job:
         if download:
@@ -150,6 +150,7 @@ def main(
 
         output = output or default_cache_path(data)
         chosen = choose_device(device, job.local_rank)
+        force = job.starts_over(force)
         begun = None if force else begun_identity(output)
         if begun is not None:  # auto goes on as the cache was begun, maybe on another machine
             precision = begun.precision if precision == "auto" else precision
@@ -179,7 +180,7 @@ def main(
             force=force,
             retry_failed=retry_failed,
         )
-        result = extract(task) if job.size == 1 else extract_share(task, job)
+        result = extract(task, job) if job.size == 1 else extract_share(task, job)
     if job.rank == 0:
         report(result)
 

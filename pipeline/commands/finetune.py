@@ -136,42 +136,51 @@ def main(
     BatchNorm's statistics stay as they are. RUN/report.html shows curves and captions, while the
     training goes on too. Stopped at any moment, the same command goes on after the last finished
     epoch.
+
+    For several GPUs or machines start it with torchrun: each process reads its share of every
+    batch's pictures, and all end with the run of one (docs/scale.md).
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
     from pipeline.evaluation import evaluate_runs, print_table
-    from pipeline.joint_training import JointOptions, finetune_joint
+    from pipeline.joint_stage import JointOptions
+    from pipeline.joint_training import finetune_joint
     from pipeline.report import write_report
     from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
+    from pipeline.torchrun import joined_job
 
-    settings = load_checkpoint(start[0]).settings
-    if data is None:
-        data = settings["data"]
-        captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
     watchers = []
-    if tensorboard:
-        check_tensorboard()
-        watchers.append(tensorboard_writer(run))
-    chosen = choose_device(device)
-    joint_options = JointOptions(
-        start=tuple(map(str, start)),
-        data=data,
-        captions=str(captions) if captions else None,
-        weights=weights,
-        features=settings["features"],
-        precision=choose_training_precision(precision, chosen),
-        **options,  # type: ignore[arg-type]
-    )
-    progress, unreadable = finetune_joint(
-        joint_options, run, chosen, workers or default_workers(chosen), force, watchers
-    )
-    click.echo(
-        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
-        err=True,
-    )
-    print_table({str(run): evaluate_runs([run], chosen, java=False)})
-    write_report(run)
-    for path, reason in unreadable.items():
-        click.echo(f"failed: {path}: {reason}", err=True)
-    if unreadable:
+    with joined_job() as job:
+        settings = load_checkpoint(start[0]).settings
+        if data is None:
+            data = settings["data"]
+            captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
+        if tensorboard:
+            check_tensorboard()
+            watchers.append(tensorboard_writer(run))
+        chosen = choose_device(device, job.local_rank)
+        joint_options = JointOptions(
+            start=tuple(map(str, start)),
+            data=data,
+            captions=str(captions) if captions else None,
+            weights=weights,
+            features=settings["features"],
+            precision=choose_training_precision(precision, chosen),
+            **options,  # type: ignore[arg-type]
+        )
+        progress, unreadable = finetune_joint(
+            joint_options, run, chosen, workers or default_workers(chosen), force, watchers, job
+        )
+        if job.rank == 0:
+            click.echo(
+                f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} "
+                "(val, beam 3)",
+                err=True,
+            )
+            print_table({str(run): evaluate_runs([run], chosen, java=False)})
+            write_report(run)
+            for path, reason in unreadable.items():
+                click.echo(f"failed: {path}: {reason}", err=True)
+        job.wait_for_all()
+    if unreadable and job.rank == 0:
         sys.exit(1)

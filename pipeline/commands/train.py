@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,11 @@ from pipeline import options
 from pipeline.errors import UserError
 from pipeline.tokenizers import ENGLISH
 from pipeline.vocabulary import TOKENIZERS
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.decoder_training import DecoderOptions
 
 GROUPS = {
     "Length and speed": ("epochs", "batch_size", "lr", "patience", "seed"),
@@ -177,6 +183,9 @@ def main(
     come from Flickr8k (either layout), Karpathy's or COCO's JSON, CSV, JSON Lines, or a .txt beside
     each picture; data without a split is split by a hash of the image names. docs/own-data.md
     shows the whole way with your own pictures.
+
+    For several GPUs or machines start it with torchrun: each process takes a share of every batch,
+    and all end with the run of one (docs/scale.md).
     """
     from pipeline.decoder_training import DecoderOptions, train_decoder
     from pipeline.devices import choose_device, choose_training_precision
@@ -184,45 +193,62 @@ def main(
     from pipeline.features import default_cache_path
     from pipeline.report import write_report
     from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
+    from pipeline.torchrun import joined_job
 
-    if numbers["self_critical_epochs"] >= numbers["epochs"]:
-        raise UserError(
-            f"--self-critical-epochs {numbers['self_critical_epochs']:.0f}: must be fewer than "
-            f"--epochs {numbers['epochs']:.0f}, as the first epochs learn people's captions"
+    ended = 0
+    with joined_job() as job:
+        if numbers["self_critical_epochs"] >= numbers["epochs"]:
+            raise UserError(
+                f"--self-critical-epochs {numbers['self_critical_epochs']:.0f}: must be fewer than "
+                f"--epochs {numbers['epochs']:.0f}, as the first epochs learn people's captions"
+            )
+        watchers = []
+        if tensorboard:
+            check_tensorboard()
+            watchers.append(tensorboard_writer(run))
+        chosen = choose_device(device, job.local_rank)
+        decoder_options = DecoderOptions(
+            data=data,
+            captions=str(captions) if captions else None,
+            features=str(features or default_cache_path(data)),
+            precision=choose_training_precision(precision, chosen),
+            tokenizer=tokenizer,
+            **numbers,  # type: ignore[arg-type]
         )
-    watchers = []
-    if tensorboard:
-        check_tensorboard()
-        watchers.append(tensorboard_writer(run))
-    chosen = choose_device(device)
-    decoder_options = DecoderOptions(
-        data=data,
-        captions=str(captions) if captions else None,
-        features=str(features or default_cache_path(data)),
-        precision=choose_training_precision(precision, chosen),
-        tokenizer=tokenizer,
-        **numbers,  # type: ignore[arg-type]
-    )
-    if check:
-        from pipeline.data_check import NextCommands, check_data
+        memory = feature_memory * 1e9
+        if check:
+            ended = job.from_first(lambda: _check(decoder_options, run, chosen, memory, force))
+        else:
+            progress = train_decoder(decoder_options, run, chosen, memory, force, watchers, job)
+            if job.rank == 0:
+                click.echo(
+                    f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} "
+                    "(val, beam 3)",
+                    err=True,
+                )
+                print_table({str(run): evaluate_runs([run], chosen, java=False)})
+                write_report(run)
+            job.wait_for_all()
+    if ended and job.rank == 0:
+        sys.exit(ended)
 
-        own = {p.name: p.opts[0] for p in click.get_current_context().command.params if p.name}
-        commands = NextCommands(
-            train=options.written_out("train", {k: v for k, v in own.items() if k != "check"}),
-            extract=options.written_out(
-                "extract", {"data": "--data", "features": "--output", "device": "--device"}
-            ),
-            finetune=options.written_out(
-                "finetune",
-                {"data": "--data", "captions": "--captions", "device": "--device"},
-                ["--start", "pretrained", "--run", f"{run}-joint"],
-            ),
-        )
-        sys.exit(check_data(decoder_options, run, chosen, feature_memory * 1e9, force, commands))
-    progress = train_decoder(decoder_options, run, chosen, feature_memory * 1e9, force, watchers)
-    click.echo(
-        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
-        err=True,
+
+def _check(
+    decoder_options: DecoderOptions, run: Path, device: torch.device, memory: float, force: bool
+) -> int:
+    """Check the data; gives the exit code."""
+    from pipeline.data_check import NextCommands, check_data
+
+    own = {p.name: p.opts[0] for p in click.get_current_context().command.params if p.name}
+    commands = NextCommands(
+        train=options.written_out("train", {k: v for k, v in own.items() if k != "check"}),
+        extract=options.written_out(
+            "extract", {"data": "--data", "features": "--output", "device": "--device"}
+        ),
+        finetune=options.written_out(
+            "finetune",
+            {"data": "--data", "captions": "--captions", "device": "--device"},
+            ["--start", "pretrained", "--run", f"{run}-joint"],
+        ),
     )
-    print_table({str(run): evaluate_runs([run], chosen, java=False)})
-    write_report(run)
+    return check_data(decoder_options, run, device, memory, force, commands)

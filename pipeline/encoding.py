@@ -1,0 +1,112 @@
+"""Many picture files through an encoder: decoded and encoded by threads, shared by processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from pipeline.devices import inference_batch_size, threads_per_worker
+from pipeline.distributed import ALONE, Job
+from pipeline.encoder import Encoder
+from pipeline.features import FEATURE_SIZE
+from pipeline.images import ImageError, Picture, prefetch, read_square
+
+
+@dataclass
+class EncodedBatch:
+    """One batch of pictures after the encoder.
+
+    Attributes:
+        keys: which pictures were read, in order.
+        features: float32 (len(keys), 2048).
+        failures: key of each picture that could not be read, and why.
+    """
+
+    keys: list[int]
+    features: numpy.ndarray
+    failures: dict[int, str]
+
+
+def encode_files(
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, Picture]]], workers: int
+) -> Iterator[EncodedBatch]:
+    """Decode and encode files, given in batches of (key, path); batches come in their order.
+
+    Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
+    share of the cores to itself, so that none waits for another in the middle of the network;
+    on a GPU one encodes while the others decode. Memory holds a few batches a worker,
+    whatever the number of files.
+    """
+
+    def encode(batch: Sequence[tuple[int, Picture]]) -> EncodedBatch:
+        squares: dict[int, numpy.ndarray] = {}
+        failures: dict[int, str] = {}
+        for key, path in batch:
+            try:
+                squares[key] = read_square(path)
+            except ImageError as error:
+                failures[key] = str(error)
+        features = (
+            encoder.encode(list(squares.values()))
+            if squares
+            else numpy.empty((0, FEATURE_SIZE), numpy.float32)
+        )
+        return EncodedBatch(list(squares), features, failures)
+
+    with threads_per_worker(workers) as share:
+        yield from prefetch(
+            encode, batches, workers, ahead=workers, start=lambda: torch.set_num_threads(share)
+        )
+
+
+def encode_all(
+    encoder: Encoder, pictures: Sequence[Picture], workers: int, job: Job = ALONE
+) -> Iterator[EncodedBatch]:
+    """Encode files in batches that suit the encoder's device; keys are their indices.
+
+    Each process of ``job`` encodes a share of the batches.
+    """
+    size = inference_batch_size(next(encoder.parameters()).device)
+    files = list(enumerate(pictures))
+    starts = job.share(range(0, len(files), size))
+    yield from encode_files(encoder, (files[start : start + size] for start in starts), workers)
+
+
+def encode_together(
+    encoder: Encoder,
+    pictures: Sequence[Picture],
+    workers: int,
+    job: Job = ALONE,
+    dtype: torch.dtype = torch.float32,
+    watch: Callable[[int], object] = lambda done: None,
+) -> tuple[Tensor, dict[int, str]]:
+    """Encode files, each process of ``job`` a share of them; every one gets all.
+
+    Args:
+        encoder: as for ``encode_all``.
+        pictures: the files, or where else their bytes are.
+        workers: threads.
+        job: the processes; each has to call this.
+        dtype: of the features.
+        watch: called with the number of files that this process has done since the last call.
+
+    Returns:
+        Features (N, 2048) in the order of the files, 0 for those that cannot be read; and the
+        indices of these, with reasons.
+    """
+    features = torch.zeros(len(pictures), FEATURE_SIZE, dtype=dtype)
+    encoded: list[int] = []
+    failures: dict[int, str] = {}
+    for batch in encode_all(encoder, pictures, workers, job):
+        features[batch.keys] = torch.from_numpy(batch.features).to(dtype)
+        encoded += batch.keys
+        failures |= batch.failures
+        watch(len(batch.keys) + len(batch.failures))
+    for keys, rows, reasons in job.collect((encoded, features[encoded], failures)):
+        features[keys] = rows
+        failures |= reasons
+    return features, dict(sorted(failures.items()))
