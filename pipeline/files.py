@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import UserError
+from pipeline.locks import is_at, take_lock
+
+# Seconds to wait for another process that is writing the same file.
+PATIENCE = 60.0
 
 
 def temporary_path(path: Path) -> Path:
@@ -34,15 +41,52 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     temporary = temporary_path(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with temporary.open(mode, **text) as handle:  # type: ignore[call-overload]
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
+        with _open_alone(temporary, mode, text) as handle:
+            try:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+                if sys.platform != "win32":  # which moves no file that is open
+                    temporary.replace(path)
+            except BaseException:
+                if sys.platform != "win32":
+                    temporary.unlink(missing_ok=True)
+                raise
+        if sys.platform == "win32":
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if sys.platform == "win32":
+            temporary.unlink(missing_ok=True)
+
+
+def _open_alone(temporary: Path, mode: str, options: dict[str, str]) -> IO[Any]:
+    """Open a file to write it anew, when no other process is writing it.
+
+    Two that wrote into one temporary file would move a mixture to the final name.
+
+    Raises:
+        OSError: it cannot be opened, or another process does not come to an end with it.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        handle: IO[Any] = open(temporary, mode, opener=_open_as_it_is, **options)  # type: ignore[call-overload]  # noqa: SIM115
+        if take_lock(handle):
+            if sys.platform == "win32" or is_at(handle, temporary):
+                handle.truncate(0)  # now that it is ours
+                return handle
+        elif time.monotonic() > deadline:
+            handle.close()
+            raise OSError(errno.EBUSY, "another process is writing it")
+        else:
+            time.sleep(0.05)
+        handle.close()
+
+
+def _open_as_it_is(path: str, flags: int) -> int:
+    """Open a file for ``open`` without emptying it."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 def check_writable(path: Path) -> None:

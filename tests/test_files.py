@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from pipeline.files import atomic_write
+from pipeline.errors import UserError
+from pipeline.files import atomic_write, temporary_path
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -26,3 +30,50 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_of_two_writers_of_one_file_each_leaves_a_whole_one(tmp_path: Path) -> None:
+    """Both have the same temporary name; what stands under the final one is of one of them."""
+    path = tmp_path / "x.txt"
+    mixed: list[str] = []
+
+    def write(letter: str) -> None:
+        for _ in range(15):
+            with atomic_write(path) as handle:
+                for _ in range(20):
+                    handle.write(letter * 500)
+                    handle.flush()
+                    time.sleep(0)
+            content = path.read_text()
+            if content not in ("a" * 10_000, "b" * 10_000):
+                mixed.append(content)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert mixed == []
+    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
+def test_a_file_that_another_process_does_not_finish_is_not_waited_for_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.files.PATIENCE", 0.1)
+    path = tmp_path / "x.txt"
+    with atomic_write(path) as handle:
+        busy = pytest.raises(UserError, match=r"x\.txt: .* \(another process is writing it\)")
+        with busy, atomic_write(path):
+            pass
+        handle.write("whole")
+    assert path.read_text() == "whole"
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+    temporary_path(tmp_path / "x.txt").write_text("what was left is longer than what comes")
+    with atomic_write(tmp_path / "x.txt") as handle:
+        handle.write("new")
+    assert (tmp_path / "x.txt").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
