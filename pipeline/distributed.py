@@ -1,6 +1,6 @@
 """What several processes that do one job tell each other, and how they share its work.
 
-    torchrun --nproc-per-node 4 extract_features.py --data photos
+    torchrun --nproc-per-node 4 -- extract_features.py --data photos
 
 ``torchrun`` of PyTorch starts them, and ``torchrun.joined_job`` joins them. Without it a process
 is alone: rank 0 of 1, and nothing here waits or connects. What the processes tell each other is

@@ -26,6 +26,7 @@ from pipeline.feature_writer import (
     say_what_is_gone,
 )
 from pipeline.features import PENDING, FeatureCache, images_sha256, partial_path
+from pipeline.locks import locked
 from pipeline.picture_sources import PictureSource
 from pipeline.progress import progress_bar
 
@@ -78,9 +79,15 @@ def extract(task: Extraction, job: Job = ALONE) -> ExtractionResult:
     """Encode pictures into a cache; go on where a kill left off.
 
     Raises:
-        UserError: a cache of another encoder or folder at ``output``.
+        UserError: a cache of another encoder or folder at ``output``; another process is at work
+            on it.
         InputError: an unreadable picture, with ``on_error="fail"``.
     """
+    with locked(task.output, job):
+        return _extract(task, job)
+
+
+def _extract(task: Extraction, job: Job) -> ExtractionResult:
     task.encoder.engine = task.engine
     if not task.force:
         say_what_is_gone(existing_cache(task.output), task.names)
@@ -108,6 +115,11 @@ def extract_share(task: Extraction, job: Job) -> ExtractionResult:
         UserError: see ``extract``; another process ended early, or sees other pictures.
         InputError: see ``extract``.
     """
+    with locked(task.output, job):
+        return _extract_share(task, job)
+
+
+def _extract_share(task: Extraction, job: Job) -> ExtractionResult:
     task.encoder.engine = task.engine
     if len(set(job.collect(images_sha256(task.names)))) > 1:
         raise UserError(

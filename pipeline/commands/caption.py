@@ -229,6 +229,7 @@ def main(
     paths = collect(images)
     models = model or (default_model(),)
     from pipeline.captioning import Places, Request, caption_pictures
+    from pipeline.locks import locked
     from pipeline.output import printable
 
     places = Places(
@@ -250,6 +251,8 @@ def main(
         model=_name(models),
         fingerprint=_fingerprint(models),
     )
+    for target in {target for target in (output, html) if target is not None}:
+        click.get_current_context().with_resource(locked(target))
     try:
         outcome = caption_pictures(
             lambda pictures: _load(models, device, weights, pictures), paths, places, request

@@ -142,10 +142,10 @@ def main(
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
-    from pipeline.evaluation import evaluate_runs, print_table
+    from pipeline.final_scores import score_best
     from pipeline.joint_stage import JointOptions
     from pipeline.joint_training import finetune_joint
-    from pipeline.report import write_report
+    from pipeline.locks import locked
     from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
     from pipeline.torchrun import joined_job
 
@@ -168,19 +168,15 @@ def main(
             precision=choose_training_precision(precision, chosen),
             **options,  # type: ignore[arg-type]
         )
-        progress, unreadable = finetune_joint(
-            joint_options, run, chosen, workers or default_workers(chosen), force, watchers, job
-        )
-        if job.rank == 0:
-            click.echo(
-                f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} "
-                "(val, beam 3)",
-                err=True,
+        with locked(run, job):
+            progress, unreadable = finetune_joint(
+                *(joint_options, run, chosen, workers or default_workers(chosen), force),
+                *(watchers, job),
             )
-            print_table({str(run): evaluate_runs([run], chosen, java=False)})
-            write_report(run)
-            for path, reason in unreadable.items():
-                click.echo(f"failed: {path}: {reason}", err=True)
-        job.wait_for_all()
+            if job.rank == 0:
+                score_best(run, progress, chosen)
+                for path, reason in unreadable.items():
+                    click.echo(f"failed: {path}: {reason}", err=True)
+            job.wait_for_all()
     if unreadable and job.rank == 0:
         sys.exit(1)

@@ -189,9 +189,9 @@ def main(
     """
     from pipeline.decoder_training import DecoderOptions, train_decoder
     from pipeline.devices import choose_device, choose_training_precision
-    from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.features import default_cache_path
-    from pipeline.report import write_report
+    from pipeline.final_scores import score_best
+    from pipeline.locks import locked
     from pipeline.tensorboard_log import check_tensorboard, tensorboard_writer
     from pipeline.torchrun import joined_job
 
@@ -219,16 +219,11 @@ def main(
         if check:
             ended = job.from_first(lambda: _check(decoder_options, run, chosen, memory, force))
         else:
-            progress = train_decoder(decoder_options, run, chosen, memory, force, watchers, job)
-            if job.rank == 0:
-                click.echo(
-                    f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} "
-                    "(val, beam 3)",
-                    err=True,
-                )
-                print_table({str(run): evaluate_runs([run], chosen, java=False)})
-                write_report(run)
-            job.wait_for_all()
+            with locked(run, job):
+                progress = train_decoder(decoder_options, run, chosen, memory, force, watchers, job)
+                if job.rank == 0:
+                    score_best(run, progress, chosen)
+                job.wait_for_all()
     if ended and job.rank == 0:
         sys.exit(ended)
 

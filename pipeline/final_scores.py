@@ -1,0 +1,22 @@
+"""The end of a training: what its best epoch scores, on the terminal and in the run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from pipeline.evaluation import evaluate_runs, print_table
+from pipeline.report import write_report
+from pipeline.training import Progress
+
+
+def score_best(run: Path, progress: Progress, device: torch.device) -> None:
+    """Say which epoch was the best, score it on val as it will caption, and finish the report."""
+    click.echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
+        err=True,
+    )
+    print_table({str(run): evaluate_runs([run], device, java=False)})
+    write_report(run)
