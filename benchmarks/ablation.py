@@ -7,7 +7,7 @@ Trains the recipe of train_decoder.py, and then without each of its levers, with
 scores each model on val with three beams; then the models of the whole recipe with every way to
 search. Stopped at any moment, the same command goes on: what is trained and scored is kept in
 --runs. On two cores two trainings side by side, with a core each, are done sooner than one after
-the other with both.
+the other with both; a GPU is kept busy by several (--jobs).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +82,30 @@ def main(
         for name, options in levers.items()
         for seed in range(seeds)
     ]
+    of_recipe = [folder(runs, "recipe", seed) for seed in range(seeds)]
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda options: train(options, jobs), trainings))
-    sections = {
-        "Training, scored with 3 beams": {
-            name: [score([folder(runs, name, seed)], PLAIN, source) for seed in range(seeds)]
-            for name in levers
+
+        def scored(models: Sequence[Sequence[Path]], options: str) -> list[Future[dict[str, Any]]]:
+            return [pool.submit(score, each, options, source, jobs) for each in models]
+
+        rows = {
+            "Training, scored with 3 beams": {
+                name: scored([[folder(runs, name, seed)] for seed in range(seeds)], PLAIN)
+                for name in levers
+            }
         }
-    }
-    if "recipe" in levers:
-        of_recipe = [folder(runs, "recipe", seed) for seed in range(seeds)]
-        searched = {
-            name: [score([run], options, source) for run in of_recipe]
-            for name, options in SEARCHES.items()
+        if "recipe" in levers:
+            alone = {
+                name: scored([[run] for run in of_recipe], options)
+                for name, options in SEARCHES.items()
+            }
+            together = {name: scored([of_recipe], options) for name, options in TOGETHER.items()}
+            rows["Search, with the recipe's models"] = alone | together
+        sections = {
+            title: {name: [found.result() for found in results] for name, results in row.items()}
+            for title, row in rows.items()
         }
-        for name, options in TOGETHER.items():
-            searched[name] = [score(of_recipe, options, source)]
-        sections["Search, with the recipe's models"] = searched
     text = report(sections, epochs, seeds)
     with atomic_write(output) as handle:
         handle.write(text)
@@ -117,12 +124,11 @@ def train(options: str, jobs: int) -> None:
     if (run / "scores.json").is_file():  # written when all is done
         return
     say(f"train_decoder.py {options}")
-    share = max(1, (os.cpu_count() or 1) // jobs)
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.txt").open("a", encoding="utf-8") as log:
         ended = subprocess.run(
             [sys.executable, str(ROOT / "train_decoder.py"), *words],
-            env={**os.environ, "OMP_NUM_THREADS": str(share)},
+            env=share_of_cores(jobs),
             stdout=log,
             stderr=log,
             check=False,
@@ -131,7 +137,12 @@ def train(options: str, jobs: int) -> None:
         raise click.ClickException(f"train_decoder.py failed: see {run / 'output.txt'}")
 
 
-def score(models: Sequence[Path], options: str, source: str) -> dict[str, Any]:
+def share_of_cores(jobs: int) -> dict[str, str]:
+    """Give the environment of one of ``jobs`` processes side by side."""
+    return {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+
+
+def score(models: Sequence[Path], options: str, source: str, jobs: int) -> dict[str, Any]:
     """Score a model, or several together; what was scored before is read again."""
     name = (options.replace("--", "").replace(" ", "-") or "default") + "-together" * (
         len(models) > 1
@@ -144,7 +155,9 @@ def score(models: Sequence[Path], options: str, source: str) -> dict[str, Any]:
         together = ["--together"] if len(models) > 1 else []
         command = [sys.executable, str(ROOT / "evaluate.py"), *words, *together]
         say(f"evaluate.py {' '.join(words)}")
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        ended = subprocess.run(
+            command, env=share_of_cores(jobs), capture_output=True, text=True, check=False
+        )
         if ended.returncode:
             raise click.ClickException(f"evaluate.py failed: {ended.stderr.strip()}")
     content: dict[str, Any] = json.loads(scores.read_text(encoding="utf-8"))
