@@ -126,7 +126,7 @@ training_precision = click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
-    help="auto takes bf16 on CPUs with AMX and on GPUs that have it.",
+    help="auto takes bf16 on CPUs with AMX, and in stage 3 on GPUs that have it.",
 )
 
 captions = click.option(
@@ -155,13 +155,17 @@ label_smoothing = click.option(
     help="Share of the target spread over all words.",
 )
 
-average = click.option(
-    "--average",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.998,
-    help="Decay of a running mean of the weights, which is the model that is scored and saved; "
-    "0: no mean. Nearer to 1 is over more steps.",
-)
+
+def average(default: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give the option of the running mean of the weights, with a stage's own default."""
+    return click.option(
+        "--average",
+        type=click.FloatRange(min=0, max=1, max_open=True),
+        default=default,
+        help="Decay of a running mean of the weights, which is the model that is scored and "
+        "saved; 0: no mean. Nearer to 1 is over more steps.",
+    )
+
 
 patience = click.option(
     "--patience",

@@ -15,6 +15,7 @@ def test_the_table_has_every_row_and_work_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = "--embed-size 8 --hidden-size 8 --batch-size 16 --min-count 1"
+    monkeypatch.setattr(ablation, "SEARCHED", "recipe")
     monkeypatch.setattr(
         ablation, "LEVERS", {"recipe": small, "without tied embeddings": f"{small} --no-tied"}
     )

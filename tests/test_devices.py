@@ -54,6 +54,13 @@ def test_training_never_takes_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.choose_training_precision("auto", CUDA) == "fp32"
 
 
+def test_a_gpu_trains_the_decoder_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert devices.choose_training_precision("auto", CUDA) == "bf16"
+    assert devices.choose_decoder_precision("auto", CUDA) == "fp32"
+    assert devices.choose_decoder_precision("bf16", CUDA) == "bf16"
+
+
 def test_autocast_changes_the_arithmetic_only_when_asked() -> None:
     matrix = torch.ones(4, 4)
     with devices.autocast(CPU, "fp32"):

@@ -378,10 +378,10 @@ def test_settings_stand_beside_their_defaults() -> None:
         ("--lr", "0.001", ""),
         ("--precision", "fp32", ""),
     ]
-    joint = describe_settings({"unfreeze_from": "Mixed_7a", "lr": 1, "start": ["pretrained"]})
+    joint = describe_settings({"unfreeze_from": "Mixed_6a", "lr": 1, "start": ["pretrained"]})
     assert [(s.name, s.value, s.default) for s in joint] == [
         ("--start", "pretrained", "runs/decoder"),
-        ("--unfreeze-from", "Mixed_7a", ""),
+        ("--unfreeze-from", "Mixed_6a", ""),
     ]
 
 

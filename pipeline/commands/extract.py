@@ -66,8 +66,8 @@ GROUPS = {
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
-    help="auto takes bf16 on CPUs with AMX and on GPUs: 3 times faster, features within "
-    "cosine 0.999.",
+    help="auto takes bf16 on CPUs with AMX, where it is 3 times faster, and on GPUs; features "
+    "are within cosine 0.999.",
 )
 @click.option(
     "--batch-size",
@@ -82,7 +82,7 @@ GROUPS = {
     type=click.IntRange(min=1),
     default=None,
     help="Threads that each decode pictures and have them encoded.  [default: one a core, at "
-    "most 8, or 16 with a GPU]",
+    "most 8]",
     show_default=False,
 )
 @click.option(

@@ -86,8 +86,9 @@ GROUPS = {
 @click.option(
     "--feature-dropout",
     type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.5,
-    help="Dropout on the picture's 2048 numbers, against learning the training pictures by heart.",
+    default=0.0,
+    help="Dropout on the picture's 2048 numbers. 0.25 keeps val loss lower for longer; the best "
+    "epoch's captions are better without.",
 )
 @click.option(
     "--image-state/--no-image-state",
@@ -99,7 +100,7 @@ GROUPS = {
     default=True,
     help="Tell words by the vectors that they are read by: fewer weights, a quicker step.",
 )
-@options.average
+@options.average(0.998)
 @click.option(
     "--min-count",
     type=click.IntRange(min=1),
@@ -188,7 +189,7 @@ def main(
     and all end with the run of one (docs/scale.md).
     """
     from pipeline.decoder_training import DecoderOptions, train_decoder
-    from pipeline.devices import choose_device, choose_training_precision
+    from pipeline.devices import choose_decoder_precision, choose_device
     from pipeline.features import default_cache_path
     from pipeline.final_scores import score_best
     from pipeline.locks import locked
@@ -211,7 +212,7 @@ def main(
             data=data,
             captions=str(captions) if captions else None,
             features=str(features or default_cache_path(data)),
-            precision=choose_training_precision(precision, chosen),
+            precision=choose_decoder_precision(precision, chosen),
             tokenizer=tokenizer,
             **numbers,  # type: ignore[arg-type]
         )
