@@ -4,7 +4,7 @@
     python extract_features.py --download                     # fetch Flickr8k first
     python extract_features.py --data photos --output data/features/photos.h5
     python extract_features.py --weights inception_v3.pth     # where there is no network
-    torchrun --nproc-per-node 4 extract_features.py           # four processes, a GPU each
+    torchrun --nproc-per-node 4 -- extract_features.py        # four processes, a GPU each
 
 Stopped at any moment, the same command goes on where it was. Exit codes: 0 all pictures
 encoded, 1 some could not be read (each is named), 2 the command was wrong.

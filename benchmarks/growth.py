@@ -47,7 +47,7 @@ FEATURE_MEMORY = 100e6
 
 
 class PixelEncoder:
-    """Pixels as features: everything that extraction does but the network."""
+    """Pixels as features, from all over the picture: all that extraction does but the network."""
 
     engine = "torch"
     identity = EncoderIdentity("pixels", "0" * 64, "squeeze-299-bilinear", "fp32", "random", "0")
@@ -58,7 +58,8 @@ class PixelEncoder:
 
     def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
         """Give float32 (B, 2048)."""
-        return numpy.stack([p.reshape(-1)[:FEATURE_SIZE] for p in pictures]).astype("f4")
+        values = [numpy.resize(p.reshape(-1)[::131], FEATURE_SIZE) for p in pictures]
+        return numpy.stack(values).astype("f4") / 255
 
 
 def grow_extraction(count: int, folder: Path) -> float:

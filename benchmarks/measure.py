@@ -99,14 +99,19 @@ def run_command(arguments: Sequence[str]) -> tuple[float, int]:
 
 def peak_memory() -> float:
     """Give this process's peak memory in GB."""
-    status = Path("/proc/self/status")
-    if status.is_file():
+    if Path("/proc/self/status").is_file():
         # Linux's other figure, ru_maxrss, begins with that of the process that started this one.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
+        return memory_of("self", "VmHWM")
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+
+
+def memory_of(process: int | str, figure: str) -> float:
+    """Give a process's memory in GB on Linux: VmRSS, what it has, or VmHWM, the most it had."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith(figure))
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def run_script_and_tell_memory(script: str, *arguments: str) -> None:

@@ -135,12 +135,12 @@ def caption_pictures(
         "details": details,
     }
     journal = Journal(target, settings) if target else None
-    known = journal.known if journal else {}
+    known: Mapping[str, Prediction] = {} if journal is None else journal
     remaining = [path for path in wanted if path not in known]
     outcome.resumed = len(wanted) - len(remaining)
     made = captioner.stream(remaining, config, count, request.batch_size, details=details)
     taken = shared_sidecars(paths) if places.sidecar else {}
-    finished: list[Prediction] = []
+    unreadable: dict[str, str] = {}
 
     def captioned() -> Iterator[Prediction]:
         """Give the wanted pictures in their order, each written beside and noted."""
@@ -150,21 +150,26 @@ def caption_pictures(
             whole = known[path] if path in known else next(made)
             prediction = _as_requested(whole, request)
             if prediction.error is not None:
-                outcome.failures[path] = prediction.error
+                outcome.failures[path] = unreadable[path] = prediction.error
             else:
                 failure = _write_beside(prediction, places, taken)
                 if failure is not None:
                     outcome.failures[path] = failure
                 if journal is not None and path not in known:
                     journal.add(whole)
-            if places.page:
-                finished.append(whole)
             yield prediction
 
     write_predictions(_joined(captioned(), paths, set(wanted), kept), places.layout, places.output)
     if places.page:
+        # From the journal, one by one: in memory they would grow with the pictures.
         items = (
-            GalleryItem(Path(p.path), printable(p.path), p.captions, p.error) for p in finished
+            GalleryItem(
+                Path(path),
+                printable(path),
+                [] if path in unreadable else known[path].captions,
+                unreadable.get(path),
+            )
+            for path in wanted
         )
         facts = {"model": request.model, "search": search_in_words(asdict(config))}
         write_gallery(items, places.page, "Captions", facts, places.thumbnails)

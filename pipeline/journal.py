@@ -8,8 +8,10 @@ another. When the file is there, the journal goes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,65 +25,79 @@ def journal_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.journal")
 
 
-class Journal:
-    """The captions made so far for one file.
+class Journal(Mapping[str, Prediction]):
+    """The captions made so far for one file, by picture, as it was given.
 
-    Attributes:
-        known: picture, as it was given, to what an earlier run made of it.
+    They stay in the file, and memory holds where: they are many times as large as the names.
     """
 
     def __init__(self, target: Path, settings: dict[str, Any]) -> None:
-        """Read what an earlier run left for ``target``, and open it to be gone on with.
+        """Find what an earlier run left for ``target``, and open it to be gone on with.
 
         Raises:
             UserError: the journal cannot be written there.
         """
         self.path = journal_path(target)
-        self.known: dict[str, Prediction] = {}
+        self._places: dict[str, int] = {}  # the byte where a picture's line begins
         check_writable(self.path)
         header = json.dumps(settings, sort_keys=True)
-        lines = self._lines()
-        usable = bool(lines) and lines[0] == header
-        for line in lines[1:] if usable else ():
-            prediction = _read(line)
-            if prediction is not None:
-                self.known[prediction.path] = prediction
+        usable = self._find_lines(header)
         try:
-            self._handle: IO[str] = self.path.open("a" if usable else "w", encoding="utf-8")
+            self._handle: IO[bytes] = self.path.open("r+b" if usable else "w+b")
+            self._handle.truncate(usable)  # what a kill cut off
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         if not usable:
             self._write(header)
 
-    def _lines(self) -> list[str]:
-        """Give the whole lines there; what a kill cut off is cut off the file, too."""
-        try:
-            content = self.path.read_bytes()
-        except OSError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        return whole.decode("utf-8", "replace").splitlines()
+    def _find_lines(self, header: str) -> int:
+        """Find the lines of pictures that are as they were; gives up to where lines are whole."""
+        place = 0
+        with contextlib.suppress(OSError), self.path.open("rb") as handle:
+            for line in handle:
+                if not line.endswith(b"\n") or (not place and line != f"{header}\n".encode()):
+                    break
+                if place and (path := _unchanged(line)) is not None:
+                    self._places[path] = place
+                place += len(line)
+        return place
+
+    def __getitem__(self, path: str) -> Prediction:
+        """Read what was noted of a picture."""
+        self._handle.seek(self._places[path])
+        return _parse(self._handle.readline())[0]
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def add(self, prediction: Prediction) -> None:
-        """Note a picture that could be captioned, unless it is gone already."""
+        """Note a picture that could be captioned."""
         try:
             state = _state(prediction.path)
         except OSError:
-            return  # captioned while it was there; a resumed run has nothing to compare with
+            state = None  # gone already: a resumed run has nothing to compare with
         captions = [
             [c.text, c.log_probability, [[word.text, word.probability] for word in c.words]]
             for c in prediction.captions
         ]
-        self._write(json.dumps([prediction.path, state, captions]))
+        line = json.dumps([prediction.path, state, captions])
+        self._places[prediction.path] = self._write(line)
 
-    def _write(self, line: str) -> None:
+    def _write(self, line: str) -> int:
+        """Add a line; gives the byte where it begins."""
         try:
-            self._handle.write(line + "\n")
+            place = self._handle.seek(0, os.SEEK_END)
+            self._handle.write(f"{line}\n".encode())
             self._handle.flush()
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        return place
 
     def finish(self) -> None:
         """Remove the journal: what it was for is there."""
@@ -95,17 +111,20 @@ def _state(path: str) -> list[int]:
     return [information.st_size, information.st_mtime_ns]
 
 
-def _read(line: str) -> Prediction | None:
+def _parse(line: bytes) -> tuple[Prediction, Any]:
+    """Read a line: what was made of a picture, and what the picture was then."""
+    path, state, captions = json.loads(line)
+    made = [
+        Caption(text, score, tuple(Word(word, chance) for word, chance in words))
+        for text, score, words in captions
+    ]
+    return Prediction(path, made), state
+
+
+def _unchanged(line: bytes) -> str | None:
+    """Give the picture of a line, if it is one and the picture is as it was then."""
     try:
-        path, state, captions = json.loads(line)
-        if state != _state(path):
-            return None
-        return Prediction(
-            path,
-            [
-                Caption(text, score, tuple(Word(word, chance) for word, chance in words))
-                for text, score, words in captions
-            ],
-        )
+        prediction, state = _parse(line)
+        return prediction.path if state == _state(prediction.path) else None
     except (OSError, ValueError, TypeError):
         return None

@@ -430,21 +430,22 @@ def test_a_journal_of_garbage_is_begun_anew(tmp_path: Path) -> None:
     target = tmp_path / "x.csv"
     journal_path(target).write_bytes(b"\xff\xfe garbage\n[1, 2")
     journal = Journal(target, {"a": 1})
-    assert journal.known == {}
+    assert dict(journal) == {}
     picture = tmp_path / "p.jpg"
     picture.write_bytes(b"1")
     journal.add(Prediction(str(picture), [Caption("a", -1.0, (Word("a", 0.5),))]))
     again = Journal(target, {"a": 1})
-    assert again.known == {
+    assert dict(again) == {
         str(picture): Prediction(str(picture), [Caption("a", -1.0, (Word("a", 0.5),))])
     }
-    assert Journal(target, {"a": 2}).known == {}
+    assert dict(Journal(target, {"a": 2})) == {}
 
 
 def test_a_picture_that_is_gone_before_it_is_noted_stops_nothing(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "x.csv", {})
     journal.add(Prediction(str(tmp_path / "gone.jpg"), [Caption("a", -1.0)]))
-    assert Journal(tmp_path / "x.csv", {}).known == {}
+    assert len(journal) == 1, "a page shows its captions"
+    assert dict(Journal(tmp_path / "x.csv", {})) == {}
 
 
 def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

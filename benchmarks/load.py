@@ -1,0 +1,167 @@
+"""Put a load on the program: many pictures, a large page, many clients at once.
+
+    python benchmarks/load.py                       # all, about 20 minutes on two cores
+    python benchmarks/load.py --only server --clients 50 --seconds 120
+
+extraction: --pictures names of a few hundred drawn scenes through extract_features.py, killed
+(SIGKILL) after a third and after two thirds, and gone on with; against a tenth as many, which
+nobody kills. Each row of the cache is compared with that of its scene.
+
+page: a tenth of --pictures through caption.py --html --thumbnails beside, with five captions each,
+against a tenth of them.
+
+server: --clients that each send caption.py --serve a picture as soon as they have the answer to
+their last, for --seconds. They ask again where they are refused (503), as the page does.
+
+Extraction and page have pixels for features (load_worker.py), and the page and the server the
+captions of the model that comes with the program. Prints a table; docs/scale.md has one. Linux.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy
+from load_clients import serve_clients
+from material import hard_links
+from measure import ROOT, memory_of, say
+
+from pipeline.features import PENDING, FeatureCache, partial_path
+
+sys.path.insert(0, str(ROOT / "data"))
+from draw_scenes import draw_scenes
+
+PARTS = ("extraction", "page", "server")
+SCENES = 300
+WORKER = [sys.executable, "benchmarks/load_worker.py"]
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="All if none.")
+@click.option("--pictures", type=click.IntRange(min=100), default=100_000, help="To extract.")
+@click.option("--clients", type=click.IntRange(min=1), default=50, help="Of the server.")
+@click.option("--seconds", type=click.IntRange(min=1), default=120, help="That they ask.")
+def main(only: tuple[str, ...], pictures: int, clients: int, seconds: int) -> None:
+    """Run the parts one after the other and print what was found."""
+    lines = ["| load | found |", "|---|---|"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        draw_scenes(folder / "drawn", SCENES, 0)
+        scenes = folder / "drawn" / "Images"
+        for part in only or PARTS:
+            if part == "extraction":
+                found = load_extraction(scenes, folder, pictures)
+            elif part == "page":
+                found = load_page(scenes, folder, pictures // 10)
+            else:
+                found = serve_clients(sorted(scenes.iterdir()), folder, clients, seconds)
+            lines += [f"| {what} | {figure} |" for what, figure in found.items()]
+            say("\n".join(lines[-len(found) :]))
+    click.echo("\n".join(lines))
+
+
+def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
+    """Extract ``count`` pictures with two kills, and a tenth of them without."""
+    few, many = folder / "few", folder / "many"
+    hard_links(scenes, few, count // 10)
+    hard_links(scenes, many, count)
+    few_peak, few_seconds = extract(few, folder / "few.h5")
+    peaks, seconds = [], 0.0
+    for part in (1 / 3, 2 / 3, None):
+        peak, took = extract(many, folder / "many.h5", None if part is None else int(part * count))
+        peaks.append(peak)
+        seconds += took
+    extract(scenes, folder / "scenes.h5")
+    wrong = compare_rows(FeatureCache(folder / "many.h5"), FeatureCache(folder / "scenes.h5"))
+    if wrong:
+        raise RuntimeError(f"{wrong} rows are not those of their scenes")
+    each = ", ".join(f"{peak:.2f}" for peak in peaks)
+    return {
+        f"{count:,} pictures extracted (network left out), killed twice": f"{seconds:.0f} s",
+        "rows that differ from those of their scenes": "0",
+        f"peak memory, up to each kill and at the end, GB; of {count // 10:,}": (
+            f"{each}; {few_peak:.2f} ({few_seconds:.0f} s)"
+        ),
+    }
+
+
+def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float, float]:
+    """Extract a folder, killed once so many rows are done; gives peak memory (GB) and seconds."""
+    command = [*WORKER, "extract_features.py", "--data", str(data), "--output", str(output)]
+    command += ["--device", "cpu", "--precision", "fp32", "--engine", "torch"]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    partial = partial_path(output)
+    if kill_at is not None:
+        while not partial.is_file() or (FeatureCache(partial).status != PENDING).sum() < kill_at:
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")
+            time.sleep(0.2)
+        peak = memory_of(process.pid, "VmHWM")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    else:
+        peak = float(output_of(process, command))
+    seconds = time.monotonic() - began
+    say(f"  extraction: {data.name}, to {kill_at or 'the end'}: {seconds:.0f} s, {peak:.2f} GB")
+    return peak, seconds
+
+
+def output_of(process: subprocess.Popen[str], command: list[str]) -> str:
+    """Wait for a process to end well; gives its last line."""
+    said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")
+    return said.splitlines()[-1]
+
+
+def compare_rows(cache: FeatureCache, scenes: FeatureCache) -> int:
+    """Count the rows of ``cache``, links to the scenes in turn, that are not those of theirs."""
+    expected = scenes.read(numpy.arange(len(scenes)))
+    if len(numpy.unique(expected, axis=0)) < len(scenes):
+        raise RuntimeError("some scenes have the same features: nothing would be proven")
+    wrong = 0
+    for start in range(0, len(cache), 10_000):
+        rows = numpy.arange(start, min(start + 10_000, len(cache)))
+        wrong += int((cache.read(rows) != expected[rows % len(scenes)]).any(axis=1).sum())
+    return wrong + len(cache.damaged_rows())
+
+
+def load_page(scenes: Path, folder: Path, count: int) -> dict[str, str]:
+    """Make a page of ``count`` pictures, and one of a tenth of them."""
+    made = []
+    for size in (count // 10, count):
+        data, page = folder / f"page-{size}", folder / f"page-{size}.html"
+        hard_links(scenes, data, size)
+        command = [*WORKER, "caption.py", str(data), "--html", str(page), "--thumbnails", "beside"]
+        command += ["--output", str(page.with_suffix(".csv"))]
+        command += ["--model", "pretrained", "--device", "cpu"]
+        command += ["--beam-size", "5", "--consensus", "0", "--matching", "0"]
+        began = time.monotonic()
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        peak = float(output_of(process, command))
+        seconds = time.monotonic() - began
+        shown = page.read_text(encoding="utf-8").count('<script type="application/json">')
+        if shown != size:
+            raise RuntimeError(f"{page}: {shown} pictures, not {size}")
+        say(f"  page: {size}: {seconds:.0f} s, {peak:.2f} GB, {page.stat().st_size / 1e6:.1f} MB")
+        made.append((peak, seconds, page.stat().st_size / 1e6))
+    (less, _, _), (peak, seconds, megabytes) = made
+    return {
+        f"page of {count:,} pictures (network left out)": f"{seconds:.0f} s, {megabytes:.1f} MB",
+        f"peak memory, GB; of {count // 10:,}": f"{peak:.2f}; {less:.2f}",
+    }
+
+
+if __name__ == "__main__":
+    main()

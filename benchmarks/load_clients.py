@@ -1,0 +1,144 @@
+"""Many clients of ``caption.py --serve`` at once: how soon each is answered, and how fairly."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from measure import ROOT, memory_of, say
+
+BOUNDARY = "a-client-of-the-load"
+
+
+@dataclass
+class Client:
+    """One who asks, and what came of it.
+
+    Attributes:
+        waits: seconds from asking to the answer, refusals included.
+        refusals: answers 503, after which it asked again.
+        problems: anything else that was no caption.
+    """
+
+    waits: list[float] = field(default_factory=list)
+    refusals: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def ask(self, port: int, pictures: Sequence[Path], until: float) -> None:
+        """Send one picture after the other until ``until`` (of ``time.monotonic``)."""
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        for picture in pictures:
+            began = time.monotonic()
+            if began > until:
+                break
+            try:
+                while not self._answered(connection, picture):
+                    pass
+            except (OSError, http.client.HTTPException) as error:
+                self.problems.append(f"{type(error).__name__}: {error}")
+                connection.close()
+                continue
+            self.waits.append(time.monotonic() - began)
+        connection.close()
+
+    def _answered(self, connection: http.client.HTTPConnection, picture: Path) -> bool:
+        """Send a picture; false where the server wants to be asked later, after that time."""
+        head = f'Content-Disposition: form-data; name="image"; filename="{picture.name}"'
+        body = b"\r\n".join(
+            [
+                f"--{BOUNDARY}\r\n{head}\r\n".encode(),
+                picture.read_bytes(),
+                f"--{BOUNDARY}--\r\n".encode(),
+            ]
+        )
+        headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+        connection.request("POST", "/caption", body, headers)
+        answer = connection.getresponse()
+        content = json.loads(answer.read())
+        if answer.status == 503:
+            self.refusals += 1
+            time.sleep(float(answer.headers["Retry-After"]))
+            return False
+        if answer.status != 200 or not content["images"][0].get("captions"):
+            self.problems.append(f"{answer.status}: {content}")
+        return True
+
+
+def serve_clients(
+    pictures: Sequence[Path], folder: Path, count: int, seconds: int
+) -> dict[str, str]:
+    """Start the server, ask it ``count`` times at once for so many seconds, and end it."""
+    temporary = folder / "uploads"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "caption.py", "--serve", "--port", "0", "--model", "pretrained"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # BROWSER: what opens the page.
+        env={**os.environ, "TMPDIR": str(temporary), "BROWSER": "true"},
+    )
+    assert process.stderr is not None
+    port = next(
+        int(found.group(1))
+        for found in (re.search(r"http://127\.0\.0\.1:(\d+)/", line) for line in process.stderr)
+        if found
+    )
+    clients = [Client() for _ in range(count)]
+    until = time.monotonic() + seconds
+    threads = [
+        threading.Thread(
+            target=client.ask,
+            # Each begins elsewhere.
+            args=(port, [*pictures[number % len(pictures) :], *pictures] * 100, until),
+        )
+        for number, client in enumerate(clients)
+    ]
+    for thread in threads:
+        thread.start()
+    memory = []
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(1)
+        memory.append(memory_of(process.pid, "VmRSS"))
+    process.send_signal(signal.SIGINT)
+    complaints = process.communicate(timeout=60)[1]
+    problems = [problem for client in clients for problem in client.problems]
+    if problems or complaints or process.returncode or any(temporary.iterdir()):
+        raise RuntimeError(
+            f"{len(problems)} problems: {problems[:3]}; the server ended with "
+            f"{process.returncode}: {complaints}; left: {len(list(temporary.iterdir()))} uploads"
+        )
+    return describe(clients, seconds, memory)
+
+
+def describe(clients: Sequence[Client], seconds: int, memory: Sequence[float]) -> dict[str, str]:
+    """Put what was found into words."""
+    waits = sorted(wait for client in clients for wait in client.waits)
+    each = sorted(len(client.waits) for client in clients)
+    quarter = max(1, len(memory) // 4)
+    early, late = (
+        max(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:])
+    )
+    say(f"  server: answers of each client: {each}")
+    return {
+        f"{len(clients)} clients for {seconds} s: answers, errors, refusals (503)": (
+            f"{len(waits):,}, 0, {sum(client.refusals for client in clients):,}"
+        ),
+        "seconds to an answer: median, 95 of 100, longest": (
+            f"{statistics.median(waits):.1f}, {waits[int(0.95 * (len(waits) - 1))]:.1f}, "
+            f"{waits[-1]:.1f}"
+        ),
+        "answers that a client got: fewest, most": f"{each[0]}, {each[-1]}",
+        "memory of the server, GB: in the second quarter, in the last": f"{early:.2f}, {late:.2f}",
+    }
