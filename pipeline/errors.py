@@ -1,4 +1,4 @@
-"""Exceptions for what a user can mend. Their text is one line, shown as it is."""
+"""Exceptions for what a user can mend. Their text is one line."""
 
 from __future__ import annotations
 
@@ -19,3 +19,7 @@ class InputError(click.ClickException):
     """One of many inputs cannot be used, and the user asked to stop there: exit code 1."""
 
     exit_code = 1
+
+
+class ImageError(Exception):
+    """A picture that cannot be read; the text is the reason, without the file's name."""

@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 from pipeline.errors import UserError
 from pipeline.files import atomic_write, check_writable, temporary_path
-from pipeline.images import ImageError, load_image, prefetch
+from pipeline.images import ImageError, load_image, opened, prefetch
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -218,11 +218,8 @@ def make_thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> Thumbnail:
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     content = io.BytesIO()
     image.save(content, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
-    try:
-        with Image.open(path) as original:
-            shown = original.format in SHOWN_BY_BROWSERS
-    except OSError as error:
-        raise ImageError(error.strerror or str(error)) from error
+    with opened(path) as original:
+        shown = original.format in SHOWN_BY_BROWSERS
     return Thumbnail(content.getvalue(), image.width, image.height, shown)
 
 

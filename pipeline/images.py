@@ -10,16 +10,19 @@ from __future__ import annotations
 import functools
 import io
 import os
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from pipeline.errors import UserError
+from pipeline.errors import ImageError, UserError
+from pipeline.picture_limits import FORMATS, LARGE, check_header, checked_content, checked_file
+from pipeline.rgb_conversion import to_rgb
 
 if TYPE_CHECKING:
     import numpy
@@ -40,6 +43,18 @@ HEIC_BEGINNINGS = tuple(
 )
 # InceptionV3's input: 299 x 299 pixels (Szegedy et al., arXiv 1512.00567, table 1).
 IMAGE_SIZE = 299
+# How EXIF's numbers say that a picture is to be turned (EXIF 2.32, table 6), in Pillow's names.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+ORIENTATION = 0x0112
+_large = threading.Lock()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,10 +69,6 @@ class StoredPicture(Protocol):
 
 PictureFile = TypeVar("PictureFile", bound="Picture")
 Picture: TypeAlias = str | os.PathLike[str] | StoredPicture
-
-
-class ImageError(Exception):
-    """A picture that cannot be read; the text is the reason, without the file's name."""
 
 
 def find_images(folder: Path) -> list[str]:
@@ -99,24 +110,33 @@ def load_image(path: Picture, size: int | None = None) -> Image.Image:
     pictures are scaled to 8 bits, CMYK and palettes converted; of an animation the first
     frame is taken.
 
+    Pictures of more than ``LARGE`` pixels are decoded one at a time, whatever the number of
+    threads: one needs up to 3.2 GB.
+
     Args:
         path: the picture: its file, or what gives its bytes.
         size: the side it will be resized to. A JPEG more than twice as large is decoded
             at the smallest of its own scales (1/2, 1/4, 1/8) that stays above twice
-            ``size``, which is many times quicker for camera pictures.
+            ``size``, which is many times quicker for camera pictures. Of another picture
+            above ``LARGE`` pixels as many are averaged as leave twice ``size``.
 
     Raises:
         ImageError: the file is missing, empty, broken, truncated, far too large or no
             picture; the text says which.
     """
-    from PIL import ImageOps
+    from PIL import Image
 
     with opened(path) as image:
+        whole = image.width * image.height
         if size is not None and image.format == "JPEG":
             image.draft(None, (2 * size, 2 * size))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        # Of a progressive JPEG all coefficients are kept, whatever its scale.
+        pixels = whole if image.info.get("progressive") else image.width * image.height
+        with _large if pixels > LARGE else nullcontext():
+            image.load()
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+            picture = to_rgb(image, size)
+    return picture if turn is None else picture.transpose(Image.Transpose[turn])
 
 
 @contextmanager
@@ -129,13 +149,15 @@ def opened(path: Picture) -> Iterator[Image.Image]:
     from PIL import Image, UnidentifiedImageError
 
     _quieten_pillow()
-    _register_heif()
+    with_heif = _register_heif()
     try:
         if isinstance(path, (str, os.PathLike)):
-            file: Path | io.BytesIO = Path(path)
+            file = checked_file(Path(path))
         else:
-            file = io.BytesIO(path.read())
-        with Image.open(file) as image:
+            file = checked_content(path.read())
+        formats = [name for name in FORMATS if name != "HEIF" or with_heif]
+        with Image.open(file, formats=formats) as image:
+            check_header(image)
             yield image
     except UnidentifiedImageError as error:
         raise ImageError(_why_unidentified(file)) from error
@@ -192,41 +214,6 @@ def _quieten_pillow() -> None:
 
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB without losing what is seen."""
-    from PIL import Image
-
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _scale_to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
-    """Map 16-bit, 32-bit and float grey values to 0..255.
-
-    Integers keep their full scale (65535 is white); when a picture exceeds the scale, and
-    for floats outside 0..1, its own range is used. Infinities become black and white, NaN
-    black.
-    """
-    import numpy
-    from PIL import Image
-
-    values = numpy.asarray(image, dtype=numpy.float64)
-    finite = values[numpy.isfinite(values)]
-    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-    if finite.size and (finite.min() < low or finite.max() > high):
-        low, high = finite.min(), finite.max()
-    values = numpy.nan_to_num(values.clip(low, high), nan=low)
-    values = (values - low) * (255.0 / max(high - low, 1e-12))
-    return Image.fromarray(numpy.round(values).astype(numpy.uint8), mode="L")
 
 
 def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
