@@ -71,6 +71,13 @@ FILE_SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])
 
 MALFORMED = "malformed lines or entries dropped"
 
+# No path is longer, on any system. Names are compared by all their ends, of which a name of a
+# million slashes has as many.
+LONGEST_NAME = 4096
+# Characters, more than a page. Decoders are trained on 100 tokens at most, and Unicode's normal
+# forms take a time that grows with the square of a run of accents.
+LONGEST_CAPTION = 10_000
+
 
 class Gathered:
     """What the readers found so far: captions and splits by image name, and notes.
@@ -92,11 +99,14 @@ class Gathered:
     def count(self, reason: str, where: str = "") -> None:
         """Count one thing that was dropped or mended, and keep where it was met first."""
         self.counts[reason] += 1
-        self.first.setdefault(reason, where)
+        if reason not in self.first:
+            self.first[reason] = _clean(where)  # names of files can hold line ends
 
     def add(self, where: str, name: object, captions: object, split: object = None) -> None:
         """Take one record; ``captions`` is a text or a list of texts."""
-        cleaned = normal_name(_printable(name).strip()) if isinstance(name, str) else ""
+        cleaned = ""
+        if isinstance(name, str) and len(name) <= LONGEST_NAME:
+            cleaned = normal_name(_printable(name).strip())
         if not cleaned:
             self.count(MALFORMED, where)
             return
@@ -105,6 +115,9 @@ class Gathered:
             if caption is not None and not isinstance(caption, str):
                 self.count("captions that are not text dropped", where)
             elif text := _clean(caption or ""):
+                if len(text) > LONGEST_CAPTION:
+                    self.count(f"captions cut to {LONGEST_CAPTION:,} characters", where)
+                    text = text[:LONGEST_CAPTION].rstrip()
                 texts.append(text)
             else:
                 self.count("empty captions dropped", where)
@@ -212,6 +225,8 @@ def _read_text(path: Path, gathered: Gathered) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: too large for this computer's memory; cut it up") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     try:

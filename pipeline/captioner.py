@@ -356,8 +356,10 @@ def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> E
     """Build the encoder that a checkpoint's decoder was trained on.
 
     Raises:
-        UserError: its weights cannot be had, or are others than those of the training.
+        UserError: its weights cannot be had, or are others than those of the training; the
+            decoder reads features of another width.
     """
+    checkpoint.refuse_other_features()
     wanted = checkpoint.encoder
     if checkpoint.encoder_weights is not None:
         encoder = Encoder(wanted.weights_source, precision)

@@ -40,7 +40,7 @@ from pipeline.caption_files import (
 from pipeline.errors import UserError
 from pipeline.tar_shards import TarShards
 
-FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d+)_[0-9a-f]{10}\.jpg")
+FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d{1,19})_[0-9a-f]{10}\.jpg")
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.checkpoint_checks import (
+    check_decoder_weights,
+    check_encoder,
+    check_matcher,
+    check_neighbours,
+    check_record,
+    check_sizes,
+    check_vocabulary,
+)
 from pipeline.consensus import Consensus, Neighbours, merge_neighbours
 from pipeline.decoder import DecoderConfig
+from pipeline.encoder import trunk_shapes, trunk_state
 from pipeline.ensemble import CaptionDecoder, make_decoder
 from pipeline.errors import UserError
-from pipeline.features import EncoderIdentity
+from pipeline.features import FEATURE_SIZE, EncoderIdentity
 from pipeline.files import atomic_write
-from pipeline.matching import Matcher, MatcherConfig
+from pipeline.matching import Matcher
 from pipeline.pretrained import is_pretrained, pretrained_path
 from pipeline.quantisation import cast, dequantise
 from pipeline.reranking import Reranker
 from pipeline.tokenizers import ENGLISH
+from pipeline.torch_files import read_torch_file
 from pipeline.vocabulary import TOKENIZERS, Vocabulary
+from pipeline.weight_checks import check_values, short
 
 SCHEMA_VERSION = 1
 
@@ -68,6 +80,14 @@ class Checkpoint:
         decoder = make_decoder(self.decoder_config)
         decoder.load_state_dict(self.decoder_weights)
         return decoder.eval()
+
+    def refuse_other_features(self) -> None:
+        """Raise UserError unless the decoder reads as many numbers as InceptionV3 gives."""
+        if self.decoder_config.feature_size != FEATURE_SIZE:
+            raise UserError(
+                f"the model reads {self.decoder_config.feature_size:,} numbers a picture, the "
+                f"encoder gives {FEATURE_SIZE:,}: take another model"
+            )
 
     def build_reranker(self) -> Reranker:
         """Make the second opinions on captions that the model has, on the CPU."""
@@ -121,7 +141,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
             that comes with the program, if nothing here has that name.
 
     Raises:
-        UserError: no such file, or not a checkpoint of this program and schema version.
+        UserError: no such file, or not a checkpoint of this program and schema version; or what
+            it holds does not fit together, or is not fit to be computed with.
     """
     if is_pretrained(path):
         path = pretrained_path()
@@ -129,51 +150,57 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path = path / "best.pt"
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: not a checkpoint that torch can read") from error
+    content = read_torch_file(path, str(path), "a checkpoint")
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path}: not a captioner's checkpoint of schema version {SCHEMA_VERSION}; "
             "train again with this version of the program"
         )
     tokenizer = content.get("tokenizer", ENGLISH)  # older checkpoints do not say
-    if tokenizer not in TOKENIZERS:
+    if tokenizer not in tuple(TOKENIZERS):
         raise UserError(
-            f"{path}: made with the tokenizer {tokenizer!r}, which this version does not have"
+            f"{path}: made with the tokenizer {short(tokenizer)}, which this version does not have"
         )
     try:
-        neighbours = content.get("neighbours")  # older checkpoints have none
-        encoder_weights = content["encoder_weights"]
-        if "encoder_scales" in content:
-            encoder_weights = dequantise(encoder_weights, content["encoder_scales"])
-        checkpoint = Checkpoint(
-            decoder_config=DecoderConfig(**content["decoder_config"]),
-            decoder_weights=cast(content["decoder_weights"], torch.float32),
-            vocabulary=Vocabulary.from_list(content["vocabulary"], tokenizer),
-            encoder=EncoderIdentity(**content["encoder"]),
-            encoder_weights=encoder_weights,
-            neighbours=Neighbours.from_tensors(neighbours) if neighbours else None,
-            matcher=_build_matcher(content.get("matcher")),
-            epoch=content["epoch"],
-            scores=content["scores"],
-            settings=content["settings"],
-            training=content["training"],
+        return _checked(content, tokenizer)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
+        reason = error.message if isinstance(error, UserError) else str(error)
+        raise UserError(f"{path}: the checkpoint is damaged ({reason})") from error
+
+
+def _checked(content: dict[str, Any], tokenizer: str) -> Checkpoint:
+    """Make a checkpoint of what its file holds, once all of it is known to fit together.
+
+    Raises:
+        LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError: it does not.
+    """
+    config = check_sizes(DecoderConfig, content["decoder_config"])
+    check_vocabulary(content["vocabulary"], config)
+    check_decoder_weights(content["decoder_weights"], config)
+    decoder_weights = cast(content["decoder_weights"], torch.float32)
+    check_values(decoder_weights, "decoder")
+    check_record(content)
+    encoder_weights = content["encoder_weights"]
+    if encoder_weights is not None:
+        encoder_weights = trunk_state(
+            dequantise(encoder_weights, content.get("encoder_scales", {})), trunk_shapes()
         )
-        if len(checkpoint.vocabulary) != checkpoint.decoder_config.vocabulary_size:
-            raise ValueError("vocabulary and decoder differ in size")
-        kept = checkpoint.neighbours
-        config = checkpoint.decoder_config
-        if kept is not None and len(kept.mean) != config.embed_size * config.members:
-            raise ValueError("neighbours and decoder differ in size")
-        matcher = checkpoint.matcher
-        if matcher is not None and matcher.config.vocabulary_size != config.vocabulary_size:
-            raise ValueError("matcher and decoder differ in size")
-        checkpoint.build_decoder()
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: the checkpoint is damaged ({error})") from error
-    return checkpoint
+    neighbours = content.get("neighbours")  # older checkpoints have none
+    if neighbours is not None:
+        check_neighbours(neighbours, config)
+    return Checkpoint(
+        decoder_config=config,
+        decoder_weights=decoder_weights,
+        vocabulary=Vocabulary.from_list(content["vocabulary"], tokenizer),
+        encoder=check_encoder(content["encoder"]),
+        encoder_weights=encoder_weights,
+        neighbours=None if neighbours is None else Neighbours.from_tensors(neighbours),
+        matcher=_build_matcher(content.get("matcher"), config),
+        epoch=content["epoch"],
+        scores=content["scores"],
+        settings=content["settings"],
+        training=content["training"],
+    )
 
 
 def _matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
@@ -184,10 +211,10 @@ def _matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
     return {"config": asdict(matcher.config), "weights": weights}
 
 
-def _build_matcher(content: dict[str, Any] | None) -> Matcher | None:
+def _build_matcher(content: Any, config: DecoderConfig) -> Matcher | None:
     if content is None:
         return None
-    matcher = Matcher(MatcherConfig(**content["config"]))
+    matcher = Matcher(check_matcher(content, config))
     matcher.load_state_dict(content["weights"])  # brings halves to float32
     return matcher.eval()
 

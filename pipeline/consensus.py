@@ -73,6 +73,7 @@ class Neighbours:
         whole = (
             shapes["mean"] == (width,)
             and shapes["offsets"] == (len(pictures) + 1,)
+            and pictures.dim() == 1
             and len(pictures) >= count > 0
             and bool((pictures.diff() >= 0).all())
             and pictures.unique().tolist() == list(range(count))
@@ -82,9 +83,9 @@ class Neighbours:
         if not whole:
             raise ValueError("neighbours of other shapes")
         captions = EncodedCaptions(
-            tensors["pictures"].long(), tensors["tokens"], tensors["offsets"].long()
+            tensors["pictures"].long(), tensors["tokens"].int(), tensors["offsets"].long()
         )
-        return cls(tensors["mean"], tensors["directions"], captions)
+        return cls(tensors["mean"].float(), tensors["directions"].half(), captions)
 
 
 def sampled_pictures(count: int) -> Tensor:

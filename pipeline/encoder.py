@@ -14,7 +14,7 @@ import math
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
@@ -34,6 +34,8 @@ from pipeline.features import EncoderIdentity
 from pipeline.images import IMAGE_SIZE
 from pipeline.pretrained import PRETRAINED, pretrained_path
 from pipeline.quantisation import dequantise
+from pipeline.torch_files import read_torch_file
+from pipeline.weight_checks import check_state, check_values, shapes_of, short
 
 # torchvision's Inception3 from its first layer to its pooling, in the order in which its
 # forward runs them. All are one after the other, so they can be cut anywhere.
@@ -209,27 +211,48 @@ def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
     DataParallel left.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape.
+        UserError: see ``trunk_state``.
     """
     wanted = encoder.trunk.state_dict()
+    try:
+        given = trunk_state(state, {name: tensor.shape for name, tensor in wanted.items()})
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from error
+    encoder.trunk.load_state_dict({**wanted, **given})
+    encoder.source = source
+    encoder.forget_identity()
+
+
+def trunk_shapes() -> dict[str, torch.Size]:
+    """Give the shapes of the trunk's state dict, by name."""
+    with torch.device("meta"):  # without memory
+        return shapes_of(Encoder().trunk)
+
+
+def trunk_state(state: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Take the trunk's tensors out of an ``inception_v3`` state dict, see ``load_trunk``.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape or type, or holds numbers that
+            are not finite.
+    """
     given = {}
     for key, value in state.items():
         key = key.removeprefix("module.").removeprefix("trunk.")
         if not key.startswith(("fc.", "AuxLogits.")):
             given[key] = value
-    for key, value in wanted.items():
-        if key not in given and not key.endswith("num_batches_tracked"):
-            raise UserError(f"{source}: not an inception_v3 state dict: {key} is missing")
-        if key in given and given[key].shape != value.shape:
-            raise UserError(
-                f"{source}: {key} has shape {tuple(given[key].shape)}, not {tuple(value.shape)}"
-            )
-    unknown = sorted(set(given) - set(wanted))
-    if unknown:
-        raise UserError(f"{source}: not an inception_v3 state dict: {unknown[0]} is unknown")
-    encoder.trunk.load_state_dict({**wanted, **given})
-    encoder.source = source
-    encoder.forget_identity()
+    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
+    missing = next((name for name in shapes if name not in given and name not in counters), None)
+    if missing is not None:
+        raise ValueError(f"not an inception_v3 state dict: {missing} is missing")
+    unknown = min((name for name in given if name not in shapes), default=None)
+    if unknown is not None:
+        raise ValueError(f"not an inception_v3 state dict: {short(unknown)} is unknown")
+    # They count batches of a training long ago.
+    weights = {name: tensor for name, tensor in given.items() if name not in counters}
+    check_state(weights, {name: shapes[name] for name in weights}, "encoder")
+    check_values(weights, "encoder")
+    return weights
 
 
 def _imagenet_state() -> dict[str, Tensor]:
@@ -256,10 +279,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"--weights {path}: no such file (say imagenet, pretrained or a file's path)"
         )
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"--weights {path}: not a state dict that torch can read") from error
+    state = read_torch_file(path, f"--weights {path}", "a state dict")
     if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
         scales = state.get("encoder_scales", {})
         try:

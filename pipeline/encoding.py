@@ -12,8 +12,13 @@ from torch import Tensor
 from pipeline.devices import inference_batch_size, threads_per_worker
 from pipeline.distributed import ALONE, Job
 from pipeline.encoder import Encoder
+from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE
 from pipeline.images import ImageError, Picture, prefetch, read_square
+
+# float16 holds no larger number, and caches are float16. Whoever makes weights can make them such
+# that what 94 layers give is infinite, or not a number, and nothing can be searched with that.
+LARGEST_FEATURE = 65504.0
 
 
 @dataclass
@@ -40,6 +45,9 @@ def encode_files(
     share of the cores to itself, so that none waits for another in the middle of the network;
     on a GPU one encodes while the others decode. Memory holds a few batches a worker,
     whatever the number of files.
+
+    Raises:
+        UserError: what the encoder gives is not finite.
     """
 
     def encode(batch: Sequence[tuple[int, Picture]]) -> EncodedBatch:
@@ -55,6 +63,11 @@ def encode_files(
             if squares
             else numpy.empty((0, FEATURE_SIZE), numpy.float32)
         )
+        if not (numpy.abs(features) <= LARGEST_FEATURE).all():
+            raise UserError(
+                f"the encoder ({encoder.identity.weights_source}) gives numbers that are no "
+                "features; its weights are damaged"
+            )
         return EncodedBatch(list(squares), features, failures)
 
     with threads_per_worker(workers) as share:

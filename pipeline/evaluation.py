@@ -161,12 +161,15 @@ def evaluate_runs(
     """
     checkpoint = load_together(runs)
     settings = checkpoint.settings
-    data = data or settings["data"]
-    if captions is None and str(data) == settings["data"] and settings["captions"]:
+    data = data or settings.get("data")
+    if not data:
+        raise UserError(f"{runs[0]}: does not say which data it was trained on; give --data")
+    own = str(data) == settings.get("data")
+    if captions is None and own and settings.get("captions"):
         captions = Path(settings["captions"])
     if features is None:
-        own = str(data) == settings["data"]
-        features = Path(settings["features"]) if own else default_cache_path(data)
+        known = settings.get("features") if own else None
+        features = Path(known) if known else default_cache_path(data)
     search = search or SearchOptions()
     result = evaluate(checkpoint, device, data, captions, features, split, search, java, words)
     if is_pretrained(runs[0]):
@@ -279,6 +282,7 @@ def _open_split(
     split: str,
 ) -> SplitData:
     """Find the features of a split: in the cache if it is the model's encoder's, else anew."""
+    checkpoint.refuse_other_features()
     source = open_source(data)
     tokenizer = checkpoint.vocabulary.tokenizer.name
     cache = FeatureCache(features) if features.is_file() else None

@@ -48,5 +48,6 @@ def dequantise(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> d
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Bring all to one type; a matrix with two names, as of tied embeddings, stays one."""
-    converted = {tensor.data_ptr(): tensor.to(dtype) for tensor in weights.values()}
-    return {name: converted[tensor.data_ptr()] for name, tensor in weights.items()}
+    places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in weights.items()}
+    converted = {places[name]: tensor.to(dtype) for name, tensor in weights.items()}
+    return {name: converted[place] for name, place in places.items()}

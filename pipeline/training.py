@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.checkpoint_checks import check_training
 from pipeline.curves import write_curves
 from pipeline.devices import autocast
 from pipeline.distributed import ALONE, Job
@@ -148,7 +149,7 @@ def train(
         The state at the end.
 
     Raises:
-        UserError: the loss is no longer a number.
+        UserError: the loss is no longer a number; what is there to go on from is damaged.
     """
     optimizer = make_optimizer(stage)
     parameters = _parameters(optimizer)
@@ -158,6 +159,12 @@ def train(
     last = run / "last.pt"
     saved = job.from_first(lambda: _read_training(last) if last.is_file() else None)
     if saved is not None:
+        try:
+            check_training(saved, asdict(progress), optimizer, average.others)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{last}: the checkpoint is damaged ({error}); --force starts over"
+            ) from error
         optimizer.load_state_dict(saved["optimizer"])
         average.load(saved.get("weights", []), saved.get("steps", 0))
         progress = Progress(**saved["progress"])

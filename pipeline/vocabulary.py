@@ -80,7 +80,8 @@ _INITIALS = re.compile(r"(?:[^\W\d_]\.)+")  # "j." and "u.s."
 _DECADE = re.compile(r"'\d\ds?")  # "'90s"
 _COMMA_OUTSIDE_NUMBER = re.compile(r"(?<!\d)[,:]|[,:](?!\d)")  # not in "1,000" and "10:30"
 _STRAY_PERIODS = re.compile(r"(?<!\w)\.(?!\d)|\.(?=\.)|-{2,}")  # not in ".5"; "..." leaves one
-_EDGES = re.compile(r"^(?:['/-]|\.(?!\d))+|['/-]+$")
+# The look behind keeps time linear: a long run inside a word is tried once, from its start.
+_EDGES = re.compile(r"^(?:['/-]|\.(?!\d))+|(?<!['/-])['/-]+$")
 _EQUATION_SIGN = re.compile(r"[+=]")
 
 

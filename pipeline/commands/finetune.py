@@ -143,6 +143,7 @@ def main(
     """
     from pipeline.checkpoint import load_checkpoint
     from pipeline.devices import choose_device, choose_training_precision, default_workers
+    from pipeline.errors import UserError
     from pipeline.final_scores import score_best
     from pipeline.joint_stage import JointOptions
     from pipeline.joint_training import finetune_joint
@@ -153,6 +154,8 @@ def main(
     watchers = []
     with joined_job() as job:
         settings = load_checkpoint(start[0]).settings
+        if not {"data", "captions", "features"} <= settings.keys():
+            raise UserError(f"--start {start[0]}: does not say what it was trained on")
         if data is None:
             data = settings["data"]
             captions = captions or (Path(settings["captions"]) if settings["captions"] else None)
