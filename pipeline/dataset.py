@@ -52,12 +52,7 @@ def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
     rows = cache.rows(names)
     if (rows < 0).any():
         raise KeyError(names[int((rows < 0).argmax())])
-    damaged = cache.damaged_rows(rows)
-    if len(damaged):
-        raise UserError(
-            f"{cache.path}: {len(damaged)} rows are damaged (that of {cache.name(damaged[0])}, for "
-            "one); extract_features.py makes them again"
-        )
+    cache.refuse_damage(cache.damaged_rows(rows))
     return torch.from_numpy(rows)
 
 

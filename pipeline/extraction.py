@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
+
 from pipeline.distributed import ALONE, Job
 from pipeline.encoder import Encoder
 from pipeline.encoding import encode_files
@@ -23,11 +25,11 @@ from pipeline.feature_writer import (
     existing_cache,
     is_whole,
     open_cache_writer,
-    say_what_is_gone,
+    say_what_changed,
 )
 from pipeline.features import PENDING, FeatureCache, images_sha256, partial_path
 from pipeline.locks import locked
-from pipeline.picture_sources import PictureSource
+from pipeline.picture_sources import PictureSource, stamps_of
 from pipeline.progress import progress_bar
 
 
@@ -89,9 +91,10 @@ def extract(task: Extraction, job: Job = ALONE) -> ExtractionResult:
 
 def _extract(task: Extraction, job: Job) -> ExtractionResult:
     task.encoder.engine = task.engine
+    stamps = stamps_of(task.source, task.names)
     if not task.force:
-        say_what_is_gone(existing_cache(task.output), task.names)
-    writer = _open_writer(task, task.output, task.names)
+        say_what_changed(existing_cache(task.output), task.names, stamps)
+    writer = _open_writer(task, task.output, task.names, stamps)
     job.note_started_over()
     if writer is None:
         return ExtractionResult(FeatureCache(task.output), encoded=0, kept=len(task.names))
@@ -128,18 +131,19 @@ def _extract_share(task: Extraction, job: Job) -> ExtractionResult:
     parts = shares(len(task.names), task.batch_size, job.size)
     shards = [shard_path(task.output, number, len(parts)) for number in range(len(parts))]
     mine = parts[job.rank] if job.rank < len(parts) else range(0)
+    names = [task.names[row] for row in mine]
+    stamps = stamps_of(task.source, names)
     finished = FeatureCache(task.output) if task.output.is_file() and not task.force else None
     if finished is not None:
         check_origin([finished], task.encoder.identity, task.source.origin)
-        whole = is_whole(finished, task.names, task.retry_failed, mine)
+        whole = is_whole(finished, task.names, task.retry_failed, stamps, mine)
         if job.total(whole) == job.size:
             return ExtractionResult(finished, encoded=0, kept=len(task.names))
         if job.rank == 0:
-            say_what_is_gone(finished, task.names)
+            say_what_changed(finished, task.names, stamps_of(task.source, task.names))
     writer, encoded, kept = None, 0, len(mine)
     if mine:
-        names = [task.names[row] for row in mine]
-        writer = _open_writer(task, shards[job.rank], names)
+        writer = _open_writer(task, shards[job.rank], names, stamps)
     # No one's shard may go away before all have taken over what they need of it.
     job.wait_for_all()
     job.note_started_over()
@@ -154,7 +158,9 @@ def _extract_share(task: Extraction, job: Job) -> ExtractionResult:
     return ExtractionResult(FeatureCache(task.output), encoded, kept)
 
 
-def _open_writer(task: Extraction, path: Path, names: Sequence[str]) -> CacheWriter | None:
+def _open_writer(
+    task: Extraction, path: Path, names: Sequence[str], stamps: numpy.ndarray
+) -> CacheWriter | None:
     """Open the whole cache or a shard of it, with all that earlier runs left."""
     related = [partial_path(task.output), task.output, *shard_files(task.output)]
     if path == task.output and path.is_file():
@@ -168,6 +174,7 @@ def _open_writer(task: Extraction, path: Path, names: Sequence[str]) -> CacheWri
         task.retry_failed,
         task.source.origin,
         [] if task.force else [f for f in related if f not in own and f.is_file()],
+        stamps,
     )
 
 

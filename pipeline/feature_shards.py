@@ -18,10 +18,11 @@ from pathlib import Path
 import h5py
 import numpy
 
-from pipeline.feature_writer import existing_cache, lay_out
+from pipeline.feature_columns import FEATURE_SIZE, FEATURE_TYPE
+from pipeline.feature_file import lay_out
+from pipeline.feature_writer import existing_cache
 from pipeline.features import (
     CHUNK,
-    FEATURE_SIZE,
     EncoderIdentity,
     FeatureCache,
     partial_path,
@@ -65,21 +66,22 @@ def combine_shards(path: Path, shards: Sequence[Path]) -> FeatureCache:
     """Write the cache ``path`` over its finished shards, in the order of their rows."""
     parts = [FeatureCache(shard) for shard in shards]
     names = [name for part in parts for name in part.names()]
+    stamps = numpy.concatenate([part.stamps for part in parts])
 
     def make_features(file: h5py.File) -> None:
-        layout = h5py.VirtualLayout((len(names), FEATURE_SIZE), numpy.dtype("<f2"))
+        layout = h5py.VirtualLayout((len(names), FEATURE_SIZE), FEATURE_TYPE)
         first = 0
         for part in parts:
             last = first + len(part)
             # By its bare name: HDF5 looks beside the file that has the virtual dataset.
             source = h5py.VirtualSource(
-                part.path.name, "features", (len(part), FEATURE_SIZE), numpy.dtype("<f2")
+                part.path.name, "features", (len(part), FEATURE_SIZE), FEATURE_TYPE
             )
             layout[first:last] = source
             first = last
         file.create_virtual_dataset("features", layout)
 
-    with lay_out(path, names, parts[0].identity, parts[0].data, make_features) as cache:
+    with lay_out(path, names, stamps, parts[0].identity, parts[0].data, make_features) as cache:
         first = 0
         for part in parts:
             for start in range(0, len(part), CHUNK):
@@ -88,6 +90,7 @@ def combine_shards(path: Path, shards: Sequence[Path]) -> FeatureCache:
                 cache._crc[new] = part._crc[old]
                 cache._reason[new] = part._reason[old]
                 cache.status[new] = part.status[old]
+                cache.seal(numpy.arange(new.start, new.stop))
             first += len(part)
         cache._complete[0] = 1
         cache.flush()

@@ -6,7 +6,10 @@ Layout (N pictures, in the order of their names' bytes):
     names     (N,) UTF-8          paths relative to the data folder
     status    (N,) uint8          0 pending, 1 done, 2 failed
     reason    (N,) UTF-8          why a picture failed
-    crc       (N,) uint32         CRC-32 of the row's bytes
+    crc       (N,) uint32         CRC-32 of the row of features, which is 0 where a picture failed
+    stamps    (N, 2) int64        the picture's size in bytes and time in ns; 0, 0: not known
+    row_crc   (N,) uint32         CRC-32 of the row's name, status, reason, crc and stamp
+    layout_crc (1,) uint32        CRC-32 of all bytes of the file but the datasets' values
     complete  (1,) uint8          1 when no row is pending
 
     attributes: schema_version, data (the folder), encoder, weights_sha256, transform, precision,
@@ -20,38 +23,41 @@ row costs one page of memory, however many rows there are. The file carries the 
 
 Where several processes extracted (``feature_shards``), ``features`` is a virtual dataset: its
 rows lie in the shards beside the file, each of them such a cache itself. ``feature_writer``
-writes caches; this module reads them.
+writes caches; this module reads them. Old caches have no stamps and no last two checksums.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Literal, TypeAlias
 
 import numpy
 
 from pipeline.errors import UserError
-from pipeline.hdf5_layout import Dataset, read_layout
+from pipeline.feature_columns import (
+    FEATURE_SIZE as FEATURE_SIZE,  # for those who use caches
+)
+from pipeline.feature_columns import (
+    MapMode,
+    check_places,
+    check_structure,
+    map_dataset,
+    row_crcs,
+)
+from pipeline.hdf5_layout import read_layout
+from pipeline.sharded_features import ShardedFeatures, find_shards
 from pipeline.tar_shards import is_tar_shards, shards_folder
 
 SCHEMA_VERSION = 1
-FEATURE_SIZE = 2048
 PENDING, DONE, FAILED = 0, 1, 2
 REASON_BYTES = 160
-FEATURE_TYPE = numpy.dtype("<f2")
-# The other datasets with their types; S: bytes of a fixed number.
-COLUMNS = {"names": "S", "status": "u1", "reason": "S", "crc": "u4", "complete": "u1"}
 # Rows touched at a time where a whole cache is walked through: 32 MB of features.
 CHUNK = 8192
-
-MapMode: TypeAlias = Literal["r", "r+"]
 
 
 @dataclass(frozen=True)
@@ -90,30 +96,6 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-class ShardedFeatures:
-    """Features (N, 2048) that lie in several files, one behind the other.
-
-    Attributes:
-        starts: int64 (S,): the first row of each file.
-        open_parts: for each file what maps its features anew.
-    """
-
-    def __init__(
-        self, starts: Sequence[int], open_parts: Sequence[Callable[[], numpy.memmap]]
-    ) -> None:
-        self.starts = numpy.array(starts, dtype=numpy.int64)
-        self.open_parts = open_parts
-
-    def __getitem__(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Copy rows, int (R,), out of the files: float16 (R, 2048)."""
-        values = numpy.empty((len(rows), FEATURE_SIZE), dtype="<f2")
-        part = numpy.searchsorted(self.starts, rows, side="right") - 1
-        for number in numpy.unique(part):
-            chosen = part == number
-            values[chosen] = self.open_parts[number]()[rows[chosen] - self.starts[number]]
-        return values
-
-
 class FeatureCache:
     """A cache opened for reading. Arrays are mapped, not loaded, so any size opens at once.
 
@@ -122,6 +104,7 @@ class FeatureCache:
         data: the folder of the pictures when it was made.
         shards: the files of its rows' features, where they are not in the file itself.
         status: uint8 (N,), mapped.
+        stamps: int64 (N, 2), mapped; 0 in old caches.
 
     Raises:
         UserError: the file is missing, no feature cache, or of another schema version.
@@ -144,7 +127,7 @@ class FeatureCache:
                     "make it anew: extract_features.py --force"
                 )
             places = layout.datasets
-            _check_places(places)
+            check_places(places)
             texts = {name: str(value) for name, value in layout.attributes.items()}
             fields = EncoderIdentity.__dataclass_fields__.keys() & texts.keys()
             self.identity = EncoderIdentity(**{field: texts[field] for field in fields})
@@ -153,15 +136,21 @@ class FeatureCache:
             self.shards: list[Path] = []
             self._open_features: Callable[[], numpy.memmap | ShardedFeatures]
             if places["features"].offset is None:
-                self._open_features = self._find_shards(places["features"])
+                self.shards, self._open_features = find_shards(path, places["features"])
             else:
-                self._open_features = functools.partial(_map, path, places["features"], mode)
+                self._open_features = functools.partial(map_dataset, path, places["features"], mode)
             self._open_features()
-            self._names = _map(path, places["names"], mode)
-            self.status = _map(path, places["status"], mode)
-            self._reason = _map(path, places["reason"], mode)
-            self._crc = _map(path, places["crc"], mode)
-            self._complete = _map(path, places["complete"], mode)
+            self._names = map_dataset(path, places["names"], mode)
+            self.status = map_dataset(path, places["status"], mode)
+            self._reason = map_dataset(path, places["reason"], mode)
+            self._crc = map_dataset(path, places["crc"], mode)
+            self._complete = map_dataset(path, places["complete"], mode)
+            self._row_crc: numpy.memmap | None = None
+            self.stamps: numpy.ndarray = numpy.broadcast_to(numpy.int64(0), (len(self), 2))
+            if "row_crc" in places:
+                self.stamps = map_dataset(path, places["stamps"], mode)
+                self._row_crc = map_dataset(path, places["row_crc"], mode)
+            check_structure(path, layout)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
         except (OSError, LookupError, ValueError, TypeError) as error:
@@ -170,39 +159,6 @@ class FeatureCache:
                 "extract_features.py --force makes it anew"
             ) from error
 
-    def _find_shards(self, features: Dataset) -> Callable[[], ShardedFeatures]:
-        """Find the files behind a virtual dataset; only files beside the cache are opened.
-
-        Raises:
-            UserError: a shard is missing.
-            ValueError: the dataset is not a row of shards.
-        """
-        starts, open_parts = [], []
-        expected = 0
-        for source in features.sources:
-            shard = self.path.parent / source.file
-            beside = shard.name == source.file != ".."
-            if not beside or source.dataset != "features":
-                raise ValueError(f"features in {source.file!r}")
-            if not shard.is_file():
-                raise UserError(
-                    f"{shard}: missing, though {self.path.name} needs it; put it back, or make it "
-                    "again with the command that made it"
-                )
-            part = read_layout(shard).datasets["features"]
-            shape = (source.last + 1 - source.first, FEATURE_SIZE)
-            if source.first != expected or part.offset is None or part.shape != shape:
-                raise ValueError(f"{shard.name} has other rows")
-            if part.dtype != FEATURE_TYPE:
-                raise ValueError(f"{shard.name} has features of another type")
-            expected = source.last + 1
-            self.shards.append(shard)
-            starts.append(source.first)
-            open_parts.append(functools.partial(_map, shard, part, "r"))
-        if features.shape != (expected, FEATURE_SIZE):
-            raise ValueError("features of another shape")
-        return functools.partial(ShardedFeatures, starts, open_parts)
-
     def __len__(self) -> int:
         return len(self._names)
 
@@ -210,8 +166,19 @@ class FeatureCache:
         """Force what was written through the maps to disk."""
         if not self.shards:
             self.own_features.flush()
-        for mapped in (self._names, self._crc, self._reason, self.status, self._complete):
-            mapped.flush()
+        columns = (self._names, self._crc, self._reason, self.status, self._complete)
+        for mapped in (*columns, self.stamps, self._row_crc):
+            if isinstance(mapped, numpy.memmap):
+                mapped.flush()
+
+    def seal(self, rows: numpy.ndarray) -> None:
+        """Write down the checksums of rows that are no longer to change."""
+        assert self._row_crc is not None
+        self._row_crc[rows] = self._row_crcs(rows)
+
+    def _row_crcs(self, rows: numpy.ndarray) -> numpy.ndarray:
+        columns = (self._names, self.status, self._reason, self._crc, self.stamps)
+        return row_crcs([column[rows] for column in columns])
 
     @property
     def features(self) -> numpy.memmap | ShardedFeatures:
@@ -232,7 +199,7 @@ class FeatureCache:
     @property
     def complete(self) -> bool:
         """Whether the file says that no row is pending."""
-        return bool(self._complete[0])
+        return bool(self._complete[0] == 1)
 
     def name(self, row: int | numpy.integer) -> str:
         """Give the picture's path, relative to the data folder, of one row.
@@ -249,7 +216,13 @@ class FeatureCache:
         return name
 
     def names(self, status: int | None = None) -> list[str]:
-        """List all names, or those of rows with one status, in row order."""
+        """List all names, or those of rows with one status, in row order.
+
+        Raises:
+            UserError: a row's name or status is damaged.
+        """
+        for known in self._parts(None):
+            self.refuse_damage(known[~self._fit(known)])
         rows = range(len(self)) if status is None else numpy.flatnonzero(self.status == status)
         return [self.name(row) for row in rows]
 
@@ -270,19 +243,62 @@ class FeatureCache:
         found = numpy.minimum(found, len(self) - 1)
         return numpy.where(self._names[found] == wanted, found, -1)
 
+    def changed(self, rows: numpy.ndarray, stamps: numpy.ndarray) -> numpy.ndarray:
+        """Tell which rows' pictures are others now: those whose known stamps differ.
+
+        Args:
+            rows: int64 (R,).
+            stamps: int64 (R, 2), as the pictures are now.
+
+        Returns:
+            bool (R,).
+        """
+        before = self.stamps[rows]
+        return (before != stamps).any(1) & before.any(1) & stamps.any(1)
+
     def damaged_rows(self, rows: numpy.ndarray | None = None) -> numpy.ndarray:
-        """List those rows, of all the done ones or of ``rows``, whose CRC does not fit."""
-        if rows is None:
-            rows = numpy.flatnonzero(self.status == DONE)
+        """List those rows, of all that are done or failed or of ``rows``, whose checksums do not
+        fit. In a complete cache a pending row is damaged, too.
+        """
         damaged = [
             row
-            for start in range(0, len(rows), CHUNK)
-            for row, values in zip(
-                rows[start : start + CHUNK], self.features[rows[start : start + CHUNK]], strict=True
+            for part in self._parts(rows)
+            for row, fits, done, values in zip(
+                *(part, self._fit(part), self.status[part] == DONE, self.features[part]),
+                strict=True,
             )
-            if zlib.crc32(values.tobytes()) != self._crc[row]
+            # Old caches have no checksum of what is not there.
+            if not fits
+            or ((done or self._row_crc is not None) and zlib.crc32(values) != self._crc[row])
         ]
         return numpy.array(damaged, dtype=numpy.int64)
+
+    def refuse_damage(self, rows: numpy.ndarray) -> None:
+        """Raise a UserError if there are any among ``rows``, which are damaged."""
+        if len(rows):
+            raise UserError(
+                f"{self.path}: {len(rows)} rows are damaged (row {rows[0]}, for one); "
+                "extract_features.py makes them again"
+            )
+
+    def _parts(self, rows: numpy.ndarray | None) -> Iterator[numpy.ndarray]:
+        """Give rows, or all those that should have checksums, some at a time."""
+        for start in range(0, len(self) if rows is None else len(rows), CHUNK):
+            if rows is not None:
+                yield rows[start : start + CHUNK]
+            elif self.complete:
+                yield numpy.arange(start, min(start + CHUNK, len(self)))
+            else:
+                yield start + numpy.flatnonzero(self.status[start : start + CHUNK] != PENDING)
+
+    def _fit(self, rows: numpy.ndarray) -> numpy.ndarray:
+        """Tell which rows are done or failed and, beside their features, undamaged: bool (R,)."""
+        ended = numpy.isin(self.status[rows], (DONE, FAILED))
+        return (
+            ended
+            if self._row_crc is None
+            else ended & (self._row_crc[rows] == self._row_crcs(rows))
+        )
 
     def read(self, rows: numpy.ndarray) -> numpy.ndarray:
         """Copy rows out of the file: float32 (len(rows), 2048)."""
@@ -304,42 +320,9 @@ def images_sha256(names: Sequence[str]) -> str:
     return hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
 
 
-def _check_places(places: Mapping[str, Dataset]) -> None:
-    """Make sure that datasets are there, of the types and shapes that a cache has, and apart.
-
-    Raises:
-        ValueError: one is not.
-    """
-    missing = sorted({"features", *COLUMNS} - places.keys())
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    rows = places["names"].shape
-    expected = {name: (kind, rows) for name, kind in COLUMNS.items()}
-    expected |= {"features": ("f2", (*rows, FEATURE_SIZE)), "complete": ("u1", (1,))}
-    spans = []
-    for name, (kind, shape) in expected.items():
-        place = places[name]
-        fits = place.dtype.kind == "S" if kind == "S" else place.dtype == numpy.dtype(f"<{kind}")
-        if len(rows) != 1 or place.shape != shape or not fits:
-            raise ValueError(f"{name} is of another type or shape")
-        if place.offset is not None:
-            spans.append((place.offset, place.offset + place.size))
-        elif name != "features":
-            raise ValueError(f"{name} is not in the file")
-    spans.sort()
-    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise ValueError("its datasets overlap")
-
-
 def _is_below(name: str) -> bool:
     """Tell whether a name is that of a file below a folder, and leads nowhere else."""
     if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
         return True  # as nearly all are, and there may be millions
     path = PurePath(name)
     return not (path.is_absolute() or path.drive or path.root or ".." in path.parts)
-
-
-def _map(path: Path, dataset: Dataset, mode: MapMode) -> numpy.memmap:
-    """Map a contiguous dataset's bytes as an array."""
-    assert dataset.offset is not None
-    return numpy.memmap(path, dataset.dtype, mode, dataset.offset, dataset.shape)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,25 @@ def read_layout(path: Path) -> Layout:
             return _read(file)
         except (struct.error, IndexError, UnicodeDecodeError) as error:
             raise LayoutError("it is damaged") from error
+
+
+def structure_crc(path: Path, layout: Layout) -> int:
+    """Give the CRC-32 of all that is in a file beside the values of its datasets.
+
+    Raises:
+        LayoutError: that is more than a feature cache has.
+        OSError: it cannot be read.
+    """
+    spans = [
+        (d.offset, d.offset + d.size) for d in layout.datasets.values() if d.offset is not None
+    ]
+    with path.open("rb") as handle:
+        file = _File(handle)
+        crc, place = 0, 0
+        for start, end in [*sorted(spans), (file.size, file.size)]:
+            crc = zlib.crc32(file.piece(place, max(0, start - place)), crc)
+            place = max(place, end)
+    return crc
 
 
 class _File:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from pipeline.images import find_images
 from pipeline.tar_shards import TarShards, is_tar_shards
+
+if TYPE_CHECKING:
+    import numpy
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,26 @@ def open_source(data: str | Path) -> PictureSource:
         UserError: shards are missing or damaged.
     """
     return TarShards(str(data)) if is_tar_shards(data) else PictureFolder(Path(data))
+
+
+def stamps_of(source: PictureSource, names: Sequence[str]) -> numpy.ndarray:
+    """Give what tells that pictures are still the same: their sizes in bytes and times in ns.
+
+    Those in shards have the times in the tar file, which a copy of it has, too. Of a picture that
+    is not to be had both are 0.
+
+    Returns:
+        int64 (len(names), 2).
+    """
+    import numpy
+
+    stamps = numpy.zeros((len(names), 2), dtype=numpy.int64)
+    for row, name in enumerate(names):
+        picture = source.picture(name)
+        if isinstance(picture, Path):
+            with contextlib.suppress(OSError):
+                information = picture.stat()
+                stamps[row] = information.st_size, information.st_mtime_ns
+        else:
+            stamps[row] = picture.size, picture.time
+    return stamps

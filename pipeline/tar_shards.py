@@ -52,12 +52,14 @@ class TarMember:
         shard: path or URL of the tar file.
         member: its name there.
         offset, size: where its bytes lie, and how many there are.
+        time: when it was made, by the tar file, in ns; 0: not known.
     """
 
     shard: str
     member: str
     offset: int
     size: int
+    time: int = 0
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"
@@ -90,7 +92,7 @@ class ShardIndex:
 
     Attributes:
         members: its pictures, in the order of their bytes.
-        places: int64 (len(members), 2): offset and size of each.
+        places: int64 (len(members), 3): offset, size and time of each.
     """
 
     members: list[str]
@@ -280,7 +282,7 @@ def _list(shard: str, texts: dict[str, list[str]] | None = None) -> ShardIndex:
     """
     import numpy
 
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, tuple[int, int, int]] = {}
     try:
         with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
@@ -292,7 +294,9 @@ def _list(shard: str, texts: dict[str, list[str]] | None = None) -> ShardIndex:
                 if hidden or not member.isreg() or member.sparse:
                     continue
                 if suffix in IMAGE_EXTENSIONS:
-                    found[name] = (member.offset_data, member.size)
+                    # A header may claim any time.
+                    time_ns = round(member.mtime * 1e9) if 0 < member.mtime < 1 << 33 else 0
+                    found[name] = (member.offset_data, member.size, time_ns)
                 elif texts is not None and suffix == ".txt" and member.size <= LARGEST_TEXT:
                     file.seek(member.offset_data)
                     text = file.read(member.size).decode("utf-8-sig", "replace")
@@ -313,7 +317,7 @@ def _list(shard: str, texts: dict[str, list[str]] | None = None) -> ShardIndex:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{shard}: cannot be read ({' '.join(reason.split())})") from error
     members = sorted(found, key=os.fsencode)
-    places = numpy.array([found[m] for m in members], dtype=numpy.int64).reshape(-1, 2)
+    places = numpy.array([found[m] for m in members], dtype=numpy.int64).reshape(-1, 3)
     return ShardIndex(members, places)
 
 

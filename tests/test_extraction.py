@@ -99,13 +99,15 @@ def test_broken_pictures_are_recorded(pictures: Path, tmp_path: Path) -> None:
     }
     assert (result.encoded, result.kept) == (8, 0)
     assert result.cache.complete
-    draw(pictures / "1.png", 1)
     encoder = StubEncoder()
     assert run(pictures, tmp_path / "x.h5", encoder).kept == 10  # left as it is
     assert encoder.batches == []
-    result = run(pictures, tmp_path / "x.h5", encoder, retry_failed=True)
+    draw(pictures / "1.png", 1)  # another picture now
+    result = run(pictures, tmp_path / "x.h5", encoder)
     assert list(result.cache.failures()) == ["5.png"]
-    assert encoder.batches == [4, 3]  # the batches of 1.png and 5.png
+    assert encoder.batches == [4]
+    run(pictures, tmp_path / "x.h5", encoder, retry_failed=True)
+    assert encoder.batches == [4, 3]
 
 
 def test_a_batch_wholly_broken(pictures: Path, tmp_path: Path) -> None:
@@ -128,7 +130,6 @@ def test_all_pictures_broken(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_stop_at_a_broken_picture(pictures: Path, tmp_path: Path) -> None:
-    undisturbed = run(pictures, tmp_path / "undisturbed.h5", StubEncoder()).cache.path
     spoil(pictures / "5.png")
     with pytest.raises(InputError, match=r"5\.png: empty file \(--on-error skip") as caught:
         run(pictures, tmp_path / "x.h5", StubEncoder(), on_error="fail")
@@ -143,6 +144,7 @@ def test_stop_at_a_broken_picture(pictures: Path, tmp_path: Path) -> None:
     encoder = StubEncoder()
     run(pictures, tmp_path / "x.h5", encoder, on_error="fail")
     assert encoder.batches == [4, 2]
+    undisturbed = run(pictures, tmp_path / "undisturbed.h5", StubEncoder()).cache.path
     assert sha256(tmp_path / "x.h5") == sha256(undisturbed)
 
 
@@ -564,14 +566,15 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path) -> None:
     assert "failed: sub/bad.png: empty file" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("1 could not be read; --retry-failed")
 
-    draw(data / "sub" / "bad.png", 1)
     again = invoke(*options)
     assert again.exit_code == 1
     assert "(0 encoded now" in again.stderr
-    retried = invoke(*options, "--retry-failed")
-    assert retried.exit_code == 0
-    assert "complete, 2 pictures" in retried.stderr
-    assert "failed" not in retried.stderr
+    draw(data / "sub" / "bad.png", 1)
+    mended = invoke(*options)
+    assert mended.exit_code == 0
+    assert "pictures that have changed, to be encoded again: 1\n" in mended.stderr
+    assert "complete, 2 pictures (" in mended.stderr
+    assert "failed" not in mended.stderr
 
     draw(data / "more.png", 2)
     message = refusal(*options, "--precision", "bf16")
@@ -590,6 +593,43 @@ def test_broken_pictures_are_named_at_the_end(tmp_path: Path) -> None:
     assert stopped.exit_code == 1
     assert "good.png: empty file (--on-error skip" in stopped.stderr
     assert FeatureCache(output).complete  # the old one is still there
+
+
+def test_a_picture_that_changed_is_encoded_again(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(pictures, tmp_path / "x.h5", StubEncoder(), batch_size=1).cache
+    before = first.read(numpy.arange(10))
+    draw(pictures / "3.png", 30)
+    information = (pictures / "7.png").stat()
+    draw(pictures / "7.png", 70, size=(80, 60))
+    os.utime(pictures / "7.png", ns=(0, information.st_mtime_ns))  # its size tells
+    (pictures / "8.png").rename(pictures / "8b.png")
+    encoder = StubEncoder()
+    after = run(pictures, tmp_path / "x.h5", encoder, batch_size=1).cache
+    assert sum(encoder.batches) == 3
+    said = capsys.readouterr().err
+    assert "dropped: 1\n" in said and "to be encoded again: 2\n" in said
+    alike = (after.read(numpy.arange(10)) == before).all(1)
+    assert alike.tolist() == [number not in (3, 7) for number in range(10)]
+    alone = run(pictures, tmp_path / "alone.h5", StubEncoder(), batch_size=1).cache
+    assert sha256(after.path) == sha256(alone.path)
+    assert run(pictures, tmp_path / "x.h5", encoder, batch_size=1).kept == 10
+
+
+def test_a_picture_that_changed_while_an_extraction_was_stopped(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.feature_writer.COMMIT_INTERVAL", -1.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(pictures, tmp_path / "x.h5", StubEncoder(stop_after=4), batch_size=1)
+    for number in (0, 3, 9):  # two that were done, and one that was not
+        draw(pictures / f"{number}.png", 90 + number)
+    encoder = StubEncoder()
+    result = run(pictures, tmp_path / "x.h5", encoder, batch_size=1)
+    assert (result.kept, sum(encoder.batches)) == (2, 8)
+    run(pictures, tmp_path / "alone.h5", StubEncoder(), batch_size=1)
+    assert sha256(tmp_path / "x.h5") == sha256(tmp_path / "alone.h5")
 
 
 def test_pictures_that_are_gone_are_counted_aloud(

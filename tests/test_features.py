@@ -106,6 +106,9 @@ def test_layout_is_what_the_module_says(tmp_path: Path) -> None:
             "status": ((4,), "|u1"),
             "reason": ((4,), f"|S{REASON_BYTES}"),
             "crc": ((4,), "<u4"),
+            "stamps": ((4, 2), "<i8"),
+            "row_crc": ((4,), "<u4"),
+            "layout_crc": ((1,), "<u4"),
             "complete": ((1,), "|u1"),
         }
         for values in file.values():

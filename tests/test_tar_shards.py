@@ -118,6 +118,31 @@ def test_extraction_goes_on_and_takes_further_shards(
     assert len(cache) == 10
 
 
+def test_a_picture_that_changed_in_its_shard_is_encoded_again(
+    shards: str, pictures: Path, tmp_path: Path
+) -> None:
+    """A shard that was copied, whose file is of now, has the same pictures still."""
+    stub_extract(shards, tmp_path / "a.h5", encoder=StubEncoder())
+    encoder = StubEncoder()
+
+    def write_shard(**fields: Any) -> int:
+        with tarfile.open(tmp_path / "shards" / "0000.tar", "w") as archive:
+            for number in (0, 3, 6, 9):
+                content = (pictures / f"{number}.png").read_bytes()
+                add(archive, f"{number}.png", content, **(fields if number == 3 else {}))
+        encoder.batches.clear()
+        stub_extract(shards, tmp_path / "a.h5", encoder=encoder)
+        return sum(encoder.batches)
+
+    assert write_shard() == 0
+    assert write_shard(mtime=1_700_000_000.25) == 4  # its batch
+    assert write_shard(mtime=1_700_000_000.25) == 0
+    draw(pictures / "3.png", 77, size=(70, 50))
+    assert write_shard(mtime=1_700_000_000.25) == 4
+    assert write_shard(mtime=-1) == 4
+    assert write_shard(mtime=1 << 40) == 0  # a time of no use, as the one before
+
+
 def test_captions_are_read_from_texts(shards: str, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shards" / "0000.tar", "a") as archive:
         add(archive, "alone.txt", b"no picture")
