@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import baselines
+import gpu
 import numpy
 import pytest
 import run as benchmark
 import torch
+from click.testing import CliRunner
 from conftest import draw
 from growth import grow_captioning, grow_extraction
 from material import made_up_features, write_cache
 from measure import Comparison, Ratio, interleave
+from small_data import make_small_data
 
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.encoder import load_encoder
@@ -148,3 +152,14 @@ def test_made_up_features_tell_captions_apart(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "x.h5", features, rows=8)
     assert len(cache) == 8
     assert numpy.allclose(cache.own_features[7], features[1], atol=0.01)
+
+
+def test_the_gpu_benchmark_has_every_row(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    draw(tmp_path / "pictures" / "a.png")
+    words = f"--device cpu --batch 1 --seconds 0 --pictures {tmp_path / 'pictures'}"
+    options = [*words.split(), "--data", str(data), "--features", str(features)]
+    result = CliRunner().invoke(gpu.main, options)
+    assert result.exit_code == 0, result.output
+    rows = re.findall(r"^\| (.+) \| [\d,]+ (?:picture|caption)/s \|$", result.stdout, re.MULTILINE)
+    assert len(rows) == 2 + len(gpu.THREADS) + 4

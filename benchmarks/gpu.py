@@ -1,0 +1,132 @@
+"""How fast a GPU is at each step, and what limits it: the GPU figures of docs/scale.md.
+
+    python benchmarks/gpu.py --pictures photos
+    python benchmarks/gpu.py --data data/flickr8k --features data/features/flickr8k.h5
+
+Measures the encoder alone, at several precisions and batch sizes, on pictures that lie on the GPU
+and on pictures that lie in memory; the decoding of --pictures by several numbers of threads; and,
+with --data and --features, epochs of train_decoder.py in both precisions. Prints a table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import torch
+from compare_training import default_options
+from measure import say
+
+from pipeline.decoder_training import DecoderOptions, prepare_stage
+from pipeline.devices import choose_device
+from pipeline.encoder import load_encoder
+from pipeline.images import IMAGE_SIZE, find_images, prefetch, read_square
+from pipeline.training import make_optimizer, train_epoch
+from pipeline.weight_average import WeightAverage
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+THREADS = (1, 8, 16)
+EPOCHS = 3
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--pictures", type=click.Path(path_type=Path), help="To decode; none: not measured.")
+@click.option("--data", help="Captions to train on; none: not measured.")
+@click.option("--features", help="Their feature cache.")
+@click.option("--batch", type=click.IntRange(min=1), multiple=True, default=(64, 256))
+@click.option("--seconds", type=click.FloatRange(min=0), default=1.5, help="Of each measurement.")
+@click.option("--device", default="cuda")
+def main(
+    pictures: Path | None,
+    data: str | None,
+    features: str | None,
+    batch: tuple[int, ...],
+    seconds: float,
+    device: str,
+) -> None:
+    """Measure, and print a table."""
+    chosen = choose_device(device)
+    rows = [*network_rates(chosen, batch, seconds)]
+    if pictures is not None:
+        rows += decoding_rates(pictures)
+    if data is not None and features is not None:
+        rows += training_rates(chosen, data, features)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
+    click.echo(f"{name}, torch {torch.__version__}\n\n| what | rate |\n|---|---:|")
+    for what, rate, unit in rows:
+        click.echo(f"| {what} | {rate:,.0f} {unit}/s |")
+
+
+def network_rates(
+    device: torch.device, batches: tuple[int, ...], seconds: float
+) -> Iterator[tuple[str, float, str]]:
+    """Encode random pixels, on the device and from memory."""
+    for precision in PRECISIONS if device.type == "cuda" else ("fp32",):
+        encoder = load_encoder("random", precision).to(device).for_inference()
+        for size in batches:
+            shape = (size, IMAGE_SIZE, IMAGE_SIZE, 3)
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            squares = [*pixels.cpu().numpy()]
+            with torch.inference_mode():
+                alone = rate(lambda: encoder(pixels), device, seconds)  # noqa: B023
+            whole = rate(lambda: encoder.encode(squares), device, seconds)  # noqa: B023
+            yield f"InceptionV3, {precision}, batches of {size}", size * alone, "picture"
+            yield f"the same, with the way to the GPU and back, {size}", size * whole, "picture"
+
+
+def rate(function: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Count calls a second, after two that do not count."""
+    calls = 0
+    for warm in (True, False):
+        began = time.perf_counter()
+        calls = 0
+        while calls < 2 or (not warm and time.perf_counter() - began < seconds):
+            function()
+            calls += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return calls / (time.perf_counter() - began)
+
+
+def decoding_rates(folder: Path) -> Iterator[tuple[str, float, str]]:
+    """Decode pictures and bring them to squares, by several numbers of threads."""
+    names = find_images(folder)
+    for threads in THREADS:
+        files = [folder / name for name in itertools.islice(itertools.cycle(names), 200 * threads)]
+        began = time.perf_counter()
+        for _ in prefetch(read_square, files, threads, threads):
+            pass
+        yield f"decoding, {threads} threads", len(files) / (time.perf_counter() - began), "picture"
+
+
+def training_rates(
+    device: torch.device, data: str, features: str
+) -> Iterator[tuple[str, float, str]]:
+    """Train some epochs with the defaults; the quickest counts, as the first is of warming up."""
+    defaults = vars(default_options()) | {"data": data, "features": features}
+    sizes = sorted({defaults["batch_size"], 4 * defaults["batch_size"]})
+    for size, precision in itertools.product(sizes, ("fp32", "bf16")):
+        options = DecoderOptions(**(defaults | {"batch_size": size, "precision": precision}))
+        with tempfile.TemporaryDirectory() as run:
+            stage, _ = prepare_stage(options, Path(run), device, 2e9, force=True)
+        optimizer, config = make_optimizer(stage), stage.config()
+        average = WeightAverage([*stage.decoder.parameters()], config.average)
+        seconds = []
+        for _ in range(EPOCHS):
+            began = time.perf_counter()
+            train_epoch(stage, optimizer, config, 1, average)
+            seconds.append(time.perf_counter() - began)
+        say(f"  {precision}, batches of {size}: {min(seconds):.2f} s an epoch")
+        yield (
+            f"train_decoder.py, {precision}, batches of {size}",
+            len(stage.captions) / min(seconds),
+            "caption",
+        )
+
+
+if __name__ == "__main__":
+    main()
