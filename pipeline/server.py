@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).with_name("templates")
 # Requests that may wait for the one that is captioned.
-MAX_WAITING = 32
+MAX_WAITING = 256
+# Of these, whose pictures are taken in; those of the others stay where they are.
+MAX_ARRIVED = 32
 # Names of this machine. Another name that leads here is a stranger's, who would read the answers.
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
 HEADERS = {
@@ -90,12 +92,14 @@ class Line:
 
     def __init__(self) -> None:
         self.length = 0
+        # One who is refused asks again later and finds others there: waiting in order is fair.
+        self._arrived = asyncio.Semaphore(MAX_ARRIVED)
         self._turn = asyncio.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="caption")
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """Have a place in the line.
+    @contextlib.asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Have a place in the line; goes on when the request's pictures may come in.
 
         Raises:
             RefusedError: 503, it is too long.
@@ -104,7 +108,8 @@ class Line:
             raise RefusedError(503, f"{MAX_WAITING} requests are waiting already; try again soon")
         self.length += 1
         try:
-            yield
+            async with self._arrived:
+                yield
         finally:
             self.length -= 1
 
@@ -172,17 +177,20 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
     line = Line()
 
     async def caption(request: Request) -> Response:
-        with line.place(), tempfile.TemporaryDirectory(prefix="captioner-") as folder:
-            content_type = request.headers.get("content-type", "")
-            form = await read_form(content_type, request.stream(), Path(folder))
-            wishes = Wishes.parse(form.fields)
-            if not form.uploads:
-                raise RefusedError(400, "image: no picture; with curl, write -F image=@photo.jpg")
-            predictions = await line.run(
-                request, lambda: caption_uploads(captioner, form.uploads, wishes)
-            )
-            images = map(as_answer, form.uploads, predictions)
-            return JSONResponse({"model": model_name, "images": list(images)})
+        async with line.place():
+            with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
+                content_type = request.headers.get("content-type", "")
+                form = await read_form(content_type, request.stream(), Path(folder))
+                wishes = Wishes.parse(form.fields)
+                if not form.uploads:
+                    raise RefusedError(
+                        400, "image: no picture; with curl, write -F image=@photo.jpg"
+                    )
+                predictions = await line.run(
+                    request, lambda: caption_uploads(captioner, form.uploads, wishes)
+                )
+                images = map(as_answer, form.uploads, predictions)
+                return JSONResponse({"model": model_name, "images": list(images)})
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": model_name, "requests": line.length})

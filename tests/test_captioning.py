@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import caption as command
 from pipeline import Captioner
 from pipeline.captioner import Caption, Prediction, Word
 from pipeline.errors import UserError
+from pipeline.gallery import write_gallery
 from pipeline.journal import Journal, journal_path
 from pipeline.output import WRITERS, read_predictions
 from pipeline.progress import PlainLines
@@ -337,6 +339,29 @@ def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, alb
         for found in item["captions"]:
             assert [word for word, _ in found["words"]] == found["text"].split()
     assert not journal_path(page).exists()
+
+
+def test_captions_do_not_gather_in_memory_for_a_page(
+    drawn_run: DrawnRun, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Prediction]] = []
+    kept: list[int] = []
+    stream = Captioner.stream
+
+    def watched(self: Captioner, *arguments: Any, **options: Any) -> Iterator[Prediction]:
+        for prediction in stream(self, *arguments, **options):
+            made.append(weakref.ref(prediction))
+            yield prediction
+
+    def counted(*arguments: Any) -> None:
+        kept.append(sum(reference() is not None for reference in made))
+        write_gallery(*arguments)
+
+    monkeypatch.setattr(Captioner, "stream", watched)
+    monkeypatch.setattr("pipeline.captioning.write_gallery", counted)
+    assert caption(drawn_run, album, "--html", album.parent / "page.html").exit_code == 0
+    assert len(made) == 6
+    assert kept[0] <= 1, "but for the last, which is still in hand"
 
 
 # Which pictures

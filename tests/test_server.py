@@ -428,6 +428,41 @@ def test_one_is_captioned_at_a_time_and_the_line_is_bounded(
     assert order == [f"{number}.png" for number in (0, 1, 2, 3, 4, 7)]
 
 
+def test_many_clients_are_served_in_turn_and_few_pictures_are_taken_in(
+    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, temporary: Path
+) -> None:
+    """Each of forty asks again as soon as it is answered, which leaves no gap for a latecomer."""
+    go, order, arrived = threading.Event(), [], []
+
+    def caption(_: Captioner, pictures: list[uploads.Upload], __: object) -> list[Prediction]:
+        go.wait(20)
+        arrived.append(len(list(temporary.iterdir())))
+        order.append(pictures[0].name)
+        return [Prediction("", [Caption("a dog", -1.0)])]
+
+    monkeypatch.setattr(server, "caption_uploads", caption)
+
+    async def ask() -> list[int]:
+        transport = httpx.ASGITransport(app=server.make_app(captioner, "drawn"))
+        async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
+
+            async def post_twice(number: int) -> list[int]:
+                picture = {"image": (f"{number}.png", small_picture())}
+                answers = [await client.post("/caption", files=picture) for _ in range(2)]
+                return [answer.status_code for answer in answers]
+
+            tasks = [asyncio.create_task(post_twice(number)) for number in range(40)]
+            while (await client.get("/health")).json()["requests"] < 40:
+                assert not any(task.done() for task in tasks), "one is refused"
+                await asyncio.sleep(0.01)
+            go.set()
+            return [status for both in await asyncio.gather(*tasks) for status in both]
+
+    assert asyncio.run(ask()) == [200] * 80
+    assert len(set(order[:40])) == len(set(order[40:])) == 40
+    assert 0 < max(arrived) <= server.MAX_ARRIVED
+
+
 def test_who_has_left_is_not_captioned(
     captioner: Captioner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
