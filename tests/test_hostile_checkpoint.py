@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import reduce
 from operator import getitem
 from pathlib import Path
@@ -18,16 +19,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_checkpoint import PICKLE, STORAGES, saved_members, small_content, use, write_members
 from torch import Tensor
 
+from pipeline.captioner import Captioner
 from pipeline.checkpoint import load_checkpoint
-from pipeline.encoder import load_encoder
+from pipeline.checkpoint_checks import check_training
+from pipeline.encoder import Encoder, load_encoder
+from pipeline.encoding import encode_files
 from pipeline.errors import UserError
 from pipeline.torch_files import read_torch_file
+from pipeline.training import Progress
 
 CONTENT = small_content()
 MEMBERS = saved_members(CONTENT)
@@ -412,3 +417,99 @@ def test_memory_bombs_do_not_go_off(tmp_path: Path) -> None:
         timeout=600,
     )
     assert "did not go off" in done.stdout, done.stderr[-2000:]
+
+
+# The encoder's weights
+
+
+@pytest.fixture(scope="module")
+def trunk() -> dict[str, Tensor]:
+    return Encoder().trunk.state_dict()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t * torch.nan, "holds infinite or very large numbers"),
+        (lambda t: t.clone().fill_(1e30), "holds infinite or very large numbers"),
+        (lambda t: t.to(torch.int8), "is of the type torch.int8"),
+        (lambda t: t.to(torch.complex64), "of the encoder has not the shape|safely|can read"),
+        (lambda t: t[:-1], r"has not the shape \(32, 3, 3, 3\)"),
+        (lambda t: t.new_ones(()).expand(t.shape), "safely"),
+        (lambda t: "text", "holds no InceptionV3 weights|has not the shape"),
+    ],
+)
+def test_other_weights_of_an_encoder_are_refused(
+    tmp_path: Path, trunk: dict[str, Tensor], change: Callable[[Tensor], Any], words: str
+) -> None:
+    name = "Conv2d_1a_3x3.conv.weight"
+    weights = {**trunk, name: change(trunk[name])}
+    for content, load in (
+        (weights, lambda path: load_encoder(str(path))),
+        ({"state_dict": weights}, lambda path: load_encoder(str(path))),
+        ({**CONTENT, "encoder_weights": weights}, load_checkpoint),
+    ):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(UserError, match=words) as caught:
+            load(tmp_path / "x.pt")
+        assert str(tmp_path / "x.pt") in caught.value.message
+        assert len(caught.value.message.splitlines()) == 1
+
+
+def test_names_of_weights_stay_on_one_line(tmp_path: Path, trunk: dict[str, Tensor]) -> None:
+    torch.save({**trunk, "a\nb" * 1000: torch.zeros(1)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="is unknown") as caught:
+        load_encoder(str(tmp_path / "x.pt"))
+    assert len(caught.value.message.splitlines()) == 1 and len(caught.value.message) < 400
+
+
+def test_weights_that_give_no_features_are_named(tmp_path: Path, trunk: dict[str, Tensor]) -> None:
+    """Each number is allowed; what they give together is not a number."""
+    path = tmp_path / "x.pt"
+    torch.save({n: t * 0 - 1 if "running_var" in n else t for n, t in trunk.items()}, path)
+    encoder = load_encoder(str(path)).for_inference()
+    batches = [[(0, draw(tmp_path / "0.png"))]]
+    with pytest.raises(UserError, match=r"x\.pt\) gives numbers that are no features"):
+        list(encode_files(encoder, batches, 1))
+
+
+def test_a_decoder_of_other_features_is_refused(tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="reads 5 numbers a picture, the encoder gives 2,048"):
+        Captioner.load(tmp_path / "x.pt", device="cpu")
+
+
+# What a run goes on from
+
+
+def resumable() -> tuple[dict[str, Any], torch.optim.Optimizer, list[Tensor]]:
+    layer = torch.nn.Linear(3, 2)
+    groups = [{"params": [*layer.parameters()], "lr": 0.1, "initial_lr": 0.1}]
+    optimizer = torch.optim.AdamW(groups)
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    averaged = [parameter.detach().clone() for parameter in layer.parameters()]
+    training = {
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(Progress(3, 2, 40.5, 2.5)),
+        "weights": averaged,
+        "steps": 7,
+    }
+    return training, torch.optim.AdamW(groups), averaged
+
+
+def test_what_a_run_goes_on_from_is_checked() -> None:
+    training, optimizer, averaged = resumable()
+    check_training(training, asdict(Progress()), optimizer, averaged)
+    check_training(
+        {**training, "progress": asdict(Progress(3, 2, 40, 2))},
+        *(asdict(Progress()), optimizer, averaged),
+    )
+    places_of = [place for place in places(training) if place and place[-1] != "best_epoch"]
+    needed = ("state", "lr", "initial_lr", "betas", "params", "progress", "weights", "steps")
+    for place in places_of:
+        if any(part in needed for part in place):
+            for bad in ("text", [torch.zeros(9)], {"a": 1}, torch.full((2, 3), torch.nan)):
+                spoiled = changed(copy.deepcopy(training), place, always(bad))
+                with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
+                    check_training(spoiled, asdict(Progress()), optimizer, averaged)
