@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.features import EncoderIdentity
 from pipeline.matching import Matcher, MatcherConfig
+from pipeline.vocabulary import SPECIALS
 from pipeline.weight_checks import (
     FLOATS,
     check_names,
@@ -66,6 +67,8 @@ def check_vocabulary(words: Any, config: DecoderConfig) -> None:
         raise ValueError("the vocabulary is no list of words")
     if len(words) != config.vocabulary_size:
         raise ValueError("vocabulary and decoder differ in size")
+    if len(words) <= len(SPECIALS):
+        raise ValueError("the vocabulary holds no word")
     found = UNPRINTABLE.search("".join(words))
     if found:
         raise ValueError(f"a word holds {found[0]!r}")
@@ -190,7 +193,7 @@ def check_training(
         if not isinstance(group, dict) or not {"params", "lr", "initial_lr"} <= group.keys():
             raise ValueError("an optimizer's group lacks its learning rate")
         _check_like(group, like, "of an optimizer's group")
-        if group["params"] != like["params"]:
+        if not all(type(n) is int for n in group["params"]) or group["params"] != like["params"]:
             raise ValueError("the optimizer has other parameters")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
@@ -207,8 +210,11 @@ def _check_like(given: Mapping[str, Any], wanted: Mapping[str, Any], what: str) 
     for name in given.keys() & wanted.keys():
         value, like = given[name], wanted[name]
         numbers = type(value) in (int, float) and type(like) in (int, float)
-        pair = isinstance(value, tuple) and isinstance(like, tuple) and len(value) == len(like)
-        if not (numbers or pair or (type(value) is type(like) and not isinstance(like, tuple))):
+        if isinstance(value, tuple) and isinstance(like, tuple):
+            same = len(value) == len(like) and all(type(v) in (int, float) for v in value)
+        else:
+            same = type(value) is type(like)
+        if not (numbers or same):
             raise ValueError(f"{name} {what} is {short(value)}")
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-# 1e8 times 1e8, summed over a few thousand numbers, three times over: below float32's 3e38.
-LARGEST_WEIGHT = 1e8
+# Features (up to 65504) times their scale, times two matrices, are below float32's 3e38 with such
+# numbers. A scale is up to 1e7: where all features are the same.
+LARGEST_WEIGHT = 2e7
 
 
 def check_state(given: Any, shapes: Mapping[str, torch.Size], what: str) -> None:
