@@ -14,6 +14,7 @@ from pipeline.distributed import ALONE, Job
 from pipeline.encoder import Encoder
 from pipeline.features import FEATURE_SIZE
 from pipeline.images import ImageError, Picture, prefetch, read_square
+from pipeline.picture_sources import stop_if_lost
 
 
 @dataclass
@@ -104,6 +105,8 @@ def encode_together(
     for batch in encode_all(encoder, pictures, workers, job):
         features[batch.keys] = torch.from_numpy(batch.features).to(dtype)
         encoded += batch.keys
+        for key in batch.failures:
+            stop_if_lost(pictures[key])
         failures |= batch.failures
         watch(len(batch.keys) + len(batch.failures))
     for keys, rows, reasons in job.collect((encoded, features[encoded], failures)):

@@ -13,7 +13,7 @@ import h5py
 import numpy
 
 from pipeline.errors import UserError
-from pipeline.feature_columns import seal_structure
+from pipeline.feature_columns import FEATURE_SIZE, seal_structure
 from pipeline.features import (
     REASON_BYTES,
     SCHEMA_VERSION,
@@ -22,6 +22,10 @@ from pipeline.features import (
     images_sha256,
 )
 from pipeline.files import temporary_path
+
+# Bytes of a row beside its name and reason, and more than a file has beside its rows.
+ROW_BYTES = 2 * FEATURE_SIZE + sum((1, 4, 16, 4))
+MOST_STRUCTURE = 1 << 14
 
 
 @contextlib.contextmanager
@@ -53,6 +57,8 @@ def lay_out(
     count, longest = len(names), max(map(len, encoded), default=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Before HDF5 begins, whose errors of a full disk are long, and leave the file open.
+        _reserve(temporary, "wb", MOST_STRUCTURE + count * (longest + REASON_BYTES + ROW_BYTES))
         with h5py.File(temporary, "w") as file:
             for field, value in {**asdict(identity), "data": data}.items():
                 file.attrs[field] = value.encode("utf-8", "replace").decode()
@@ -67,15 +73,16 @@ def lay_out(
             allocate(file, "layout_crc", (1,), numpy.dtype("<u4"))
             allocate(file, "complete", (1,), numpy.dtype("u1"))
             make_features(file)
-        _reserve(temporary)
+        _reserve(temporary, "r+b", temporary.stat().st_size)
         seal_structure(temporary)
         cache = FeatureCache(temporary, writable=True)
         cache._names[:] = encoded
         cache.stamps[:] = stamps
         yield cache
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # h5py has both, of several lines
         _discard(temporary)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        reason = getattr(error, "strerror", None) or str(error).split("(")[0].strip()
+        raise UserError(f"{path}: cannot be written ({reason})") from error
     except BaseException:
         _discard(temporary)
         raise
@@ -103,13 +110,12 @@ def allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: numpy.dt
     )
 
 
-def _reserve(path: Path) -> None:
-    """Take the file's disk space now, so that a full disk shows before the work, not amid it.
+def _reserve(path: Path, mode: str, size: int) -> None:
+    """Take a file's disk space now, so that a full disk shows before the work, not amid it.
 
     Writing to a mapped page that has no block on a full disk would kill the process.
     """
-    with path.open("r+b") as handle:
-        size = handle.seek(0, os.SEEK_END)
+    with path.open(mode) as handle:
         try:
             os.posix_fallocate(handle.fileno(), 0, max(size, 1))
         except AttributeError:
