@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tarfile
@@ -124,11 +125,9 @@ def test_a_read_only_folder(pictures: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_becomes_read_only(pictures: Path, whole: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    closing = read_only(folder)
-    try:
-        message = refusal(pictures, folder / "x.h5", DisturbedEncoder(closing.__enter__))
-    finally:
-        closing.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        closing = DisturbedEncoder(lambda: stack.enter_context(read_only(folder)))
+        message = refusal(pictures, folder / "x.h5", closing)
     assert message.startswith(f"{folder / 'x.h5'}")
     assert message.endswith(("cannot be written (Permission denied)", "opened (Permission denied)"))
     result = run(pictures, folder / "x.h5")

@@ -18,6 +18,7 @@ import pytest
 if os.name == "nt":
     pytest.skip("Windows has no fork", allow_module_level=True)
 
+from faults import values_of
 from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
 
 from pipeline import decoder_training, encoding, feature_writer, joint_stage
@@ -67,7 +68,7 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = str(path.relative_to(folder))
-            found[name] = None if path.suffix == ".html" else path.read_bytes()
+            found[name] = None if path.suffix == ".html" else values_of(path)
             if path.name == "log.jsonl":
                 lines = [json.loads(line) for line in found[name].splitlines()]
                 found[name] = [{k: v for k, v in x.items() if k not in TIMES} for x in lines]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from faults import files_at_most, read_only
+from faults import files_at_most, read_only, values_of
 from small_data import make_small_data
 from test_training import ScriptedStage, arguments, assert_same_weights, config, weights
 from torch import Tensor
@@ -29,13 +30,24 @@ EPOCHS = ("--epochs", "3")
 RESULTS = ("best.pt", "last.pt", "predictions.json", "samples.jsonl", "config.json", "curves.svg")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models so small more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_small_data(tmp_path_factory.mktemp("data"), images=20)
+    folder = tmp_path_factory.mktemp("data")
+    folder.chmod(0o755)  # for ``read_only``
+    return make_small_data(folder, images=20)
 
 
 @pytest.fixture(scope="module")
-def whole(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an undisturbed training makes; it also imports all that there is to be imported."""
     run = tmp_path_factory.mktemp("whole") / "run"
     assert invoke(data, run).exit_code == 0
@@ -55,8 +67,8 @@ def refusal(data: tuple[Path, Path], run: Path) -> str:
     return lines[-1]
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    return {name: (run / name).read_bytes() for name in RESULTS}
+def contents(run: Path) -> dict[str, Any]:
+    return {name: values_of(run / name) for name in RESULTS}
 
 
 def before_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, fault: Callable[[], object]) -> None:
@@ -74,13 +86,12 @@ def before_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, fault: Callable[[]
 # Disks that are full
 
 
-@pytest.mark.parametrize("size", [0, 100, 3000, 50_000, 150_000])
+@pytest.mark.parametrize("size", [0, 3000, 100_000])
 def test_a_full_disk_is_one_line_and_the_run_goes_on_with_space(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path, size: int
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path, size: int
 ) -> None:
     """Whichever file is the first to be too large: the settings, a page, a checkpoint."""
     run = tmp_path / "run"
-    assert max(map(len, whole.values())) > size
     with files_at_most(size):
         assert ": cannot be written (" in refusal(data, run)
     for path in run.rglob("*"):
@@ -91,11 +102,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_space(
 
 
 def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with pytest.MonkeyPatch.context() as patch, files_at_most(1 << 30):
-        before_epoch(patch, 3, files_at_most(1000).__enter__)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        before_epoch(patch, 3, lambda: stack.enter_context(files_at_most(1000)))
         assert ": cannot be written (" in refusal(data, run)
     assert load_checkpoint(run / "last.pt").epoch == 2
     result = invoke(data, run)
@@ -106,21 +117,15 @@ def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
 # Folders that cannot be written, or go away
 
 
-def test_a_read_only_folder(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_read_only_folder(data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     with read_only(run):
         assert "config.json: cannot be written (Permission denied)" in refusal(data, run)
     assert list(run.iterdir()) == []
-    with pytest.MonkeyPatch.context() as patch:
-        folder = read_only(run)
-        before_epoch(patch, 2, folder.__enter__)
-        try:
-            assert ": cannot be written (Permission denied)" in refusal(data, run)
-        finally:
-            folder.__exit__(None, None, None)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        before_epoch(patch, 2, lambda: stack.enter_context(read_only(run)))
+        assert ": cannot be written (Permission denied)" in refusal(data, run)
     assert load_checkpoint(run / "last.pt").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
@@ -132,7 +137,7 @@ def test_a_read_only_folder(
 
 
 def test_a_run_folder_that_is_deleted(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +149,7 @@ def test_a_run_folder_that_is_deleted(
 
 
 def test_features_that_go_away_and_are_not_in_memory(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
 ) -> None:
     run, away = tmp_path / "run", tmp_path / "away.h5"
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +169,7 @@ def test_features_that_go_away_and_are_not_in_memory(
 
 
 def test_a_loader_that_dies_leaves_the_last_epoch(
-    data: tuple[Path, Path], whole: dict[str, bytes], tmp_path: Path
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
 
@@ -196,8 +201,8 @@ class Spoilt(ScriptedStage):
         loss, tokens = super().loss(batch)
         if self.epoch == 2 and next(self.number) == 1:  # the last batch
             if self.where == "gradient":
-                weight = self.decoder.projection.weight
-                loss = loss + (weight * 0).sum().clamp_min(0).sqrt()  # 0, with a slope of NaN
+                loss = loss.clone()
+                loss.register_hook(lambda gradient: gradient * float("nan"))
             elif self.where == "loss":
                 loss = loss / 0
         return loss, tokens
