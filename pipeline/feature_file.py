@@ -59,29 +59,33 @@ def lay_out(
         path.parent.mkdir(parents=True, exist_ok=True)
         # Before HDF5 begins, whose errors of a full disk are long, and leave the file open.
         _reserve(temporary, "wb", MOST_STRUCTURE + count * (longest + REASON_BYTES + ROW_BYTES))
-        with h5py.File(temporary, "w") as file:
-            for field, value in {**asdict(identity), "data": data}.items():
-                file.attrs[field] = value.encode("utf-8", "replace").decode()
-            file.attrs["schema_version"] = SCHEMA_VERSION
-            file.attrs["images_sha256"] = images_sha256(names)
-            allocate(file, "names", (count,), h5py.string_dtype("utf-8", longest))
-            allocate(file, "status", (count,), numpy.dtype("u1"))
-            allocate(file, "reason", (count,), h5py.string_dtype("utf-8", REASON_BYTES))
-            allocate(file, "crc", (count,), numpy.dtype("<u4"))
-            allocate(file, "stamps", (count, 2), numpy.dtype("<i8"))
-            allocate(file, "row_crc", (count,), numpy.dtype("<u4"))
-            allocate(file, "layout_crc", (1,), numpy.dtype("<u4"))
-            allocate(file, "complete", (1,), numpy.dtype("u1"))
-            make_features(file)
+        try:
+            with h5py.File(temporary, "w") as file:
+                for field, value in {**asdict(identity), "data": data}.items():
+                    file.attrs[field] = value.encode("utf-8", "replace").decode()
+                file.attrs["schema_version"] = SCHEMA_VERSION
+                file.attrs["images_sha256"] = images_sha256(names)
+                allocate(file, "names", (count,), h5py.string_dtype("utf-8", longest))
+                allocate(file, "status", (count,), numpy.dtype("u1"))
+                allocate(file, "reason", (count,), h5py.string_dtype("utf-8", REASON_BYTES))
+                allocate(file, "crc", (count,), numpy.dtype("<u4"))
+                allocate(file, "stamps", (count, 2), numpy.dtype("<i8"))
+                allocate(file, "row_crc", (count,), numpy.dtype("<u4"))
+                allocate(file, "layout_crc", (1,), numpy.dtype("<u4"))
+                allocate(file, "complete", (1,), numpy.dtype("u1"))
+                make_features(file)
+        except RuntimeError as error:  # where closing the file fails
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
         _reserve(temporary, "r+b", temporary.stat().st_size)
         seal_structure(temporary)
         cache = FeatureCache(temporary, writable=True)
         cache._names[:] = encoded
         cache.stamps[:] = stamps
         yield cache
-    except (OSError, RuntimeError) as error:  # h5py has both, of several lines
+    except OSError as error:
         _discard(temporary)
-        reason = getattr(error, "strerror", None) or str(error).split("(")[0].strip()
+        # The text of h5py's own errors has several lines.
+        reason = os.strerror(error.errno) if error.errno else error
         raise UserError(f"{path}: cannot be written ({reason})") from error
     except BaseException:
         _discard(temporary)

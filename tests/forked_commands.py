@@ -120,7 +120,7 @@ class World:
             sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
             signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)  # the others were left behind
-            pipeline.encoder.Inception3 = TinyInception  # type: ignore[misc, assignment]
+            pipeline.encoder.Inception3 = TinyInception
             pipeline.captioner.SEARCHED_AT_ONCE = 4
             folder.mkdir(exist_ok=True)
             os.chdir(folder)

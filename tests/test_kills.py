@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,8 @@ import pytest
 
 if os.name == "nt":
     pytest.skip("Windows has no fork", allow_module_level=True)
+
+import resource
 
 from faults import values_of
 from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
@@ -55,7 +58,9 @@ def assert_whole(folder: Path) -> None:
             json.loads(path.read_bytes())
         elif path.suffix == ".jsonl":
             content = path.read_text(encoding="utf-8")
-            assert content.endswith("\n") and [json.loads(line) for line in content.splitlines()]
+            assert content[-1:] in ("", "\n")
+            for line in content.splitlines():
+                json.loads(line)
         elif path.suffix == ".svg":
             ElementTree.parse(path)
         else:
@@ -150,6 +155,50 @@ def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(
     world.run(name, folder)
     assert kept in said(folder) and "(20 encoded now" not in said(folder)
     assert contents(folder) == contents(world.results[name])
+
+
+# Disks
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("extract", 9000), ("train", 99_000), ("finetune", 99_000), ("caption", 300)]
+)
+def test_a_full_disk_is_one_line_and_with_space_the_same_command_goes_on(
+    world: World, tmp_path: Path, name: str, size: int
+) -> None:
+    folder = tmp_path / name
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    assert ended(world.start(name, folder, fill)) == 2
+    last = said(folder).splitlines()[-1]
+    assert last.startswith("Error: ") and ": cannot be written (" in last, said(folder)
+    assert "Traceback" not in said(folder)
+    assert_whole(folder)
+    world.run(name, folder)
+    assert contents(folder) == contents(world.results[name])
+
+
+def test_training_pictures_that_go_away_stop_the_fine_tuning(world: World, tmp_path: Path) -> None:
+    folder, scenes, away = tmp_path / "joint", world.folder / "scenes", world.folder / "away"
+
+    def unplug() -> None:
+        read, count = joint_stage.load_image, itertools.count()
+
+        def load_image(*arguments: Any) -> Any:
+            if next(count) == 20:  # in the second of two epochs of 16
+                scenes.rename(away)
+            return read(*arguments)
+
+        joint_stage.load_image = load_image
+
+    assert ended(world.start("finetune", folder, unplug)) == 2
+    away.rename(scenes)
+    assert "its folder is gone or empty" in said(folder) and "Traceback" not in said(folder)
+    assert load_checkpoint(folder / "joint" / "last.pt").epoch == 1
+    world.run("finetune", folder)
+    assert contents(folder) == contents(world.results["finetune"])
 
 
 # SIGKILL
