@@ -15,6 +15,7 @@ from pipeline.encoder import Encoder
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE
 from pipeline.images import ImageError, Picture, prefetch, read_square
+from pipeline.picture_sources import stop_if_lost
 
 # float16 holds no larger number, and caches are float16. Whoever makes weights can make them such
 # that what 94 layers give is infinite, or not a number, and nothing can be searched with that.
@@ -117,6 +118,8 @@ def encode_together(
     for batch in encode_all(encoder, pictures, workers, job):
         features[batch.keys] = torch.from_numpy(batch.features).to(dtype)
         encoded += batch.keys
+        for key in batch.failures:
+            stop_if_lost(pictures[key])
         failures |= batch.failures
         watch(len(batch.keys) + len(batch.failures))
     for keys, rows, reasons in job.collect((encoded, features[encoded], failures)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,9 @@ from pipeline.feature_writer import (
     say_what_changed,
 )
 from pipeline.features import PENDING, FeatureCache, images_sha256, partial_path
+from pipeline.images import Picture
 from pipeline.locks import locked
-from pipeline.picture_sources import PictureSource, stamps_of
+from pipeline.picture_sources import PictureSource, stamps_of, stop_if_lost
 from pipeline.progress import progress_bar
 
 
@@ -194,17 +196,30 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) 
         desc="extracting",
         disable=quiet,
     )
-    with bar:
-        for batch in encode_files(task.encoder, batches, task.workers):
-            if batch.failures and task.on_error == "fail":
-                writer.write(batch.keys, batch.features, {})
-                writer.commit()
-                row, reason = next(iter(batch.failures.items()))
-                picture = task.source.picture(writer.cache.name(row))
-                raise InputError(
-                    f"{picture}: {reason} (--on-error skip records it and goes on; what is done is "
-                    "kept)"
-                )
-            bar.update(writer.write(batch.keys, batch.features, batch.failures))
-            encoded += len(batch.keys)
+    try:
+        with bar:
+            for batch in encode_files(task.encoder, batches, task.workers):
+                done = writer.write(batch.keys, batch.features, {})
+                for row, reason in batch.failures.items():
+                    _judge_failure(task, task.source.picture(writer.cache.name(row)), reason)
+                done += writer.write([], batch.features[:0], batch.failures)
+                bar.update(done)
+                encoded += len(batch.keys)
+    except BaseException:
+        with contextlib.suppress(UserError):  # what stops the work is told already
+            writer.commit()
+        raise
     return encoded, finished
+
+
+def _judge_failure(task: Extraction, picture: Picture, reason: str) -> None:
+    """Stop at a picture that cannot be read, where that is asked for or others would follow.
+
+    Raises:
+        InputError, UserError: it has to stop; what is done is kept.
+    """
+    stop_if_lost(picture)
+    if task.on_error == "fail":
+        raise InputError(
+            f"{picture}: {reason} (--on-error skip records it and goes on; what is done is kept)"
+        )

@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 import numpy
 
+from pipeline.errors import UserError
 from pipeline.hdf5_layout import Dataset, Layout, read_layout, structure_crc
 
 FEATURE_SIZE = 2048
@@ -62,6 +63,19 @@ def map_dataset(path: Path, dataset: Dataset, mode: MapMode) -> numpy.memmap:
     """Map a contiguous dataset's bytes as an array."""
     assert dataset.offset is not None
     return numpy.memmap(path, dataset.dtype, mode, dataset.offset, dataset.shape)
+
+
+def map_again(path: Path, dataset: Dataset, mode: MapMode) -> numpy.memmap:
+    """Do the same in a file that could be mapped before.
+
+    Raises:
+        UserError: it is gone, or shorter now.
+    """
+    try:
+        return map_dataset(path, dataset, mode)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: can no longer be opened ({reason})") from error
 
 
 def row_crcs(columns: Sequence[numpy.ndarray]) -> numpy.ndarray:

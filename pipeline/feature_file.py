@@ -13,7 +13,7 @@ import h5py
 import numpy
 
 from pipeline.errors import UserError
-from pipeline.feature_columns import seal_structure
+from pipeline.feature_columns import FEATURE_SIZE, seal_structure
 from pipeline.features import (
     REASON_BYTES,
     SCHEMA_VERSION,
@@ -22,6 +22,10 @@ from pipeline.features import (
     images_sha256,
 )
 from pipeline.files import temporary_path
+
+# Bytes of a row beside its name and reason, and more than a file has beside its rows.
+ROW_BYTES = 2 * FEATURE_SIZE + sum((1, 4, 16, 4))
+MOST_STRUCTURE = 1 << 14
 
 
 @contextlib.contextmanager
@@ -53,21 +57,26 @@ def lay_out(
     count, longest = len(names), max(map(len, encoded), default=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with h5py.File(temporary, "w") as file:
-            for field, value in {**asdict(identity), "data": data}.items():
-                file.attrs[field] = value.encode("utf-8", "replace").decode()
-            file.attrs["schema_version"] = SCHEMA_VERSION
-            file.attrs["images_sha256"] = images_sha256(names)
-            allocate(file, "names", (count,), h5py.string_dtype("utf-8", longest))
-            allocate(file, "status", (count,), numpy.dtype("u1"))
-            allocate(file, "reason", (count,), h5py.string_dtype("utf-8", REASON_BYTES))
-            allocate(file, "crc", (count,), numpy.dtype("<u4"))
-            allocate(file, "stamps", (count, 2), numpy.dtype("<i8"))
-            allocate(file, "row_crc", (count,), numpy.dtype("<u4"))
-            allocate(file, "layout_crc", (1,), numpy.dtype("<u4"))
-            allocate(file, "complete", (1,), numpy.dtype("u1"))
-            make_features(file)
-        _reserve(temporary)
+        # Before HDF5 begins, whose errors of a full disk are long, and leave the file open.
+        _reserve(temporary, "wb", MOST_STRUCTURE + count * (longest + REASON_BYTES + ROW_BYTES))
+        try:
+            with h5py.File(temporary, "w") as file:
+                for field, value in {**asdict(identity), "data": data}.items():
+                    file.attrs[field] = value.encode("utf-8", "replace").decode()
+                file.attrs["schema_version"] = SCHEMA_VERSION
+                file.attrs["images_sha256"] = images_sha256(names)
+                allocate(file, "names", (count,), h5py.string_dtype("utf-8", longest))
+                allocate(file, "status", (count,), numpy.dtype("u1"))
+                allocate(file, "reason", (count,), h5py.string_dtype("utf-8", REASON_BYTES))
+                allocate(file, "crc", (count,), numpy.dtype("<u4"))
+                allocate(file, "stamps", (count, 2), numpy.dtype("<i8"))
+                allocate(file, "row_crc", (count,), numpy.dtype("<u4"))
+                allocate(file, "layout_crc", (1,), numpy.dtype("<u4"))
+                allocate(file, "complete", (1,), numpy.dtype("u1"))
+                make_features(file)
+        except RuntimeError as error:  # where closing the file fails
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        _reserve(temporary, "r+b", temporary.stat().st_size)
         seal_structure(temporary)
         cache = FeatureCache(temporary, writable=True)
         cache._names[:] = encoded
@@ -75,7 +84,9 @@ def lay_out(
         yield cache
     except OSError as error:
         _discard(temporary)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+        # The text of h5py's own errors has several lines.
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(f"{path}: cannot be written ({reason})") from error
     except BaseException:
         _discard(temporary)
         raise
@@ -103,13 +114,12 @@ def allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: numpy.dt
     )
 
 
-def _reserve(path: Path) -> None:
-    """Take the file's disk space now, so that a full disk shows before the work, not amid it.
+def _reserve(path: Path, mode: str, size: int) -> None:
+    """Take a file's disk space now, so that a full disk shows before the work, not amid it.
 
     Writing to a mapped page that has no block on a full disk would kill the process.
     """
-    with path.open("r+b") as handle:
-        size = handle.seek(0, os.SEEK_END)
+    with path.open(mode) as handle:
         try:
             os.posix_fallocate(handle.fileno(), 0, max(size, 1))
         except AttributeError:

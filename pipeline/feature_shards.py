@@ -27,7 +27,7 @@ from pipeline.features import (
     FeatureCache,
     partial_path,
 )
-from pipeline.files import temporary_path
+from pipeline.files import move_into_place, temporary_path
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
@@ -94,7 +94,7 @@ def combine_shards(path: Path, shards: Sequence[Path]) -> FeatureCache:
             first += len(part)
         cache._complete[0] = 1
         cache.flush()
-    temporary_path(path).replace(path)
+    move_into_place(temporary_path(path), path)
     return FeatureCache(path)
 
 

@@ -30,7 +30,7 @@ from pipeline.features import (
     FeatureCache,
     partial_path,
 )
-from pipeline.files import temporary_path
+from pipeline.files import move_into_place, temporary_path
 
 # Seconds between two commits; a kill costs at most the work of one such span.
 COMMIT_INTERVAL = 1.0
@@ -90,8 +90,18 @@ class CacheWriter:
         return news
 
     def commit(self) -> None:
-        """Force what was written to disk, then mark it done."""
-        self.cache.flush()
+        """Force what was written to disk, then mark it done.
+
+        Raises:
+            UserError: that cannot be, or the file is gone.
+        """
+        path = self.cache.path
+        if not path.is_file():
+            raise UserError(f"{path}: is gone; the same command begins it anew")
+        try:
+            self.cache.flush()
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
         rows = numpy.array(list(self._uncommitted), dtype=numpy.int64)
         self.cache.status[rows] = list(self._uncommitted.values())
         self.cache.seal(rows)
@@ -106,7 +116,7 @@ class CacheWriter:
         self.cache._complete.flush()
         partial = self.cache.path
         del self.cache  # Windows moves no file that is mapped
-        partial.replace(self.final_path)
+        move_into_place(partial, self.final_path)
         return FeatureCache(self.final_path)
 
 
@@ -144,7 +154,8 @@ def open_cache_writer(
     if force:
         with contextlib.suppress(OSError):  # where that is not allowed, the next line says so
             partial.unlink()
-        _create(partial, names, stamps, identity, data, [], retry_failed).replace(partial)
+        temporary = _create(partial, names, stamps, identity, data, [], retry_failed)
+        move_into_place(temporary, partial)
         return CacheWriter(path)
     own = existing_cache(path)
     sources = [own] if own is not None else []
@@ -161,7 +172,7 @@ def open_cache_writer(
     if own is None or own.path == path or not is_whole(own, names, retry_failed, stamps):
         temporary = _create(partial, names, stamps, identity, data, sources, retry_failed)
         del own, sources  # Windows replaces no file that is mapped
-        temporary.replace(partial)
+        move_into_place(temporary, partial)
     return CacheWriter(path)
 
 

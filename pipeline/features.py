@@ -46,6 +46,7 @@ from pipeline.feature_columns import (
     MapMode,
     check_places,
     check_structure,
+    map_again,
     map_dataset,
     row_crcs,
 )
@@ -138,7 +139,7 @@ class FeatureCache:
             if places["features"].offset is None:
                 self.shards, self._open_features = find_shards(path, places["features"])
             else:
-                self._open_features = functools.partial(map_dataset, path, places["features"], mode)
+                self._open_features = functools.partial(map_again, path, places["features"], mode)
             self._open_features()
             self._names = map_dataset(path, places["names"], mode)
             self.status = map_dataset(path, places["status"], mode)

@@ -61,6 +61,18 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             temporary.unlink(missing_ok=True)
 
 
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a file that is whole its final name.
+
+    Raises:
+        UserError: that cannot be.
+    """
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
 def _open_alone(temporary: Path, mode: str, options: dict[str, str]) -> IO[Any]:
     """Open a file to write it anew, when no other process is writing it.
 

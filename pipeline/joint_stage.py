@@ -28,6 +28,7 @@ from pipeline.encoding import encode_together
 from pipeline.ensemble import CaptionDecoder
 from pipeline.errors import InputError
 from pipeline.images import IMAGE_SIZE, ImageError, Picture, augmented_square, load_image, prefetch
+from pipeline.picture_sources import stop_if_lost
 from pipeline.training import SEED_STRIDE
 from pipeline.validation import Validation, Validator
 from pipeline.vocabulary import Vocabulary
@@ -167,6 +168,7 @@ class JointStage:
             failures: dict[int, str] = {}
             for number, square in itertools.islice(squares, len(self.job.share(group))):
                 if isinstance(square, ImageError):
+                    stop_if_lost(self.pictures[number].picture)
                     failures[number] = str(square)
                 else:
                     pixels[number] = square

@@ -143,8 +143,8 @@ def _sign(handle: IO[str]) -> None:
     """Write down who has the lock, for the message of those who come later."""
     with contextlib.suppress(OSError):
         handle.truncate(0)
-        handle.write(f"process {os.getpid()} on {platform.node()}\n")
-        handle.flush()
+        # Past the buffer: what a full disk leaves in it would fail again when the file is closed.
+        os.write(handle.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode())
 
 
 def _holder(file: Path) -> str:

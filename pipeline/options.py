@@ -6,6 +6,7 @@ A command takes an option as a decorator: ``@options.beam_size``.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,24 @@ class GroupedCommand(click.Command):
 
     Attributes:
         groups: heading to the names of its options, as parameters; the others come first.
+        goes_on: whether the same command goes on after it was interrupted.
     """
 
-    def __init__(self, *args: Any, groups: Mapping[str, Sequence[str]], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, groups: Mapping[str, Sequence[str]], goes_on: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.groups = groups
+        self.goes_on = goes_on
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; Ctrl-C ends it with a line, and as shells expect it."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            told = "; the same command goes on" if self.goes_on else ""
+            click.echo(f"interrupted{told}", err=True)
+            sys.exit(130)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Read the command line; of several processes that cannot, one alone says so."""
@@ -84,12 +98,16 @@ class DataPath(click.Path):
 
 
 def command(
-    groups: Mapping[str, Sequence[str]] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None, goes_on: bool = False
 ) -> Callable[[Callable[..., Any]], GroupedCommand]:
-    """Make a function a command; its options stand under the headings of ``groups``."""
+    """Make a function a command; its options stand under the headings of ``groups``.
+
+    ``goes_on``: see ``GroupedCommand``.
+    """
     return click.command(
         cls=GroupedCommand,
         groups=groups or {},
+        goes_on=goes_on,
         context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
     )
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.images import find_images
-from pipeline.tar_shards import TarShards, is_tar_shards
+from pipeline.errors import UserError
+from pipeline.images import Picture, find_images
+from pipeline.tar_shards import TarMember, TarShards, is_remote, is_tar_shards
 
 if TYPE_CHECKING:
     import numpy
@@ -61,6 +63,31 @@ def open_source(data: str | Path) -> PictureSource:
         UserError: shards are missing or damaged.
     """
     return TarShards(str(data)) if is_tar_shards(data) else PictureFolder(Path(data))
+
+
+def stop_if_lost(picture: Picture) -> None:
+    """Stop the work if a picture cannot be read because a disk or a share went away.
+
+    Then its folder is gone, or is the empty one in which the disk was. All other pictures would
+    fail, too, and be taken for broken.
+
+    Raises:
+        UserError: it is so.
+    """
+    if isinstance(picture, TarMember):
+        lost = not is_remote(picture.shard) and not Path(picture.shard).is_file()
+    elif isinstance(picture, (str, os.PathLike)):
+        try:
+            with os.scandir(Path(picture).parent) as entries:
+                lost = next(entries, None) is None
+        except OSError:
+            lost = True
+    else:
+        lost = False
+    if lost:
+        raise UserError(
+            f"{picture}: its folder is gone or empty; when it is back, the same command goes on"
+        )
 
 
 def stamps_of(source: PictureSource, names: Sequence[str]) -> numpy.ndarray:

@@ -59,8 +59,11 @@ def open_run(run: Path, settings: dict[str, Any], force: bool, job: Job = ALONE)
 
 def _open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
     if force:
-        for name in RUN_FILES:
-            (run / name).unlink(missing_ok=True)
+        for file in (run / name for name in RUN_FILES):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise UserError(f"{file}: cannot be removed ({error.strerror})") from error
         shutil.rmtree(run / TENSORBOARD, ignore_errors=True)
     refuse_other_settings(run, settings)
     with atomic_write(run / CONFIG) as handle:

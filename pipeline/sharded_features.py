@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 
 from pipeline.errors import UserError
-from pipeline.feature_columns import FEATURE_SIZE, FEATURE_TYPE, check_structure, map_dataset
+from pipeline.feature_columns import FEATURE_SIZE, FEATURE_TYPE, check_structure, map_again
 from pipeline.hdf5_layout import Dataset, read_layout
 
 
@@ -71,7 +71,7 @@ def find_shards(path: Path, features: Dataset) -> tuple[list[Path], Callable[[],
         expected = source.last + 1
         shards.append(shard)
         starts.append(source.first)
-        open_parts.append(functools.partial(map_dataset, shard, part, "r"))
+        open_parts.append(functools.partial(map_again, shard, part, "r"))
     if features.shape != (expected, FEATURE_SIZE):
         raise ValueError("features of another shape")
     return shards, functools.partial(ShardedFeatures, starts, open_parts)

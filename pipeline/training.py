@@ -28,6 +28,7 @@ from pipeline.devices import autocast
 from pipeline.distributed import ALONE, Job
 from pipeline.epoch_lines import epoch_line, sample_line, shows_sample
 from pipeline.errors import UserError
+from pipeline.files import check_writable
 from pipeline.progress import progress_bar
 from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
 from pipeline.training_config import TrainingConfig
@@ -149,7 +150,8 @@ def train(
         The state at the end.
 
     Raises:
-        UserError: the loss is no longer a number; what is there to go on from is damaged.
+        UserError: the loss is no longer a number; what is there to go on from is damaged; the
+            folder cannot be written, or is gone.
     """
     optimizer = make_optimizer(stage)
     parameters = _parameters(optimizer)
@@ -170,6 +172,8 @@ def train(
         progress = Progress(**saved["progress"])
         if progress.epoch:
             click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
+    if job.rank == 0:
+        check_writable(last)
     for name in (LOG, SAMPLES) if job.rank == 0 else ():
         trim_epochs(run / name, progress.epoch if saved is not None else -1)
     loss: Loss = stage.loss
@@ -184,6 +188,11 @@ def train(
         average.exchange()  # from here to the end the model has the averaged weights
         stage.set_training(False)
         found = stage.validate()
+        if not math.isfinite(found.scores["val_loss"]):
+            raise LossError(
+                f"the loss on val is {found.scores['val_loss']} after epoch {progress.epoch}; a "
+                "lower learning rate may help"
+            )
         better = progress.take(found.scores)
         if job.rank == 0:
             save_epoch(record, found, better, began)
@@ -191,6 +200,8 @@ def train(
 
     def save_epoch(record: dict[str, float], found: Validation, better: bool, began: float) -> None:
         """Save and report; ``last.pt`` is written last, so a kill repeats the epoch."""
+        if not run.is_dir():  # a new one would lack what was in it
+            raise UserError(f"{run}: is gone; the same command begins the run anew")
         checkpoint = stage.checkpoint(progress.epoch, found.scores)
         if better:
             save_checkpoint(run / "best.pt", checkpoint)
@@ -213,28 +224,29 @@ def train(
         if found.samples and shows_sample(progress.epoch, config.epochs):
             click.echo(sample_line(found.samples, progress.epoch), err=True)
 
-    if score_start and saved is None:
-        finish_epoch({})
-    while progress.epoch < config.epochs:
-        if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-            click.echo(
-                f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)", err=True
-            )
-            break
-        progress.epoch += 1
-        began = time.perf_counter()
-        try:
+    try:
+        if score_start and saved is None:
+            finish_epoch({})
+        while progress.epoch < config.epochs:
+            if config.patience and progress.epoch - progress.best_epoch >= config.patience:
+                click.echo(
+                    f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)",
+                    err=True,
+                )
+                break
+            progress.epoch += 1
+            began = time.perf_counter()
             train_loss = train_epoch(stage, optimizer, config, progress.epoch, average, job, loss)
-        except LossError as error:
-            raise UserError(f"{run}: {error}. What was saved before is kept") from error
-        finish_epoch(
-            {
-                "train_loss": train_loss,
-                **stage.facts(),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "seconds": round(time.perf_counter() - began, 2),
-            }
-        )
+            finish_epoch(
+                {
+                    "train_loss": train_loss,
+                    **stage.facts(),
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "seconds": round(time.perf_counter() - began, 2),
+                }
+            )
+    except LossError as error:
+        raise UserError(f"{run}: {error}. What was saved before is kept") from error
     return progress
 
 
@@ -271,7 +283,7 @@ def train_epoch(
     ``compute_loss`` is that of the stage, or that of ``job``: see ``data_parallel``.
 
     Raises:
-        LossError: the loss is no longer a number, or there was nothing to train on.
+        LossError: the loss or its gradient is no longer a number, or there was nothing to train on.
     """
     parameters = _parameters(optimizer)
     phase, before = config.phase_of(epoch)
@@ -290,7 +302,11 @@ def train_epoch(
         for parameter in parameters if batches > 1 else ():
             if parameter.grad is not None:
                 parameter.grad /= batches
-        nn.utils.clip_grad_norm_(parameters, config.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip).item()
+        if not math.isfinite(norm):  # a step along it would spoil the weights
+            raise LossError(
+                f"the gradient is {norm} in epoch {epoch}; a lower learning rate may help"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:

@@ -145,7 +145,8 @@ def test_a_spoiled_byte_of_an_unfinished_cache_costs_a_row_more(
 
 
 def test_many_spoiled_rows(pictures: Path, whole: Path, tmp_path: Path) -> None:
-    path = shutil.copy(whole, tmp_path / "x.h5")
+    path = tmp_path / "x.h5"
+    shutil.copy(whole, path)
     with h5py.File(path, "r+") as file:
         place = file["features"].id.get_offset()
     content = bytearray(path.read_bytes())

@@ -22,7 +22,7 @@ GROUPS = {
 }
 
 
-@options.command(GROUPS)
+@options.command(GROUPS, goes_on=True)
 @click.option(
     "--start",
     type=click.Path(path_type=Path),

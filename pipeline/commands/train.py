@@ -35,7 +35,7 @@ GROUPS = {
 }
 
 
-@options.command(GROUPS)
+@options.command(GROUPS, goes_on=True)
 @click.option(
     "--data",
     type=options.DataPath(),
