@@ -20,7 +20,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import click
 import numpy
 import torch
 import torchvision
@@ -34,6 +33,7 @@ from pipeline.features import EncoderIdentity
 from pipeline.images import IMAGE_SIZE
 from pipeline.pretrained import PRETRAINED, pretrained_path
 from pipeline.quantisation import dequantise
+from pipeline.terminal import say
 
 # torchvision's Inception3 from its first layer to its pooling, in the order in which its
 # forward runs them. All are one after the other, so they can be cut anywhere.
@@ -183,7 +183,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
         try:
             state, weights = _imagenet_state(), "imagenet"
         except UserError as error:
-            click.echo(
+            say(
                 f"{error}. For now the encoder of the model that comes with the program is taken "
                 "(--weights pretrained)",
                 err=True,

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import click
 import h5py
 import numpy
 
@@ -33,6 +32,7 @@ from pipeline.features import (
     partial_path,
 )
 from pipeline.files import temporary_path
+from pipeline.terminal import say
 
 # Seconds between two commits; a kill costs at most the work of one such span.
 COMMIT_INTERVAL = 1.0
@@ -161,7 +161,7 @@ def say_what_is_gone(previous: FeatureCache | None, names: Sequence[str]) -> Non
     if previous is not None:
         gone = len(previous) - int((previous.rows(names) >= 0).sum())
         if gone:
-            click.echo(f"pictures that are gone, their features dropped: {gone:,}", err=True)
+            say(f"pictures that are gone, their features dropped: {gone:,}", err=True)
 
 
 def check_origin(caches: Sequence[FeatureCache], identity: EncoderIdentity, data: str) -> None:

@@ -14,6 +14,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.tar_shards import is_tar_shards
+from pipeline.terminal import visible
 
 # What follows "captioner" where the program was installed -> the script of this repository.
 SCRIPTS = {
@@ -42,7 +43,8 @@ class GroupedCommand(click.Command):
         """Read the command line; of several processes that cannot, one alone says so."""
         try:
             return super().parse_args(context, args)
-        except click.UsageError:
+        except click.UsageError as error:
+            vars(error)["message"] = visible(error.message)  # it quotes what it does not know
             from pipeline.torchrun import joined_job
 
             with joined_job():

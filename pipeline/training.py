@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +28,7 @@ from pipeline.epoch_lines import epoch_line, sample_line, shows_sample
 from pipeline.errors import UserError
 from pipeline.progress import progress_bar
 from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
+from pipeline.terminal import say
 from pipeline.training_config import TrainingConfig
 from pipeline.validation import Validation
 from pipeline.weight_average import WeightAverage
@@ -162,7 +162,7 @@ def train(
         average.load(saved.get("weights", []), saved.get("steps", 0))
         progress = Progress(**saved["progress"])
         if progress.epoch:
-            click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
+            say(f"{run}: going on after epoch {progress.epoch}", err=True)
     for name in (LOG, SAMPLES) if job.rank == 0 else ():
         trim_epochs(run / name, progress.epoch if saved is not None else -1)
     loss: Loss = stage.loss
@@ -202,17 +202,15 @@ def train(
         }
         save_checkpoint(last, checkpoint)
         log = read_epochs(run / LOG)
-        click.echo(epoch_line(log, config.epochs, better), err=True)
+        say(epoch_line(log, config.epochs, better), err=True)
         if found.samples and shows_sample(progress.epoch, config.epochs):
-            click.echo(sample_line(found.samples, progress.epoch), err=True)
+            say(sample_line(found.samples, progress.epoch), err=True)
 
     if score_start and saved is None:
         finish_epoch({})
     while progress.epoch < config.epochs:
         if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-            click.echo(
-                f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)", err=True
-            )
+            say(f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)", err=True)
             break
         progress.epoch += 1
         began = time.perf_counter()
