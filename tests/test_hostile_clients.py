@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
@@ -198,3 +201,35 @@ def test_answers_show_no_controls(port: int) -> None:
     assert "\x9b" not in text and "\u202e" not in text
     (image,) = json.loads(text.partition("\r\n\r\n")[2])["images"]
     assert image["image"] == "\u202egpj.exe" and image["captions"][0]["caption"] == "a \x9bdog"
+
+
+@given(
+    at=st.integers(0, 200),
+    new=st.binary(max_size=12),
+    cut=st.integers(1, 100),
+    content_type=st.just("multipart/form-data; boundary=x")
+    | st.text(st.characters(max_codepoint=255), max_size=60)  # as headers are decoded
+    | st.text(st.characters(max_codepoint=255), max_size=80).map("multipart/form-data;".__add__),
+)
+@example(at=0, new=b"", cut=1, content_type="multipart/form-data; boundary=x")
+@settings(max_examples=300)
+def test_any_body_is_a_form_or_refused(
+    at: int, new: bytes, cut: int, content_type: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(body())
+    content[at : at + len(new)] = new
+
+    async def read() -> None:
+        async def pieces() -> AsyncIterator[bytes]:
+            for start in range(0, len(content), cut):
+                yield bytes(content[start : start + cut])
+
+        folder = tmp_path_factory.mktemp("uploads")
+        try:
+            form = await uploads.read_form(content_type, pieces(), folder)
+        except uploads.RefusedError as error:
+            assert 400 <= error.status < 500
+        else:
+            assert all(folder in upload.path.parents for upload in form.uploads)
+
+    asyncio.run(read())
