@@ -37,6 +37,7 @@ from pipeline.openvino_engine import choose_engine
 from pipeline.pretrained import PRETRAINED
 from pipeline.reranking import Reranker, best_captions, diverse_captions, search_config
 from pipeline.search import Hypothesis, SearchConfig, token_log_probabilities
+from pipeline.terminal import visible
 from pipeline.vocabulary import Vocabulary
 
 StrPath = str | os.PathLike[str]
@@ -320,9 +321,9 @@ class Captioner:
 
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
-    """Put hypotheses into words."""
+    """Put hypotheses into words; a stranger's model may have words of control characters."""
     return [
-        Caption(vocabulary.detokenize(vocabulary.decode(h.tokens)), h.log_probability)
+        Caption(visible(vocabulary.detokenize(vocabulary.decode(h.tokens))), h.log_probability)
         for h in hypotheses
     ]
 
@@ -340,7 +341,7 @@ def detailed_captions(
             replace(
                 caption,
                 words=tuple(
-                    Word(word, math.exp(chance))
+                    Word(visible(word), math.exp(chance))
                     for word, chance in zip(vocabulary.decode(h.tokens), each, strict=False)
                 ),
             )

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.gallery import GalleryItem, write_gallery
 from pipeline.journal import Journal
 from pipeline.metadata import MetadataError, check_available, read_description, write_description
-from pipeline.output import printable, read_predictions, write_predictions
+from pipeline.output import name_in, printable, read_predictions, write_predictions
 from pipeline.progress import progress_bar
 from pipeline.search import search_in_words
 from pipeline.sidecars import has_sidecar, shared_sidecars, sidecar_path, write_sidecar
@@ -159,7 +159,8 @@ def caption_pictures(
                     journal.add(whole)
             yield prediction
 
-    write_predictions(_joined(captioned(), paths, set(wanted), kept), places.layout, places.output)
+    joined = _joined(captioned(), paths, set(wanted), kept, places.layout)
+    write_predictions(joined, places.layout, places.output)
     if places.page:
         # From the journal, one by one: in memory they would grow with the pictures.
         items = (
@@ -187,7 +188,8 @@ def _kept(places: Places) -> dict[str, Prediction]:
 
 
 def _is_wanted(path: str, places: Places, kept: Mapping[str, Prediction]) -> bool:
-    if places.page or (printable(path) not in kept and (places.output or not places.beside)):
+    name = name_in(path, places.layout)
+    if places.page or (name not in kept and (places.output or not places.beside)):
         return True
     return places.beside_wants(path)
 
@@ -205,15 +207,17 @@ def _joined(
     paths: Sequence[str],
     wanted: Collection[str],
     kept: Mapping[str, Prediction],
+    layout: str,
 ) -> Iterator[Prediction]:
     """Put what is captioned now in one order with what is kept: first what was not asked for."""
-    listed = set(map(printable, paths))
+    names = {path: name_in(path, layout) for path in paths}
+    listed = set(names.values())
     yield from (prediction for name, prediction in kept.items() if name not in listed)
     for path in paths:
         if path in wanted:
             yield next(captioned)
-        elif printable(path) in kept:
-            yield kept[printable(path)]
+        elif names[path] in kept:
+            yield kept[names[path]]
 
 
 def _write_beside(prediction: Prediction, places: Places, taken: Mapping[str, str]) -> str | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline.decoder import Decoder, DecoderConfig
 from pipeline.features import EncoderIdentity
 from pipeline.matching import Matcher, MatcherConfig
+from pipeline.terminal import BEYOND_C0
 from pipeline.vocabulary import SPECIALS
 from pipeline.weight_checks import (
     FLOATS,
@@ -35,8 +36,8 @@ LARGEST_SIZE = 1 << 20
 LONGEST_TEXT = 4096  # of an encoder's identity, which may be a path
 # Settings are options of a command, and what goes on in training an optimizer's groups.
 DEEPEST, MOST_VALUES = 8, 1_000_000
-# Line ends, control characters and half characters; and what turns the direction of a line.
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What a terminal would obey, and the line ends that it does not know.
+UNPRINTABLE = re.compile(f"[\x00-\x1f\u2028\u2029{BEYOND_C0}]")
 PATHS = ("data", "captions", "features", "weights")
 
 Sizes = TypeVar("Sizes", DecoderConfig, MatcherConfig)

@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
 import torch
 
 from pipeline.caption_statistics import better_tokenizer, hardly_spaced
@@ -35,6 +34,7 @@ from pipeline.picture_sources import PictureSource, open_source
 from pipeline.pretrained import PRETRAINED
 from pipeline.run_folder import refuse_other_settings
 from pipeline.search import SearchConfig
+from pipeline.terminal import say
 from pipeline.tokenizers import CHARACTERS, ENGLISH
 from pipeline.vocabulary import Vocabulary
 
@@ -114,14 +114,14 @@ def check_data(
         advice += _advice_on_size(checked.table, options, len(train), len(val), commands)
     finally:
         for line in advice:  # it may tell how to mend what is wrong
-            click.echo(f"advice: {line}")
+            say(f"advice: {line}")
     if checked.cache is not None:
-        click.echo(f"next: training can start\n  {commands.train}")
+        say(f"next: training can start\n  {commands.train}")
         return 0
     count = len(checked.source.names)
     pictures = [checked.source.picture(name) for name in checked.names.values()]
     seconds = extraction_seconds(pictures, count, device)
-    click.echo(
+    say(
         f"next: extract features, in about {duration(seconds)} "
         f"({size(ROW_BYTES * count)} of disk)\n  {commands.extract}\n"
         f"then:\n  {commands.train}"
@@ -147,7 +147,7 @@ def _check_captions(
     sizes = Counter(image.split for image in table.images)
     none = f", {sizes[None]:,} in no split" if sizes[None] else ""
     per_split = ", ".join(f"{sizes[split]:,} {split}" for split in SPLITS)
-    click.echo(f"split: {per_split}{none} ({table.split_source})")
+    say(f"split: {per_split}{none} ({table.split_source})")
     advice += _advice_on_tokenizer(table, options.tokenizer)
     train = tokenised(table.of_split("train"), options.tokenizer)
     val = tokenised(table.of_split("val"), options.tokenizer)
@@ -184,10 +184,10 @@ def _say_pictures(checked: CheckedData, data: str) -> None:
     """Compare the captions with the pictures of the folder, whatever features there are."""
     on_disk = checked.source.names
     if not on_disk:
-        click.echo(f"pictures: none in {data}, which training does not need: there are features")
+        say(f"pictures: none in {data}, which training does not need: there are features")
         return
     found, names = checked.whole.restrict(on_disk)
-    click.echo(f"pictures: {len(on_disk):,} in {data}, {len(names):,} of them with captions")
+    say(f"pictures: {len(on_disk):,} in {data}, {len(names):,} of them with captions")
     here = names.keys() | checked.names.keys()  # one may be gone since it was extracted
     missing = [image.name for image in checked.whole.images if image.name not in here]
     bare = sorted(set(on_disk) - set(names.values()))
@@ -196,11 +196,11 @@ def _say_pictures(checked: CheckedData, data: str) -> None:
         ("pictures without captions, left out", bare),
     ):
         if strangers:
-            click.echo(f"  {words}: {len(strangers):,} ({some(strangers)})")
+            say(f"  {words}: {len(strangers):,} ({some(strangers)})")
     # Of the notes on matching, these two are said above, with names.
     for words, count in sorted((found.notes - checked.whole.notes).items()):
         if words.startswith(("images matched", "captioned images dropped because")):
-            click.echo(f"  {words}: {count:,}")
+            say(f"  {words}: {count:,}")
 
 
 def _say_features(
@@ -210,13 +210,13 @@ def _say_features(
     path = Path(options.features)
     if checked.cache is None:
         begun = partial_path(path).is_file()
-        click.echo(f"features: {path} is {'not finished' if begun else 'not there yet'}")
+        say(f"features: {path} is {'not finished' if begun else 'not there yet'}")
         return []
     cache = checked.cache
     identity = cache.identity
     used = [checked.names[image.name] for image in checked.table.images]
     rows_of(cache, used)  # raises where a row is damaged
-    click.echo(
+    say(
         f"features: {path}, of {len(used):,} captioned pictures ({identity.encoder} with "
         f"{Path(identity.weights_source).name}, {identity.precision}, {identity.engine})"
     )
@@ -227,9 +227,9 @@ def _say_features(
     advice = []
     if failed:
         why = failures[failed[0]]
-        click.echo(f"  could not be read, left out: {len(failed):,} ({failed[0]}: {why})")
+        say(f"  could not be read, left out: {len(failed):,} ({failed[0]}: {why})")
     if missing:
-        click.echo(f"  not extracted, left out: {len(missing):,} ({some(missing)})")
+        say(f"  not extracted, left out: {len(missing):,} ({some(missing)})")
         advice.append(f"extract the {len(missing):,} pictures that were added: {commands.extract}")
     if identity.weights_source == "random":
         advice.append("the features are of an untrained encoder: captions will be poor")
@@ -242,7 +242,7 @@ def _say_run(options: DecoderOptions, run: Path, checked: CheckedData, force: bo
     if not last.is_file():
         return
     if force:
-        click.echo(f"run: {run} is started over (--force)")
+        say(f"run: {run} is started over (--force)")
         return
     splits = {f"{split}_images": checked.table.split_hash(split) for split in ("train", "val")}
     refuse_other_settings(run, {**asdict(options), **splits})
@@ -251,7 +251,7 @@ def _say_run(options: DecoderOptions, run: Path, checked: CheckedData, force: bo
     mismatch = None if cache is None else saved.encoder.mismatch(cache.identity)
     if mismatch:
         raise UserError(f"{options.features}: other features than {run} began with ({mismatch})")
-    click.echo(f"run: {run} goes on after epoch {saved.epoch} of {options.epochs}")
+    say(f"run: {run} goes on after epoch {saved.epoch} of {options.epochs}")
 
 
 def _say_cost(
@@ -274,14 +274,14 @@ def _say_cost(
         min(in_memory, memory),
         device,
     )
-    click.echo(
+    say(
         f"training: about {duration(cost.epoch)} an epoch, {duration(cost.total)} for "
         f"{options.epochs} epochs on {device.type} in {options.precision} "
         f"({cost.steps} steps timed)"
     )
     where = "in memory" if in_memory <= memory else "read from the file (--feature-memory)"
     need = "" if cost.memory is None else f"{size(cost.memory)} of memory, "
-    click.echo(f"  {need}features of {size(in_memory)} {where}, {size(cost.disk)} of disk in {run}")
+    say(f"  {need}features of {size(in_memory)} {where}, {size(cost.disk)} of disk in {run}")
 
 
 def _advice_on_tokenizer(table: CaptionTable, chosen: str) -> list[str]:

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import click
-
 from pipeline.caption_statistics import (
     Coverage,
     Spread,
@@ -19,6 +17,7 @@ from pipeline.caption_statistics import (
     repetitions,
 )
 from pipeline.captions import CaptionedImage, CaptionTable
+from pipeline.terminal import say
 from pipeline.vocabulary import tokenizer_of
 
 SHOWN = 3  # names of a kind
@@ -27,34 +26,34 @@ OTHER_COUNTS = (1, 2, 3, 5, 10)
 
 def say_captions(table: CaptionTable) -> None:
     """Report where captions came from, how many there are, and what was dropped or mended."""
-    click.echo(f"captions: {table.source} ({table.layout})")
+    say(f"captions: {table.source} ({table.layout})")
     counts = [len(image.captions) for image in table.images]
     spread = Spread.of(counts)
-    click.echo(
+    say(
         f"  {sum(counts):,} captions of {len(counts):,} images; an image has {spread.median} in "
         f"the median, {spread.least} at least, {spread.most} at most"
     )
     for words, count in sorted(table.notes.items()):
-        click.echo(f"  {words}: {count:,}")
+        say(f"  {words}: {count:,}")
 
 
 def say_lengths(captions: Sequence[Sequence[str]], tokenizer: str) -> None:
     """Report how many tokens captions have, and how many have too many."""
     chosen = tokenizer_of(tokenizer)
     spread = Spread.of(map(len, captions))
-    click.echo(
+    say(
         f"tokens ({tokenizer}): {spread.median} a caption in the median, {spread.high} at 95 %, "
         f"{spread.most} at most"
     )
     long = sum(len(words) > chosen.longest for words in captions)
     if long:
-        click.echo(
+        say(
             f"  {long:,} captions ({100 * long / len(captions):.1f} %) have more than the "
             f"{chosen.longest} tokens that a caption is given when pictures are captioned"
         )
     cut = sum(len(words) > chosen.longest_in_training for words in captions)
     if cut:
-        click.echo(f"  {cut:,} are cut after {chosen.longest_in_training} tokens in training")
+        say(f"  {cut:,} are cut after {chosen.longest_in_training} tokens in training")
 
 
 def say_vocabulary(
@@ -63,26 +62,26 @@ def say_vocabulary(
     """Report which words val has that train has too rarely; returns advice."""
     counts = Counter(word for words in train for word in words)
     chosen = coverage(counts, val, min_count)
-    click.echo(
+    say(
         f"vocabulary: {chosen.known:,} words that train has {min_count} times or more "
         f"(--min-count), of {len(counts):,}"
     )
     if chosen.unknown:
         common = ", ".join(f"{word} {count}" for word, count in chosen.unknown.most_common(5))
-        click.echo(
+        say(
             f"  val has {chosen.unknown.total():,} other tokens ({chosen.percent:.1f} %) in "
             f"{chosen.touched:,} of its {chosen.captions:,} captions: {common}"
             f"{' ...' if len(chosen.unknown) > 5 else ''}"
         )
     else:
-        click.echo("  val has no other words")
+        say("  val has no other words")
     others = [
         coverage(counts, val, count)
         for count in OTHER_COUNTS
         if count != min_count and any(n >= count for n in counts.values())
     ]
     rows = "; ".join(f"{c.min_count}: {c.known:,} words, {c.percent:.1f} %" for c in others)
-    click.echo(f"  with another --min-count: {rows}")
+    say(f"  with another --min-count: {rows}")
     return _advice_on_min_count(chosen, others, len(train))
 
 
@@ -141,9 +140,9 @@ def say_duplicates(images: Sequence[CaptionedImage], paths: Mapping[str, Path]) 
         )
     if not all_compared:
         lines.append("not all pictures of equal size were compared: that would take too long")
-    click.echo(f"duplicates: {'' if lines else 'none'}".rstrip())
+    say(f"duplicates: {'' if lines else 'none'}".rstrip())
     for line in lines:
-        click.echo(f"  {line}")
+        say(f"  {line}")
     if empty:
         advice.append(f"{len(empty):,} pictures are empty files ({some(empty)})")
     return advice

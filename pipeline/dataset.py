@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
 import numpy
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from pipeline.captions import CaptionedImage, CaptionTable, read_captions
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, FeatureCache
 from pipeline.picture_sources import PictureSource
+from pipeline.terminal import say
 from pipeline.tokenizers import ENGLISH
 from pipeline.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenizer_of
 
@@ -34,7 +34,7 @@ def load_table(
     """
     table, names = read_captions(source.captioned, captions).restrict(available)
     for line in table.summary():
-        click.echo(line, err=True)
+        say(line, err=True)
     if not table.images:
         raise UserError(
             f"{table.source}: none of its pictures is among those of --data {source.origin}"

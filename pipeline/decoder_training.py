@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
@@ -35,6 +34,7 @@ from pipeline.report import epoch_reporter
 from pipeline.report_data import ReportData, describe_data
 from pipeline.run_folder import open_run
 from pipeline.self_critical import SAMPLES, SelfCritical
+from pipeline.terminal import say
 from pipeline.tokenizers import ENGLISH
 from pipeline.training import SEED_STRIDE, Progress, Watcher, train
 from pipeline.training_config import Phase, TrainingConfig
@@ -307,7 +307,7 @@ def prepare_stage(
         decoder.standardise_by(*feature_statistics(features))
     captions = encode_captions(train_captions.values(), vocabulary)
     weights = sum(parameter.numel() for parameter in decoder.parameters())
-    click.echo(
+    say(
         f"{len(captions):,} training captions, {len(vocabulary):,} words in the vocabulary, "
         f"{weights:,} weights, {options.precision} on {device.type}",
         err=True,

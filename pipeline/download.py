@@ -31,11 +31,10 @@ from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import click
-
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
 from pipeline.progress import progress_bar
+from pipeline.terminal import say
 
 RELEASE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 FLICKR8K_MD5 = {  # the small one first: what is wrong with the network shows at once
@@ -72,13 +71,13 @@ def download_flickr8k(folder: Path, base_url: str | None = None) -> None:
     """
     if (folder / "Images").is_dir() and (folder / "captions.txt").is_file():
         # A second copy of every picture would make their names ambiguous.
-        click.echo(f"{folder} holds Flickr8k as Kaggle gives it: nothing to load.", err=True)
+        say(f"{folder} holds Flickr8k as Kaggle gives it: nothing to load.", err=True)
         return
     marker = folder / MARKER
     unpacked = marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
     missing = [name for name, md5 in FLICKR8K_MD5.items() if f"{md5}  {name}" not in unpacked]
     if not missing:
-        click.echo(f"{folder} is complete; delete {marker} to load it again.", err=True)
+        say(f"{folder} is complete; delete {marker} to load it again.", err=True)
     for name in missing:
         archive = folder / name
         try:

@@ -20,7 +20,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import click
 import numpy
 import torch
 import torchvision
@@ -34,6 +33,7 @@ from pipeline.features import EncoderIdentity
 from pipeline.images import IMAGE_SIZE
 from pipeline.pretrained import PRETRAINED, pretrained_path
 from pipeline.quantisation import dequantise
+from pipeline.terminal import say
 from pipeline.torch_files import read_torch_file
 from pipeline.weight_checks import check_state, check_values, shapes_of, short
 
@@ -185,7 +185,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
         try:
             state, weights = _imagenet_state(), "imagenet"
         except UserError as error:
-            click.echo(
+            say(
                 f"{error}. For now the encoder of the model that comes with the program is taken "
                 "(--weights pretrained)",
                 err=True,

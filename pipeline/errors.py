@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import click
 
+from pipeline.terminal import visible
 
-class UserError(click.ClickException):
+
+class _OneLineError(click.ClickException):
+    def format_message(self) -> str:
+        """Give the text as it is shown: whatever a file's name holds, one line."""
+        return visible(self.message)
+
+
+class UserError(_OneLineError):
     """A wrong command or unusable data: names the file or option and says what to do.
 
     ``click`` prints it as ``Error: ...`` and ends with exit code 2; from Python it is an
@@ -15,7 +23,7 @@ class UserError(click.ClickException):
     exit_code = 2
 
 
-class InputError(click.ClickException):
+class InputError(_OneLineError):
     """One of many inputs cannot be used, and the user asked to stop there: exit code 1."""
 
     exit_code = 1

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
@@ -43,6 +42,7 @@ from pipeline.significance import (
     bootstrap,
     compare,
 )
+from pipeline.terminal import say, say_failure
 from pipeline.tokenizers import ENGLISH
 from pipeline.vocabulary import tokenizer_of
 
@@ -189,7 +189,7 @@ def evaluate_runs(
             "left_out": result.left_out,
         },
     )
-    click.echo(f"predictions: {output}", err=True)
+    say(f"predictions: {output}", err=True)
     return result
 
 
@@ -306,7 +306,7 @@ def _open_split(
     pictures = {name: source.picture(names[name]) for name in groups}
     broken = unreadable_images([*pictures.values()], workers)
     for picture, reason in broken.items():
-        click.echo(f"failed: {picture}: {reason}", err=True)
+        say_failure(str(picture), reason)
     groups = {name: group for name, group in groups.items() if pictures[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
     encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
@@ -353,27 +353,27 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
     first = next(iter(results.values()))
     facts = first.facts
     names = [name for name in first.scores if name[0].isupper()]
-    click.echo(
+    say(
         f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
         f"{facts['references']:,} references, {search_in_words(facts['search'])}"
         f"{_tokenizer_in_words(facts['tokenizer'])}"
     )
     lead = ["run"] if len(results) > 1 else []
-    click.echo("| " + " | ".join([*lead, *names]) + " |")
-    click.echo("|" + "---|" * len(lead) + "---:|" * len(names))
+    say("| " + " | ".join([*lead, *names]) + " |")
+    say("|" + "---|" * len(lead) + "---:|" * len(names))
     for run, result in results.items():
         figures = [f"{result.scores[name]:.1f}" for name in names]
-        click.echo("| " + " | ".join([run, *figures] if lead else figures) + " |")
+        say("| " + " | ".join([run, *figures] if lead else figures) + " |")
     if lead:
         columns = [[result.scores[name] for result in results.values()] for name in names]
         means = [f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns]
-        click.echo("| " + " | ".join(["mean ± deviation", *means]) + " |")
+        say("| " + " | ".join(["mean ± deviation", *means]) + " |")
     for run, result in results.items():
         scores = result.scores
         # The line above the table is of the first run: another may have been searched otherwise.
         how = f"{result.facts['split_sha256']}, {search_in_words(result.facts['search'])}"
         how += _tokenizer_in_words(result.facts["tokenizer"])
-        click.echo(
+        say(
             (f"{run} ({how}): " if lead else "")
             + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
             f"words used, {scores['copied_from_train']:,} captions "
@@ -382,7 +382,7 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
             + ", ".join(f"{k} {v.low:.1f} to {v.high:.1f}" for k, v in result.intervals.items())
         )
     for sentence in first.left_out:
-        click.echo(sentence, err=True)
+        say(sentence, err=True)
 
 
 def scorer_in_words(tokenizer: str) -> str:
@@ -433,7 +433,7 @@ def compare_predictions(
     if strangers:
         raise UserError(f"{first}: {strangers[0]!r} is not in the {split} split of {data}")
     if len(tokens[0]) < len(groups):
-        click.echo(f"{len(tokens[0]):,} of {len(groups):,} images have predictions", err=True)
+        say(f"{len(tokens[0]):,} of {len(groups):,} images have predictions", err=True)
     scorer = Scorer({name: groups[name] for name in tokens[0]})
     return compare(PerImage(scorer, tokens[0]), PerImage(scorer, tokens[1]))
 
@@ -470,10 +470,10 @@ def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
 
 def print_comparison(differences: Mapping[str, Difference], first: Path, second: Path) -> None:
     """Print the result of ``compare_predictions`` as a Markdown table on standard output."""
-    click.echo(f"| | {first} | {second} | difference | 95 % over images | p |")
-    click.echo("|---|---:|---:|---:|---:|---:|")
+    say(f"| | {first} | {second} | difference | 95 % over images | p |")
+    say("|---|---:|---:|---:|---:|---:|")
     for name, d in differences.items():
-        click.echo(
+        say(
             f"| {name} | {d.first:.1f} | {d.second:.1f} | {d.second - d.first:+.1f} | "
             f"{d.interval.low:+.1f} to {d.interval.high:+.1f} | {d.p_value:.4f} |"
         )

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import click
 import h5py
 import numpy
 
@@ -31,6 +30,7 @@ from pipeline.features import (
     partial_path,
 )
 from pipeline.files import move_into_place, temporary_path
+from pipeline.terminal import say
 
 # Seconds between two commits; a kill costs at most the work of one such span.
 COMMIT_INTERVAL = 1.0
@@ -189,10 +189,10 @@ def say_what_changed(
         rows = previous.rows(names)
         gone = len(previous) - int((rows >= 0).sum())
         if gone:
-            click.echo(f"pictures that are gone, their features dropped: {gone:,}", err=True)
+            say(f"pictures that are gone, their features dropped: {gone:,}", err=True)
         changed = int(previous.changed(rows[rows >= 0], stamps[rows >= 0]).sum())
         if changed:
-            click.echo(f"pictures that have changed, to be encoded again: {changed:,}", err=True)
+            say(f"pictures that have changed, to be encoded again: {changed:,}", err=True)
 
 
 def check_origin(caches: Sequence[FeatureCache], identity: EncoderIdentity, data: str) -> None:
@@ -278,7 +278,7 @@ def _take_over(cache: FeatureCache, previous: FeatureCache, retry_failed: bool) 
     """Copy the good rows of ``previous`` to the rows of the same names that are not yet there."""
     damaged = previous.damaged_rows()
     if len(damaged):
-        click.echo(f"{previous.path}: damaged rows, to be made again: {len(damaged):,}", err=True)
+        say(f"{previous.path}: damaged rows, to be made again: {len(damaged):,}", err=True)
     usable = previous.status == DONE
     if not retry_failed:
         usable |= previous.status == FAILED

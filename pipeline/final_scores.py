@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
 import torch
 
 from pipeline.evaluation import evaluate_runs, print_table
 from pipeline.report import write_report
+from pipeline.terminal import say
 from pipeline.training import Progress
 
 
 def score_best(run: Path, progress: Progress, device: torch.device) -> None:
     """Say which epoch was the best, score it on val as it will caption, and finish the report."""
-    click.echo(
+    say(
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import click
 import torch
 
 from pipeline.captioner import encoder_of
@@ -26,6 +25,7 @@ from pipeline.progress import progress_bar
 from pipeline.report import epoch_reporter
 from pipeline.report_data import describe_data
 from pipeline.run_folder import open_run
+from pipeline.terminal import say
 from pipeline.tokenizers import ENGLISH
 from pipeline.training import Progress, Watcher, train
 from pipeline.training_config import Phase, TrainingConfig
@@ -55,7 +55,7 @@ def refuse_strange_words(captions: EncodedCaptions, source: Path, start: Path) -
             "learns no new ones here; train a decoder on these captions: train_decoder.py"
         )
     if share > 0.05:
-        click.echo(
+        say(
             f"{100 * share:.0f} % of the captions' words are unknown to {start}, which learns no "
             "new ones",
             err=True,
@@ -119,7 +119,7 @@ def finetune_joint(
     raw = {image.name: image.captions for image in table.images}
     english = tokenizer == ENGLISH
     if options.flip and not english:
-        click.echo(
+        say(
             "no picture is flipped: which words say left and right is known for English alone",
             err=True,
         )
@@ -143,7 +143,7 @@ def finetune_joint(
         job=job,
     )
     learning = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
-    click.echo(
+    say(
         f"{len(stage.pictures):,} training pictures with {len(stage.captions):,} captions; "
         f"{options.unfreeze_from} and above learn ({learning:,} weights), "
         f"{options.precision} on {device.type}",

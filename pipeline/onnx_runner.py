@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ import onnxruntime
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMAT, VERSION = "show-and-tell-captioner-onnx", 1
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Pillow's names of what is opened. It knows thirty more, and gives EPS to Ghostscript.
 PICTURE_FORMATS = "JPEG PNG WEBP GIF AVIF TIFF BMP JPEG2000 PPM TGA".split()
 
@@ -314,17 +316,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         captioner = Captioner(options.model)
     except ExportError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_visible(str(error))}", file=sys.stderr)
         return 2
     failed = 0
     for path in options.images:
         try:
             text = captioner.caption(path, options.beam_size).text
         except ImageError as error:
-            print(f"failed: {_printable(path)}: {error}", file=sys.stderr)
+            print(f"failed: {_printable(path)}: {_visible(str(error))}", file=sys.stderr)
             failed += 1
         else:
-            sys.stdout.buffer.write(f"{_printable(path)}\t{text}\n".encode())
+            sys.stdout.buffer.write(f"{_printable(path)}\t{_visible(text)}\n".encode())
             sys.stdout.buffer.flush()
     if failed:
         print(f"{failed} of {len(options.images)} pictures could not be read", file=sys.stderr)
@@ -333,7 +335,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _printable(path: str) -> str:
     """Give a path as text that can be written: bytes that are no UTF-8 become marks."""
-    return os.fsencode(path).decode("utf-8", "replace")
+    return _visible(os.fsencode(path).decode("utf-8", "replace"))
+
+
+def _visible(text: str) -> str:
+    """Write control characters, which a terminal would obey, as Python does."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 if __name__ == "__main__":

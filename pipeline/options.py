@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from pipeline.tar_shards import is_tar_shards
+from pipeline.terminal import say, visible
 
 # What follows "captioner" where the program was installed -> the script of this repository.
 SCRIPTS = {
@@ -49,14 +50,15 @@ class GroupedCommand(click.Command):
             return super().invoke(context)
         except KeyboardInterrupt:
             told = "; the same command goes on" if self.goes_on else ""
-            click.echo(f"interrupted{told}", err=True)
+            say(f"interrupted{told}", err=True)
             sys.exit(130)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Read the command line; of several processes that cannot, one alone says so."""
         try:
             return super().parse_args(context, args)
-        except click.UsageError:
+        except click.UsageError as error:
+            vars(error)["message"] = visible(error.message)  # it quotes what it does not know
             from pipeline.torchrun import joined_job
 
             with joined_job():

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ from typing import IO, Any
 from pipeline.captioner import Caption, Prediction, Word
 from pipeline.errors import UserError
 from pipeline.files import atomic_write
+from pipeline.terminal import as_json, visible
+
+# What a spreadsheet calculates, or takes for it; see docs/file-formats.md.
+FORMULA = re.compile("'*[=+\\-@\\t\\n]")
+# Line ends and tabs stand in quotes; Python 3.12 and older forget them about a carriage return.
+KEPT_IN_CSV = "\t\n"
 
 
 def write_predictions(predictions: Iterable[Prediction], layout: str, output: Path | None) -> None:
@@ -47,6 +54,12 @@ def printable(path: str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+def name_in(path: str, layout: str) -> str:
+    """Give the name of a picture as ``read_predictions`` finds it in a file of this layout."""
+    kept = {"text": "", "csv": KEPT_IN_CSV}.get(layout)
+    return printable(path) if kept is None else visible(printable(path), kept)
+
+
 def as_record(prediction: Prediction) -> dict[str, Any]:
     """Describe a prediction as JSON: image and captions, or image and error."""
     if prediction.error is not None:
@@ -75,19 +88,19 @@ def _write_text(predictions: Iterable[Prediction], handle: IO[str]) -> None:
         several = len(prediction.captions) > 1
         for caption in prediction.captions:
             score = f"\t{caption.log_probability:.4f}" if several else ""
-            handle.write(f"{printable(prediction.path)}\t{caption.text}{score}\n")
+            name = name_in(prediction.path, "text")
+            handle.write(f"{name}\t{visible(caption.text)}{score}\n")
         handle.flush()
 
 
 def _write_json(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     records = [as_record(prediction) for prediction in predictions]
-    json.dump(records, handle, ensure_ascii=False, indent=2)
-    handle.write("\n")
+    handle.write(as_json(records, indent=2) + "\n")
 
 
 def _write_jsonl(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     for prediction in predictions:
-        handle.write(json.dumps(as_record(prediction), ensure_ascii=False) + "\n")
+        handle.write(as_json(as_record(prediction)) + "\n")
         handle.flush()
 
 
@@ -98,12 +111,24 @@ def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     writer = csv.writer(handle, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
     for prediction in predictions:
+        name = _cell(name_in(prediction.path, "csv"))
         for rank, caption in enumerate(prediction.captions, start=1):
             score = round(caption.log_probability, 4)
-            writer.writerow([printable(prediction.path), rank, caption.text, score, ""])
+            writer.writerow([name, rank, _cell(caption.text), score, ""])
         if prediction.error is not None:
-            writer.writerow([printable(prediction.path), "", "", "", prediction.error])
+            writer.writerow([name, "", "", "", _cell(prediction.error)])
         handle.flush()
+
+
+def _cell(text: str) -> str:
+    """Write a text so that a spreadsheet shows it, and calculates nothing."""
+    text = visible(text, KEPT_IN_CSV)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def _text_of(cell: str) -> str:
+    """Read what ``_cell`` wrote."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def _write_coco(predictions: Iterable[Prediction], handle: IO[str]) -> None:
@@ -112,8 +137,7 @@ def _write_coco(predictions: Iterable[Prediction], handle: IO[str]) -> None:
         for prediction in predictions
         for caption in prediction.captions
     ]
-    json.dump(results, handle, ensure_ascii=False, indent=2)
-    handle.write("\n")
+    handle.write(as_json(results, indent=2) + "\n")
 
 
 WRITERS: dict[str, Callable[[Iterable[Prediction], IO[str]], None]] = {
@@ -185,10 +209,11 @@ def _read_csv(text: str) -> Iterator[Row]:
     if reader.fieldnames != CSV_COLUMNS:
         raise ValueError(f"columns {reader.fieldnames}")
     for row in reader:
+        image = _text_of(row["image"])
         if row["error"]:
-            yield row["image"], None, row["error"]
+            yield image, None, _text_of(row["error"])
         else:
-            yield row["image"], Caption(row["caption"], float(row["log_probability"])), None
+            yield image, Caption(_text_of(row["caption"]), float(row["log_probability"])), None
 
 
 def _read_coco(text: str) -> Iterator[Row]:

@@ -17,6 +17,7 @@ import click
 
 from pipeline import options
 from pipeline.errors import UserError
+from pipeline.terminal import say
 
 # What --weights and --model call it.
 PRETRAINED = "pretrained"
@@ -101,7 +102,7 @@ def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
     and recipe, the decoders caption together.
     """
     save_compressed(runs, output, weights)
-    click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)
+    say(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)
 
 
 if __name__ == "__main__":

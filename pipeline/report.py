@@ -33,6 +33,7 @@ from pipeline.metrics import Scorer
 from pipeline.report_data import ReportData, Tokenised, read_data
 from pipeline.run_folder import CONFIG, LOG, PREDICTIONS, REPORT, SAMPLES, SCORES, read_epochs
 from pipeline.tar_shards import TarMember
+from pipeline.terminal import say
 from pipeline.training import Watcher
 from pipeline.vocabulary import Vocabulary
 
@@ -124,12 +125,12 @@ def write_report(run: Path, data: Path | None = None) -> None:
     try:
         described, val = read_data(settings, data, vocabulary)
     except UserError as error:
-        click.echo(f"{run / REPORT}: without pictures and references ({error})", err=True)
+        say(f"{run / REPORT}: without pictures and references ({error})", err=True)
         _write(run, None, {}, str(error))
     else:
         _write(run, described, val, "", vocabulary)
     write_curves(run)
-    click.echo(f"report: {run / REPORT}", err=True)
+    say(f"report: {run / REPORT}", err=True)
 
 
 def epoch_reporter(run: Path, data: ReportData) -> Watcher:

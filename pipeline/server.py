@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
 from pipeline.errors import UserError
 from pipeline.output import caption_record
+from pipeline.terminal import as_json, say
 
 try:
+    import h11
     import uvicorn
     from starlette.applications import Starlette
     from starlette.datastructures import Headers, MutableHeaders
@@ -33,8 +33,17 @@ try:
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from pipeline.uploads import MAX_FILE_BYTES, RANGES, RefusedError, Upload, Wishes, read_form
+    from pipeline.uploads import (
+        MAX_FILE_BYTES,
+        RANGES,
+        RefusedError,
+        Upload,
+        Wishes,
+        in_time,
+        read_form,
+    )
 except ImportError as error:
     raise UserError(
         f"--serve: {error.name} is not installed; pip install starlette uvicorn python-multipart"
@@ -48,6 +57,8 @@ TEMPLATES = Path(__file__).with_name("templates")
 MAX_WAITING = 256
 # Of these, whose pictures are taken in; those of the others stay where they are.
 MAX_ARRIVED = 32
+# Seconds that the head of a request may take.
+HEAD_SECONDS = 20.0
 # Names of this machine. Another name that leads here is a stranger's, who would read the answers.
 LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
 HEADERS = {
@@ -129,6 +140,41 @@ class Line:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
+class PunctualProtocol(H11Protocol):
+    """HTTP with uvicorn, which would wait for ever for the end of a request's head."""
+
+    _head: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come, and wait for the rest of a head."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer."""
+        super().connection_lost(exc)
+        if self._head is not None:
+            self._head.cancel()
+
+    def _watch(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            if self._head is not None:
+                self._head.cancel()
+            self._head = None
+        elif self._head is None:
+            self._head = self.loop.call_later(HEAD_SECONDS, self._end)
+
+    def _end(self) -> None:
+        self._head = None
+        if self.conn.their_state is h11.IDLE:
+            self.transport.close()
+
+
 class Guard:
     """Answers only what this machine asks itself, and says on every answer what it may do.
 
@@ -161,10 +207,18 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
 
+class Answer(JSONResponse):
+    """JSON that a terminal, too, can show: control characters are escaped."""
+
+    def render(self, content: Any) -> bytes:
+        """Write the body."""
+        return as_json(content).encode("utf-8")
+
+
 def refusal(status: int, reason: str) -> JSONResponse:
     """Say why a request is not served."""
     headers = {"Retry-After": "2"} if status == 503 else {}
-    return JSONResponse({"error": reason}, status, headers)
+    return Answer({"error": reason}, status, headers)
 
 
 def make_app(captioner: Captioner, model_name: str) -> Starlette:
@@ -180,7 +234,7 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
         async with line.place():
             with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
                 content_type = request.headers.get("content-type", "")
-                form = await read_form(content_type, request.stream(), Path(folder))
+                form = await read_form(content_type, in_time(request.stream()), Path(folder))
                 wishes = Wishes.parse(form.fields)
                 if not form.uploads:
                     raise RefusedError(
@@ -190,7 +244,7 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
                     request, lambda: caption_uploads(captioner, form.uploads, wishes)
                 )
                 images = map(as_answer, form.uploads, predictions)
-                return JSONResponse({"model": model_name, "images": list(images)})
+                return Answer({"model": model_name, "images": list(images)})
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": model_name, "requests": line.length})
@@ -271,21 +325,26 @@ def serve(captioner: Captioner, model_name: str, port: int, open_browser: bool) 
     """
     with listen(port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        click.echo(f"captions at {address} for this machine alone; Ctrl-C ends it", err=True)
+        say(f"captions at {address} for this machine alone; Ctrl-C ends it", err=True)
         if open_browser:
             # A browser in the terminal would not come back before it is closed.
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        config = uvicorn.Config(
-            make_app(captioner, model_name),
-            http="h11",
-            ws="none",
-            loop="asyncio",
-            lifespan="on",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run([listener])
+            make_server(captioner, model_name).run([listener])
+
+
+def make_server(captioner: Captioner, model_name: str) -> uvicorn.Server:
+    """Make the server of ``make_app``'s application."""
+    config = uvicorn.Config(
+        make_app(captioner, model_name),
+        http=PunctualProtocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import click
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.progress import progress_bar
 from pipeline.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
+from pipeline.terminal import say
 from pipeline.training_config import TrainingConfig
 from pipeline.validation import Validation
 from pipeline.weight_average import WeightAverage
@@ -171,7 +171,7 @@ def train(
         average.load(saved.get("weights", []), saved.get("steps", 0))
         progress = Progress(**saved["progress"])
         if progress.epoch:
-            click.echo(f"{run}: going on after epoch {progress.epoch}", err=True)
+            say(f"{run}: going on after epoch {progress.epoch}", err=True)
     if job.rank == 0:
         check_writable(last)
     for name in (LOG, SAMPLES) if job.rank == 0 else ():
@@ -220,16 +220,16 @@ def train(
         }
         save_checkpoint(last, checkpoint)
         log = read_epochs(run / LOG)
-        click.echo(epoch_line(log, config.epochs, better), err=True)
+        say(epoch_line(log, config.epochs, better), err=True)
         if found.samples and shows_sample(progress.epoch, config.epochs):
-            click.echo(sample_line(found.samples, progress.epoch), err=True)
+            say(sample_line(found.samples, progress.epoch), err=True)
 
     try:
         if score_start and saved is None:
             finish_epoch({})
         while progress.epoch < config.epochs:
             if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-                click.echo(
+                say(
                     f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)",
                     err=True,
                 )

@@ -6,7 +6,9 @@ of it. The names that a client gives are kept as text alone: files get names of 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,9 @@ MAX_FILES = 16
 MAX_FILE_BYTES = 20 * MEGABYTE
 MAX_FIELD_BYTES = 1000
 MAX_PARTS = MAX_FILES + 16
+# Seconds that the body of a request may take, beside one for so many bytes.
+BODY_SECONDS = 20.0
+BYTES_A_SECOND = 20_000
 
 
 class RefusedError(Exception):
@@ -175,6 +180,26 @@ async def read_form(content_type: str, chunks: AsyncIterator[bytes], folder: Pat
     if not parts.complete:
         raise RefusedError(400, "the request ends in the middle")
     return parts.form
+
+
+async def in_time(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Pass on what arrives, while it does: who sends too slowly keeps a place in the line.
+
+    Raises:
+        RefusedError: 408, it takes too long.
+    """
+    started, received = time.monotonic(), 0
+    while True:
+        allowed = BODY_SECONDS + received / BYTES_A_SECOND
+        try:
+            left = started + allowed - time.monotonic()
+            chunk = await asyncio.wait_for(anext(chunks), max(0.0, left))
+        except StopAsyncIteration:
+            return
+        except asyncio.TimeoutError as error:
+            raise RefusedError(408, "the request arrives too slowly") from error
+        received += len(chunk)
+        yield chunk
 
 
 class _Parts:

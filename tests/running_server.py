@@ -15,14 +15,10 @@ if TYPE_CHECKING:
 @contextmanager
 def running(captioner: Captioner) -> Iterator[int]:
     """Serve the page on a free port while the block runs; yields the port."""
-    import uvicorn
-
-    from pipeline.server import listen, make_app
+    from pipeline.server import listen, make_server
 
     with listen(0) as listener:
-        app = make_app(captioner, "drawn")
-        config = uvicorn.Config(app, http="h11", log_level="warning", access_log=False)
-        server = uvicorn.Server(config)
+        server = make_server(captioner, "drawn")
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         deadline = time.monotonic() + 20

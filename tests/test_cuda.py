@@ -127,7 +127,7 @@ def test_a_run_in_bf16_learns_goes_on_and_is_read_on_the_cpu(
         return whole(stage)
 
     monkeypatch.setattr(DecoderStage, "validate", validate)
-    run(train_decoder.main, f"{options} --run {tmp_path / 'cut'}", code=1)
+    run(train_decoder.main, f"{options} --run {tmp_path / 'cut'}", code=130)
     ended = run(train_decoder.main, f"{options} --run {tmp_path / 'cut'}")
     assert "going on after epoch 7" in ended.stderr
     for one, other in zip(log, log_of(tmp_path / "cut"), strict=True):

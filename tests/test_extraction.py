@@ -524,16 +524,18 @@ class Bomb:
 
 
 def test_weights_that_are_none(pictures: Path, tmp_path: Path) -> None:
-    # Expanded tensors have the right shapes and take no space in the file.
     shapes = {
-        key: torch.zeros(()).expand(value.shape)
+        key: torch.zeros(value.shape, dtype=torch.float16)
         for key, value in Encoder().trunk.state_dict().items()
     }
     key = "Mixed_6c.branch_pool.conv.weight"
     contents: dict[str, tuple[object, str]] = {
         "missing tensor": ({k: v for k, v in shapes.items() if k != key}, f"{key} is missing"),
-        "shape": ({**shapes, key: torch.zeros(2, 3)}, f"{key} has shape (2, 3), not (192, 768,"),
-        "unknown": ({**shapes, "layer9.weight": torch.zeros(2)}, "layer9.weight is unknown"),
+        "shape": (
+            {**shapes, key: torch.zeros(2, 3)},
+            f"{key} of the encoder has not the shape (192, 768,",
+        ),
+        "unknown": ({**shapes, "layer9.weight": torch.zeros(2)}, "'layer9.weight' is unknown"),
         "numbers": ({"epoch": 3}, "holds no InceptionV3 weights"),
         "list": ([torch.zeros(2)], "holds no InceptionV3 weights"),
         "bomb": ({**shapes, key: Bomb(tmp_path / "exploded")}, "not a state dict that torch"),

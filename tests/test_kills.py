@@ -15,6 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from PIL.Image import Image
 
 if os.name == "nt":
     pytest.skip("Windows has no fork", allow_module_level=True)
@@ -28,6 +29,7 @@ from pipeline import decoder_training, encoding, feature_writer, joint_stage
 from pipeline.checkpoint import load_checkpoint
 from pipeline.errors import UserError
 from pipeline.features import PENDING, FeatureCache, partial_path
+from pipeline.images import Picture
 from pipeline.journal import Journal, journal_path
 
 KILLS = 50  # of each of the four commands
@@ -186,10 +188,10 @@ def test_training_pictures_that_go_away_stop_the_fine_tuning(world: World, tmp_p
     def unplug() -> None:
         read, count = joint_stage.load_image, itertools.count()
 
-        def load_image(*arguments: Any) -> Any:
+        def load_image(path: Picture, size: int | None = None) -> Image:
             if next(count) == 20:  # in the second of two epochs of 16
                 scenes.rename(away)
-            return read(*arguments)
+            return read(path, size)
 
         joint_stage.load_image = load_image
 

@@ -18,6 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import check_writable
 from pipeline.inputs import collect
 from pipeline.pretrained import PRETRAINED, is_pretrained, pretrained_path
+from pipeline.terminal import say, say_failure
 
 if TYPE_CHECKING:
     from pipeline.captioner import Captioner
@@ -114,7 +115,8 @@ GROUPS = {
     type=click.Choice(["text", "json", "jsonl", "csv", "coco"]),
     default=None,
     help="text: path, tab, caption, and of several, tab, log-probability; jsonl: a line of JSON a "
-    "picture, as it is made; coco: the COCO results format.  [default: by the end of --output's "
+    "picture, as it is made; csv: for spreadsheets, with an apostrophe before what they would take "
+    "for a formula; coco: the COCO results format.  [default: by the end of --output's "
     "name, else text]",
     show_default=False,
 )
@@ -259,18 +261,18 @@ def main(
         )
     except KeyboardInterrupt:
         kept = output or html or sidecar or write_metadata
-        click.echo("interrupted" + ("; the same command goes on" if kept else ""), err=True)
+        say("interrupted" + ("; the same command goes on" if kept else ""), err=True)
         sys.exit(130)
     if html is not None:
-        click.echo(f"page: {html}", err=True)
+        say(f"page: {html}", err=True)
     if outcome.resumed:
-        click.echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
+        say(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
-        click.echo(f"{outcome.passed_over:,} have captions already: passed over", err=True)
+        say(f"{outcome.passed_over:,} have captions already: passed over", err=True)
     for path, reason in outcome.failures.items():
-        click.echo(f"failed: {printable(path)}: {reason}", err=True)
+        say_failure(printable(path), reason)
     if outcome.failures:
-        click.echo(
+        say(
             f"{len(outcome.failures):,} of {len(paths):,} pictures could not be read or written",
             err=True,
         )
@@ -330,9 +332,9 @@ def default_model() -> Path:
     """Find the model to use when none is named: the user's own, or else the one in the box."""
     for candidate in DEFAULT_MODELS:
         if Path(candidate).is_file():
-            click.echo(f"model: {candidate}", err=True)
+            say(f"model: {candidate}", err=True)
             return Path(candidate)
-    click.echo(
+    say(
         "model: the one that comes with the program (--model pretrained), trained on Flickr8k for "
         "research and education; see data/pretrained/MODEL_CARD.md",
         err=True,

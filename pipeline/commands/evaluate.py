@@ -13,6 +13,7 @@ import click
 from pipeline import options
 from pipeline.errors import UserError
 from pipeline.files import check_writable
+from pipeline.terminal import say
 from pipeline.vocabulary import TOKENIZERS
 
 GROUPS = {
@@ -170,6 +171,6 @@ def main(
 
         [(run, result)] = results.items()
         write_page(result, run, html)
-        click.echo(f"page: {html}", err=True)
+        say(f"page: {html}", err=True)
     if any(result.unreadable for result in results.values()):
         sys.exit(1)

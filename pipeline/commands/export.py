@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from pipeline import options
+from pipeline.terminal import say
 
 
 @options.command()
@@ -59,4 +60,4 @@ def main(
 
     models = [*runs, *model] or [default_model()]
     for path in export_captioner(models, output, weights, beam_size, force):
-        click.echo(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)
+        say(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)

@@ -15,6 +15,7 @@ from pipeline import options
 from pipeline.errors import UserError
 from pipeline.picture_sources import open_source
 from pipeline.tar_shards import is_tar_shards
+from pipeline.terminal import say, say_failure
 
 if TYPE_CHECKING:
     from pipeline.extraction import ExtractionResult
@@ -165,9 +166,7 @@ def main(
                 "the machines of this job found different weights; name some with --weights"
             )
         if weights == "random" and job.rank == 0:
-            click.echo(
-                "The encoder is untrained (--weights random): captions will be poor.", err=True
-            )
+            say("The encoder is untrained (--weights random): captions will be poor.", err=True)
         task = Extraction(
             source=source,
             names=source.names,
@@ -189,14 +188,14 @@ def report(result: ExtractionResult) -> None:
     """Say what was done; ends the program with exit code 1 if pictures could not be read."""
     cache = result.cache
     failures = cache.failures()
-    click.echo(
+    say(
         f"{cache.path}: complete, {len(cache) - len(failures):,} pictures ({result.encoded:,} "
         f"encoded now, {result.kept:,} before; {cache.identity.precision}, "
         f"{cache.identity.engine})",
         err=True,
     )
     for name, reason in failures.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
+        say_failure(name, reason)
     if failures:
-        click.echo(f"{len(failures)} could not be read; --retry-failed tries them again", err=True)
+        say(f"{len(failures)} could not be read; --retry-failed tries them again", err=True)
         sys.exit(1)

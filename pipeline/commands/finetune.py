@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from pipeline import options
+from pipeline.terminal import say_failure
 
 GROUPS = {
     "What learns, and how fast": (
@@ -180,7 +181,7 @@ def main(
             if job.rank == 0:
                 score_best(run, progress, chosen)
                 for path, reason in unreadable.items():
-                    click.echo(f"failed: {path}: {reason}", err=True)
+                    say_failure(path, reason)
             job.wait_for_all()
     if unreadable and job.rank == 0:
         sys.exit(1)

@@ -296,7 +296,8 @@ find("numbers").addEventListener("change", (event) => {
   document.body.classList.toggle("numbers", event.target.checked);
 });
 find("copy-all").addEventListener("click", () => {
-  const clean = (text) => text.replace(/[\t\r\n]+/g, " ");
+  // A spreadsheet would calculate what begins as a formula.
+  const clean = (text) => text.replace(/[\t\r\n]+/g, " ").replace(/^(?='*[=+\-@])/, "'");
   const rows = cards.flatMap(({ file, state, captions }) => (state === "failed" ? [] : captions)
     .map((each) => [clean(file.name), clean(each.caption), each.log_probability].join("\t")));
   copy(["image\tcaption\tlog_probability", ...rows, ""].join("\n"), `${rows.length} captions copied`);
