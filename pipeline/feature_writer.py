@@ -74,16 +74,17 @@ class CacheWriter:
         touched = [*rows, *failures]
         news = int((self.cache.status[touched] == PENDING).sum())
         values, mapped = features.astype(FEATURE_TYPE), self.cache.own_features
+        reasons = self.cache._reason
         for row, value in zip(rows, values, strict=True):
             mapped[row] = value
             self.cache._crc[row] = zlib.crc32(value)
-            self.cache._reason[row] = b""
+            reasons[row] = b""
             self._uncommitted[row] = DONE
         for row, reason in failures.items():
             mapped[row] = NO_FEATURES
             self.cache._crc[row] = NO_FEATURES_CRC
             encoded = reason.encode("utf-8", "replace")[:REASON_BYTES]
-            self.cache._reason[row] = encoded.decode("utf-8", "ignore").encode()
+            reasons[row] = encoded.decode("utf-8", "ignore").encode()
             self._uncommitted[row] = FAILED
         if time.monotonic() - self._last_commit > COMMIT_INTERVAL:
             self.commit()

@@ -143,7 +143,7 @@ class FeatureCache:
             self._open_features()
             self._names = map_dataset(path, places["names"], mode)
             self.status = map_dataset(path, places["status"], mode)
-            self._reason = map_dataset(path, places["reason"], mode)
+            self._open_reason = functools.partial(map_again, path, places["reason"], mode)
             self._crc = map_dataset(path, places["crc"], mode)
             self._complete = map_dataset(path, places["complete"], mode)
             self._row_crc: numpy.memmap | None = None
@@ -191,6 +191,11 @@ class FeatureCache:
         return self._open_features()
 
     @property
+    def _reason(self) -> numpy.memmap:
+        """The reasons, mapped anew: the checksums pass over all of them, which are many bytes."""
+        return self._open_reason()
+
+    @property
     def own_features(self) -> numpy.memmap:
         """The same as an array of the file itself, to be written to; not for shards."""
         features = self.features
@@ -229,8 +234,9 @@ class FeatureCache:
 
     def failures(self) -> dict[str, str]:
         """Give name and reason of every picture that could not be read."""
+        reasons = self._reason
         return {
-            self.name(row): bytes(self._reason[row]).decode("utf-8", "ignore")
+            self.name(row): bytes(reasons[row]).decode("utf-8", "ignore")
             for row in numpy.flatnonzero(self.status == FAILED)
         }
 

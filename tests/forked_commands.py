@@ -5,6 +5,7 @@ Their encoder is of InceptionV3's form, but tiny; all else is as people run it.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -28,6 +29,16 @@ import pipeline.encoder
 import train_decoder
 from pipeline.encoder import TRUNK_LAYERS
 from pipeline.features import FEATURE_SIZE
+from pipeline.tokenizers import ENGLISH
+from pipeline.vocabulary import tokenizer_of
+
+# What commands import only when they need it, and a process that is forked then has already.
+for module in (
+    *("captioning", "decoder_training", "extraction", "final_scores", "joint_training"),
+    *("templating", "torchrun"),
+):
+    importlib.import_module(f"pipeline.{module}")
+tokenizer_of(ENGLISH).tokenize("it's")
 
 # What a command may take to end, in seconds, even where others keep the machine busy.
 PATIENCE = 120.0
