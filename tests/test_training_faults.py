@@ -154,7 +154,11 @@ def test_features_that_go_away_and_are_not_in_memory(
     run, away = tmp_path / "run", tmp_path / "away.h5"
     with pytest.MonkeyPatch.context() as patch:
         initialise = PictureFeatures.__init__
-        patch.setattr(PictureFeatures, "__init__", lambda *given: initialise(*given[:3], 0))
+        patch.setattr(
+            PictureFeatures,
+            "__init__",
+            lambda self, cache, rows, memory: initialise(self, cache, rows, 0),
+        )
         before_epoch(patch, 2, lambda: data[1].rename(away))
         assert f"{data[1]}: can no longer be opened (No such file or directory)" in refusal(
             data, run
