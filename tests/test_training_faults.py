@@ -23,7 +23,6 @@ from pipeline.checkpoint import load_checkpoint
 from pipeline.dataset import PictureFeatures
 from pipeline.decoder_training import DecoderStage
 from pipeline.errors import UserError
-from pipeline.features import FeatureCache
 from pipeline.training import train
 from pipeline.validation import Validation
 
@@ -155,11 +154,11 @@ def test_features_that_go_away_and_are_not_in_memory(
     run, away = tmp_path / "run", tmp_path / "away.h5"
     with pytest.MonkeyPatch.context() as patch:
         initialise = PictureFeatures.__init__
-
-        def hold_nothing(self: PictureFeatures, cache: FeatureCache, rows: Any, _: float) -> None:
-            initialise(self, cache, rows, 0)
-
-        patch.setattr(PictureFeatures, "__init__", hold_nothing)
+        patch.setattr(
+            PictureFeatures,
+            "__init__",
+            lambda self, cache, rows, memory: initialise(self, cache, rows, 0),
+        )
         before_epoch(patch, 2, lambda: data[1].rename(away))
         assert f"{data[1]}: can no longer be opened (No such file or directory)" in refusal(
             data, run
