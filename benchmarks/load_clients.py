@@ -37,7 +37,7 @@ class Client:
 
     def ask(self, port: int, pictures: Sequence[Path], until: float) -> None:
         """Send one picture after the other until ``until`` (of ``time.monotonic``)."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=900)
         for picture in pictures:
             began = time.monotonic()
             if began > until:

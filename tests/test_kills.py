@@ -193,7 +193,7 @@ def test_training_pictures_that_go_away_stop_the_fine_tuning(world: World, tmp_p
                 scenes.rename(away)
             return read(path, size)
 
-        joint_stage.load_image = load_image  # type: ignore[assignment]
+        joint_stage.load_image = load_image
 
     assert ended(world.start("finetune", folder, unplug)) == 2
     away.rename(scenes)
