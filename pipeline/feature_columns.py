@@ -106,3 +106,9 @@ def check_structure(path: Path, layout: Layout) -> None:
         check_places(layout.datasets)
         if map_dataset(path, place, "r")[0] != structure_crc(path, layout):
             raise ValueError(f"{path.name}: bytes outside of its rows are damaged")
+
+
+def all_finite(features: numpy.ndarray) -> numpy.ndarray:
+    """Tell which rows of float16 (R, 2048) have neither infinity nor NaN: bool (R,)."""
+    exponent = numpy.uint16(0x7C00)  # all of its bits are set in these alone
+    return numpy.asarray(((features.view("<u2") & exponent) != exponent).all(axis=1))

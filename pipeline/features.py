@@ -44,6 +44,7 @@ from pipeline.feature_columns import (
 )
 from pipeline.feature_columns import (
     MapMode,
+    all_finite,
     check_places,
     check_structure,
     map_again,
@@ -265,19 +266,19 @@ class FeatureCache:
 
     def damaged_rows(self, rows: numpy.ndarray | None = None) -> numpy.ndarray:
         """List those rows, of all that are done or failed or of ``rows``, whose checksums do not
-        fit. In a complete cache a pending row is damaged, too.
+        fit, or whose features are no numbers. In a complete cache a pending row is damaged, too.
         """
-        damaged = [
-            row
-            for part in self._parts(rows)
-            for row, fits, done, values in zip(
-                *(part, self._fit(part), self.status[part] == DONE, self.features[part]),
-                strict=True,
-            )
+        damaged: list[int] = []
+        for part in self._parts(rows):
+            features = self.features[part]
+            fit = self._fit(part) & all_finite(features)
             # Old caches have no checksum of what is not there.
-            if not fits
-            or ((done or self._row_crc is not None) and zlib.crc32(values) != self._crc[row])
-        ]
+            sealed = (self.status[part] == DONE) | (self._row_crc is not None)
+            damaged += (
+                row
+                for row, fits, has_crc, values in zip(part, fit, sealed, features, strict=True)
+                if not fits or (has_crc and zlib.crc32(values) != self._crc[row])
+            )
         return numpy.array(damaged, dtype=numpy.int64)
 
     def refuse_damage(self, rows: numpy.ndarray) -> None:

@@ -220,6 +220,18 @@ def test_damaged_rows_are_found_and_made_again(tmp_path: Path, finished: bool) -
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("value", [numpy.nan, numpy.inf, -numpy.inf])
+def test_features_that_are_no_numbers_are_damage(tmp_path: Path, value: float) -> None:
+    """Their checksums fit, as in a stranger's cache; a search through them finds no caption."""
+    writer = writer_of(tmp_path / "x.h5", NAMES)
+    for [row] in writer.pending_batches(1):
+        features = feature(writer.cache.name(row))[None].copy()
+        features[0, 1000] = value if row == 1 else -65504  # the lowest float16
+        writer.write([row], features, {})
+    writer.finish()
+    assert FeatureCache(tmp_path / "x.h5").damaged_rows().tolist() == [1]
+
+
 def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     with pytest.raises(UserError, match=r"x\.h5: no such feature cache; make it with"):
