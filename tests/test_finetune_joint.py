@@ -50,10 +50,11 @@ def test_only_the_unfrozen_block_learns_and_statistics_stay(
 ) -> None:
     before = torch.load(drawn_run.weights, weights_only=True)
     after = load_checkpoint(joint_run / "last.pt").encoder_weights
+    before = {name: value for name, value in before.items() if "num_batches" not in name}
     assert after is not None and after.keys() == before.keys()
     for name, value in before.items():
         changed = not torch.equal(value, after[name])
-        frozen = not name.startswith("Mixed_7c") or "running_" in name or "num_batches" in name
+        frozen = not name.startswith("Mixed_7c") or "running_" in name
         assert changed != frozen, name
 
 
