@@ -14,6 +14,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from pipeline.errors import UserError
 from pipeline.tar_shards import is_tar_shards
 from pipeline.terminal import say, visible
 
@@ -45,13 +46,27 @@ class GroupedCommand(click.Command):
         self.goes_on = goes_on
 
     def invoke(self, context: click.Context) -> Any:
-        """Run the command; Ctrl-C ends it with a line, and as shells expect it."""
+        """Run the command; Ctrl-C and a lack of memory end it with a line.
+
+        Raises:
+            UserError: memory was not enough, the machine's or the GPU's.
+        """
+        goes_on = "; the same command goes on" if self.goes_on else ""
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
-            told = "; the same command goes on" if self.goes_on else ""
-            say(f"interrupted{told}", err=True)
+            say(f"interrupted{goes_on}", err=True)
             sys.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            smaller = [o for o in ("batch_size", "workers", "beam_size") if self._has(o)]
+            named = " or ".join(f"--{name.replace('_', '-')}" for name in smaller)
+            less = f"with a smaller {named} less is needed" if named else "close other programs"
+            raise UserError(f"out of memory: {less}{goes_on}") from error
+
+    def _has(self, name: str) -> bool:
+        return any(parameter.name == name for parameter in self.params)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Read the command line; of several processes that cannot, one alone says so."""
@@ -88,6 +103,15 @@ class GroupedCommand(click.Command):
             for name, script in SCRIPTS.items():
                 text = text.replace(f"python {script}", f"{context.parent.command_path} {name}")
         return text
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether memory was not enough, for Python, or for torch on a CPU or GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        or "can't allocate memory" in str(error)
+    )
 
 
 class DataPath(click.Path):

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from pipeline.commands import COMMANDS, main
@@ -100,3 +102,28 @@ def test_the_shell_completes_commands_and_options() -> None:
     assert "plain,caption" in completed("captioner ca", 1)
     assert "plain,--beam-size" in completed("captioner caption --be", 2)
     assert "plain,jsonl" in completed("captioner caption --format ", 3)
+
+
+@pytest.mark.parametrize("kind", ["python", "torch", "gpu"])
+def test_a_lack_of_memory_is_one_line(kind: str) -> None:
+    def run(batch_size: int) -> None:
+        if kind == "python":
+            raise MemoryError
+        if kind == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        torch.empty(1 << 60, dtype=torch.uint8)  # more than there are addresses
+
+    option = click.Option(["--batch-size"], type=int, default=1)
+    command = GroupedCommand("x", callback=run, params=[option], groups={}, goes_on=True)
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 2
+    said = "out of memory: with a smaller --batch-size less is needed; the same command goes on"
+    assert result.stderr == f"Error: {said}\n"
+
+
+def test_other_errors_of_the_program_are_not_hidden() -> None:
+    def run() -> None:
+        raise RuntimeError("a bug")
+
+    result = CliRunner().invoke(GroupedCommand("x", callback=run, groups={}), [])
+    assert isinstance(result.exception, RuntimeError)
