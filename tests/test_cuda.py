@@ -195,15 +195,15 @@ def test_the_model_in_the_box_says_the_same_on_both(tmp_path: Path) -> None:
     assert here == run(caption.main, str(tmp_path), "cpu").stdout
 
 
-def test_torchrun_trains_over_nccl_as_one_process(tmp_path: Path) -> None:
-    """One process, as for one GPU: what it shows is that NCCL starts and adds up."""
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Over NCCL where there are two GPUs; on one, which both share, over gloo."""
     data, features = make_small_data(tmp_path)
     options = f"--data {data} --features {features} --epochs 3 {SMALL} {SURE} --precision fp32"
     run(train_decoder.main, f"{options} --run {tmp_path / 'one'}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     arguments = [*options.split(), "--run", str(tmp_path / "job"), "--device", DEVICE]
     ended = subprocess.run(
-        [*launcher, "--nproc-per-node", "1", "--", "train_decoder.py", *arguments],
+        [*launcher, "--nproc-per-node", "2", "--", "train_decoder.py", *arguments],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -212,4 +212,4 @@ def test_torchrun_trains_over_nccl_as_one_process(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     for alone, job in zip(log_of(tmp_path / "one"), log_of(tmp_path / "job"), strict=True):
-        assert job["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-4)
+        assert job["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-3)  # TF32
