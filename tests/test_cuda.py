@@ -170,7 +170,7 @@ def test_fine_tuning_moves_what_is_unfrozen_and_its_model_captions_on_both(
     joint = tmp_path / "joint"
     options = (
         f"--start {drawn_run.run} --weights {drawn_run.weights} --run {joint} --epochs 3 "
-        f"--batch-size 8 --encoder-lr 1e-4 --precision {precision}"
+        f"--batch-size 8 --encoder-lr 1e-4 --unfreeze-from Mixed_7a --precision {precision}"
     )
     run(finetune_joint.main, options)
     assert all(2 < record["val_loss"] < 5 for record in log_of(joint))
