@@ -23,7 +23,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 DECODER = "--epochs 40 --batch-size 64 --lr 2e-3 --embed-size 256 --hidden-size 256 --min-count 2"
-JOINT = "--epochs 2 --smallest-crop 0.9 --encoder-lr 2e-5 --decoder-lr 3e-4"
+JOINT = "--epochs 2 --unfreeze-from Mixed_7a --accumulate 1 --smallest-crop 0.9 --encoder-lr 2e-5"
 SHOWN = 8
 PHOTOGRAPHS = ("chelsea.png", "camera.png", "motorcycle_left.png", "astronaut.png", "coffee.png")
 
