@@ -31,7 +31,7 @@ from pipeline.encoder import trunk_shapes, trunk_state
 from pipeline.ensemble import CaptionDecoder, make_decoder
 from pipeline.errors import UserError
 from pipeline.features import FEATURE_SIZE, EncoderIdentity
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, uninterrupted
 from pipeline.matching import Matcher
 from pipeline.pretrained import is_pretrained, pretrained_path
 from pipeline.quantisation import cast, dequantise
@@ -127,7 +127,8 @@ def write_content(path: Path, content: dict[str, Any]) -> None:
         UserError: the file cannot be written, as when the disk is full.
     """
     try:
-        with atomic_write(path, "wb") as handle:
+        # torch takes an interruption amid its writing for a full disk.
+        with uninterrupted(), atomic_write(path, "wb") as handle:
             torch.save(content, handle)
     except RuntimeError as error:  # torch's word for a write that failed
         raise UserError(f"{path}: cannot be written (is the disk full?)") from error

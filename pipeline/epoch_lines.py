@@ -30,8 +30,9 @@ def epoch_line(log: Sequence[Mapping[str, float]], epochs: int, better: bool) ->
     # The last few alone: epochs may grow slower, by other work or when they get self-critical.
     recent = [_seconds(record) for record in log[-5:] if record["epoch"]]
     if recent:
-        left = (epochs - record["epoch"]) * sum(recent) / len(recent)
-        parts[-1] += f", {duration(left):>5} left" if left else ", done"
+        left = epochs - record["epoch"]
+        seconds = left * sum(recent) / len(recent)
+        parts[-1] += f", {duration(seconds):>5} left" if left else ", done"
     return "  ".join(parts) + ("  best so far" if better else "")
 
 
