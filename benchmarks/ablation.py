@@ -61,6 +61,7 @@ TABLE = ROOT / "docs" / "ablation.md"
 @click.option("--features", type=click.Path(path_type=Path), default="data/features/flickr8k.h5")
 @click.option("--runs", type=click.Path(path_type=Path), default="runs/ablation")
 @click.option("--epochs", type=click.IntRange(min=1), default=12, help="Of every training.")
+@click.option("--precision", default="auto", help="Of the trainings, see train_decoder.py.")
 @click.option("--seeds", type=click.IntRange(min=2), default=3, help="How many, from 0.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, help="Trainings side by side.")
 @click.option("--only", type=click.Choice(list(LEVERS)), multiple=True, help="All if none.")
@@ -70,6 +71,7 @@ def main(
     features: Path,
     runs: Path,
     epochs: int,
+    precision: str,
     seeds: int,
     jobs: int,
     only: tuple[str, ...],
@@ -79,7 +81,8 @@ def main(
     levers = {name: LEVERS[name] for name in only or LEVERS}
     source = f"--data {data} --features {features}"
     trainings = [
-        f"{source} --epochs {epochs} --seed {seed} --run {folder(runs, name, seed)} {options}"
+        f"{source} --epochs {epochs} --seed {seed} --run {folder(runs, name, seed)} "
+        f"--precision {precision} {options}"
         for name, options in levers.items()
         for seed in range(seeds)
     ]
@@ -173,9 +176,9 @@ def report(
     lines = [
         "# What each lever gives",
         "",
-        "Made by `python benchmarks/ablation.py`: "
-        + f"{epochs} epochs in {first['options']['precision']}, seeds 0 to {seeds - 1}, "
-        f"{first['split']} ({first['images']:,} images, list hash `{first['split_sha256']}`).",
+        f"Made by `python benchmarks/ablation.py --epochs {epochs} --seeds {seeds} --precision "
+        f"{first['options']['precision']}`, scored on {first['split']} "
+        f"({first['images']:,} images, list hash `{first['split_sha256']}`).",
         "Mean ± standard deviation over the seeds.",
     ]
     for title, rows in sections.items():

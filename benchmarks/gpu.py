@@ -18,13 +18,14 @@ from pathlib import Path
 
 import click
 import torch
+from compare_extraction import run_side_by_side
 from compare_training import default_options
 from measure import say
 
 from pipeline.decoder_training import DecoderOptions, prepare_stage
 from pipeline.devices import choose_device
 from pipeline.encoder import load_encoder
-from pipeline.images import IMAGE_SIZE, find_images, prefetch, read_square
+from pipeline.images import IMAGE_SIZE, find_images, read_square
 from pipeline.training import make_optimizer, train_epoch
 from pipeline.weight_average import WeightAverage
 
@@ -98,8 +99,7 @@ def decoding_rates(folder: Path) -> Iterator[tuple[str, float, str]]:
     for threads in THREADS:
         files = [folder / name for name in itertools.islice(itertools.cycle(names), 200 * threads)]
         began = time.perf_counter()
-        for _ in prefetch(read_square, files, threads, threads):
-            pass
+        run_side_by_side(read_square, files, threads)
         yield f"decoding, {threads} threads", len(files) / (time.perf_counter() - began), "picture"
 
 

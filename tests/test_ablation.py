@@ -22,7 +22,8 @@ def test_the_table_has_every_row_and_work_is_kept(
     monkeypatch.setattr(ablation, "TOGETHER", {"both seeds, greedy": "--beam-size 1"})
     data, features = make_small_data(tmp_path)
     output = tmp_path / "ablation.md"
-    words = f"--data {data} --features {features} --runs {tmp_path / 'runs'} --epochs 1 --seeds 2"
+    how = "--epochs 1 --seeds 2 --precision fp32"
+    words = f"--data {data} --features {features} --runs {tmp_path / 'runs'} {how}"
     options = [*words.split(), "--output", str(output)]
     result = CliRunner().invoke(ablation.main, options)
     assert result.exit_code == 0, result.output
@@ -30,7 +31,7 @@ def test_the_table_has_every_row_and_work_is_kept(
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     named = ["| recipe", "| greedy", "| both seeds, greedy"]
     assert [row for row in rows if row != "|"] == named
-    assert "`--together` `--beam-size 1`" in text and " ± " in text and "1 epochs" in text
+    assert "`--together` `--beam-size 1`" in text and " ± " in text and f"{how}`" in text
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done before")
