@@ -23,6 +23,7 @@ from torch import Tensor
 import train_decoder as command
 from pipeline.checkpoint import Checkpoint, load_checkpoint
 from pipeline.decoder import Decoder, DecoderConfig
+from pipeline.epoch_lines import epoch_line
 from pipeline.errors import UserError
 from pipeline.run_folder import open_run
 from pipeline.tensorboard_log import tensorboard_writer
@@ -480,3 +481,10 @@ def test_the_command_writes_for_tensorboard_where_it_can(
         result = CliRunner().invoke(command.main, command_line)
         assert result.exit_code == 2 and "--tensorboard: not installed; pip" in result.output
         assert not run.exists()
+
+
+def test_an_epoch_that_takes_no_time_is_not_the_last_one() -> None:
+    scores = {"val_loss": 1.0, "BLEU-4": 2.0, "CIDEr-D": 3.0}
+    log = [{"epoch": 1, "seconds": 0.0, "validation_seconds": 0.0, **scores}]
+    assert epoch_line(log, 2, better=False).endswith("0.0 s left")
+    assert epoch_line(log, 1, better=False).endswith("done")
