@@ -8,12 +8,12 @@
     python evaluate.py --compare runs/decoder/predictions.json runs/joint/predictions.json
 
 The table goes to standard output; predictions.json (COCO results format) and scores.json
-go to the run folder (for test: predictions-test.json). --html writes the pictures with their
-captions, references and CIDEr-D into one page, worst first. Exit codes: 0 done, 1 some pictures
+go to the run folder (for test: predictions-test.json). --html writes the images with their
+captions, references and CIDEr-D into one page, worst first. Exit codes: 0 done, 1 some images
 could not be read and were left out (each is named), 2 the command was wrong.
 """
 
-from pipeline.commands.evaluate import main
+from pipeline.cli.evaluate import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Stage 1: run InceptionV3 once over every picture and keep its 2048 numbers in HDF5.
+"""Stage 1: run InceptionV3 once over every image and keep its 2048 numbers in HDF5.
 
     python extract_features.py                                # data/flickr8k, ImageNet weights
     python extract_features.py --download                     # fetch Flickr8k first
@@ -6,11 +6,11 @@
     python extract_features.py --weights inception_v3.pth     # where there is no network
     torchrun --nproc-per-node 4 -- extract_features.py        # four processes, a GPU each
 
-Stopped at any moment, the same command goes on where it was. Exit codes: 0 all pictures
+Stopped at any moment, the same command goes on where it was. Exit codes: 0 all images
 encoded, 1 some could not be read (each is named), 2 the command was wrong.
 """
 
-from pipeline.commands.extract import main
+from pipeline.cli.extract import main
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """Stage 2: train the Show-and-Tell LSTM on cached features.
 
     python train_decoder.py --epochs 50                       # Flickr8k, into runs/decoder
-    python train_decoder.py --data photos --run runs/photos   # your own captioned pictures
+    python train_decoder.py --data photos --run runs/photos   # your own captioned images
     python train_decoder.py --data photos --check             # are they fit to train on?
 
 The run folder holds best.pt (the model to use), last.pt, config.json, log.jsonl and
@@ -11,7 +11,7 @@ same command goes on with a run that was stopped. Exit codes: 0 done, 2 the comm
 --check 0 training can start, 1 features have to be extracted first, 2 it cannot start.
 """
 
-from pipeline.commands.train import main
+from pipeline.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from measure import ROOT, say
+from measure import ROOT, echo
 
-from pipeline.files import atomic_write
+from pipeline.utils.files import atomic_write
 
 # What is trained. The levers are taken away beside dropout on features, which the recipe had until
 # this table showed that captions are better without; so are the ways to search compared.
@@ -33,11 +33,13 @@ SEARCHED = "with dropout on features"
 LEVERS = {
     "recipe": "",
     SEARCHED: "--feature-dropout 0.5",
-    "that, without the picture as first state": "--feature-dropout 0.5 --no-image-state",
-    "that, without tied embeddings": "--feature-dropout 0.5 --no-tied",
-    "that, without the mean of the weights": "--feature-dropout 0.5 --average 0",
+    "that, without the image as first state": "--feature-dropout 0.5 --no-init-state-from-image",
+    "that, without tied embeddings": "--feature-dropout 0.5 --no-tie-embeddings",
+    "that, without the mean of the weights": "--feature-dropout 0.5 --ema-decay 0",
     "that, without label smoothing": "--feature-dropout 0.5 --label-smoothing 0",
-    "without any of these": "--no-image-state --no-tied --average 0 --label-smoothing 0",
+    "without any of these": (
+        "--no-init-state-from-image --no-tie-embeddings --ema-decay 0 --label-smoothing 0"
+    ),
 }
 PLAIN = "--beam-size 3 --consensus 0 --matching 0"
 SEARCHES = {
@@ -127,7 +129,7 @@ def train(options: str, jobs: int) -> None:
     run = Path(words[words.index("--run") + 1])
     if (run / "scores.json").is_file():  # written when all is done
         return
-    say(f"train_decoder.py {options}")
+    echo(f"train_decoder.py {options}")
     run.mkdir(parents=True, exist_ok=True)
     with (run / "output.txt").open("a", encoding="utf-8") as log:
         ended = subprocess.run(
@@ -158,7 +160,7 @@ def score(models: Sequence[Path], options: str, source: str, jobs: int) -> dict[
         words = [*map(str, models), *options.split(), *source.split(), "--output", str(output)]
         together = ["--together"] if len(models) > 1 else []
         command = [sys.executable, str(ROOT / "evaluate.py"), *words, *together]
-        say(f"evaluate.py {' '.join(words)}")
+        echo(f"evaluate.py {' '.join(words)}")
         ended = subprocess.run(
             command, env=share_of_cores(jobs), capture_output=True, text=True, check=False
         )

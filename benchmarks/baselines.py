@@ -2,8 +2,8 @@
 
 Nothing here is slowed down on purpose. Each loop is what its kind of program does, on the
 PyTorch of this environment with its default threads: a DataLoader with two workers around
-PIL and torchvision's transforms, fp32, pictures in NCHW, shuffled batches padded to their
-longest caption, AdamW or Adam as PyTorch chooses them, beam search picture by picture.
+PIL and torchvision's transforms, fp32, images in NCHW, shuffled batches padded to their
+longest caption, AdamW or Adam as PyTorch chooses them, beam search image by image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from pipeline.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WORKERS = 2
@@ -40,7 +40,7 @@ def plain_inception(weights: dict[str, Tensor]) -> nn.Module:
 # Extraction
 
 
-class Pictures(Dataset[Tensor]):
+class Images(Dataset[Tensor]):
     """Files to normalised tensors (3, 299, 299)."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -64,8 +64,8 @@ def extract(network: nn.Module, paths: Sequence[Path], output: Path) -> numpy.nd
     """Encode files through a DataLoader and write their features to HDF5."""
     features = []
     with torch.no_grad():
-        for pictures in DataLoader(Pictures(paths), batch_size=32, num_workers=WORKERS):
-            features.append(network(pictures).numpy())
+        for images in DataLoader(Images(paths), batch_size=32, num_workers=WORKERS):
+            features.append(network(images).numpy())
     result = numpy.concatenate(features)
     with h5py.File(output, "w") as file:
         file.create_dataset("features", data=result)
@@ -86,8 +86,8 @@ class CaptionedFeatures(Dataset[tuple[Tensor, Tensor]]):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, tokens = self.captions[index]
-        return self.features[picture], torch.tensor(tokens)
+        image, tokens = self.captions[index]
+        return self.features[image], torch.tensor(tokens)
 
 
 def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def collate(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 class PlainDecoder(nn.Module):
-    """The same network as ``pipeline.decoder``, names included, as a tutorial writes it."""
+    """The same network as ``pipeline.models.decoder``, names included, as a tutorial writes it."""
 
     feature_mean: Tensor
     feature_scale: Tensor
@@ -152,7 +152,7 @@ def train_epoch(
 def beam_search(
     decoder: PlainDecoder, feature: Tensor, beams: int, longest: int, length_penalty: float
 ) -> list[int]:
-    """Search one picture's caption, hypotheses in a Python list; feature (1, 2048)."""
+    """Search one image's caption, hypotheses in a Python list; feature (1, 2048)."""
     image = decoder.image_embedding((feature - decoder.feature_mean) * decoder.feature_scale)
     _, state = decoder.lstm(image.unsqueeze(1))
     hypotheses = [([START_ID], 0.0, state)]
@@ -189,35 +189,35 @@ def beam_search(
 # Stage 3
 
 
-class CaptionedPictures(Dataset[tuple[Tensor, list[Tensor]]]):
-    """A picture with all of its captions."""
+class CaptionedImages(Dataset[tuple[Tensor, list[Tensor]]]):
+    """An image with all of its captions."""
 
     def __init__(self, paths: Sequence[Path], captions: Sequence[list[list[int]]]) -> None:
-        self.pictures = Pictures(paths)
+        self.images = Images(paths)
         self.captions = captions
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[Tensor]]:
-        return self.pictures[index], [torch.tensor(words) for words in self.captions[index]]
+        return self.images[index], [torch.tensor(words) for words in self.captions[index]]
 
 
-def collate_pictures(
+def collate_images(
     items: list[tuple[Tensor, list[Tensor]]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stack pictures, number the captions by picture, and pad them."""
-    pictures, groups = zip(*items, strict=True)
+    """Stack images, number the captions by image, and pad them."""
+    images, groups = zip(*items, strict=True)
     numbers = [number for number, group in enumerate(groups) for _ in group]
     captions = [caption for group in groups for caption in group]
     padded = pad_sequence(captions, batch_first=True, padding_value=PAD_ID)
-    return torch.stack(pictures), torch.tensor(numbers), padded
+    return torch.stack(images), torch.tensor(numbers), padded
 
 
 def joint_epoch(
     network: nn.Module,
     decoder: PlainDecoder,
-    data: CaptionedPictures,
+    data: CaptionedImages,
     optimizer: torch.optim.Optimizer,
     batch_size: int,
 ) -> int:
@@ -225,10 +225,10 @@ def joint_epoch(
     decoder.train()
     criterion = nn.CrossEntropyLoss(ignore_index=PAD_ID, label_smoothing=0.1)
     loader = DataLoader(
-        data, batch_size=batch_size, shuffle=True, collate_fn=collate_pictures, num_workers=WORKERS
+        data, batch_size=batch_size, shuffle=True, collate_fn=collate_images, num_workers=WORKERS
     )
-    for pictures, numbers, captions in loader:
-        logits = decoder(network(pictures)[numbers], captions[:, :-1])
+    for images, numbers, captions in loader:
+        logits = decoder(network(images)[numbers], captions[:, :-1])
         loss = criterion(logits.flatten(0, 1), captions[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -236,12 +236,12 @@ def joint_epoch(
     return len(data)
 
 
-# The program that this project replaces: one picture and one caption a sample, the network in
+# The program that this project replaces: one image and one caption a sample, the network in
 # training mode with its new last layer, in every step of every epoch.
 
 
 class RawCaptions(Dataset[tuple[Tensor, Tensor]]):
-    """A decoded picture and one of its captions, tokenised when it is asked for.
+    """A decoded image and one of its captions, tokenised when it is asked for.
 
     That program tokenises with spaCy; splitting at spaces is quicker, which is in its favour.
     """
@@ -265,14 +265,14 @@ class RawCaptions(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path, caption = self.samples[index]
-        picture = self.transform(Image.open(path).convert("RGB"))
-        return picture, torch.tensor(self.numbers(caption))
+        image = self.transform(Image.open(path).convert("RGB"))
+        return image, torch.tensor(self.numbers(caption))
 
 
 def collate_raw(items: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Stack pictures and pad captions to (T, B)."""
-    pictures, captions = zip(*items, strict=True)
-    return torch.stack(pictures), pad_sequence(list(captions), padding_value=PAD_ID)
+    """Stack images and pad captions to (T, B)."""
+    images, captions = zip(*items, strict=True)
+    return torch.stack(images), pad_sequence(list(captions), padding_value=PAD_ID)
 
 
 class OneStepCaptioner(nn.Module):
@@ -289,9 +289,9 @@ class OneStepCaptioner(nn.Module):
         self.projection = nn.Linear(size, vocabulary)
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, pictures: Tensor, captions: Tensor) -> Tensor:
+    def forward(self, images: Tensor, captions: Tensor) -> Tensor:
         """Give logits (T, B, V)."""
-        image = self.dropout(self.inception(pictures).relu())
+        image = self.dropout(self.inception(images).relu())
         words = self.dropout(self.word_embedding(captions))
         outputs, _ = self.lstm(torch.cat([image.unsqueeze(0), words]))
         return self.projection(outputs)
@@ -310,10 +310,10 @@ def one_step_batches(
         num_workers=WORKERS,
         collate_fn=collate_raw,
     )
-    for pictures, captions in loader:
-        outputs = model(pictures, captions[:-1])
+    for images, captions in loader:
+        outputs = model(images, captions[:-1])
         loss = criterion(outputs.reshape(-1, outputs.shape[2]), captions.reshape(-1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        yield len(pictures)
+        yield len(images)

@@ -10,25 +10,23 @@ import torch
 from compare_extraction import ReadyEncoder
 from compare_training import SIZE, Trained
 from material import Material
-from measure import Comparison, interleave, run_command, say
+from measure import Comparison, echo, interleave, run_command
 
 from pipeline.captioner import Captioner
-from pipeline.checkpoint import Checkpoint, save_checkpoint
-from pipeline.consensus import Consensus, Neighbours, choose_neighbours, sampled_pictures
-from pipeline.dataset import PictureFeatures, encode_captions
-from pipeline.devices import (
-    choose_precision,
-    default_workers,
-    inference_batch_size,
-)
-from pipeline.encoder import load_encoder
-from pipeline.extraction import Extraction, extract
-from pipeline.images import find_images
-from pipeline.matching import Matcher, MatcherConfig
-from pipeline.openvino_engine import choose_engine
-from pipeline.picture_sources import PictureFolder
-from pipeline.reranking import Reranker
-from pipeline.search import SearchConfig, search
+from pipeline.datasets.encoded_captions import encode_captions
+from pipeline.datasets.image_sources import ImageFolder
+from pipeline.datasets.images import find_images
+from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.reranking import Reranker
+from pipeline.decoding.search import SearchConfig, search
+from pipeline.features.extraction import Extraction, extract
+from pipeline.features.feature_set import FeatureSet
+from pipeline.models.checkpoint import Checkpoint, save_checkpoint
+from pipeline.models.encoder import load_encoder
+from pipeline.models.matcher import Matcher, MatcherConfig
+from pipeline.models.neighbours import Neighbours, choose_neighbours, sampled_images
+from pipeline.models.openvino import choose_engine
+from pipeline.utils.devices import choose_precision, default_workers, inference_batch_size
 
 CPU = torch.device("cpu")
 
@@ -40,7 +38,7 @@ def compare_search(material: Material, trained: Trained, rounds: int) -> Compari
     plain.load_state_dict(trained.decoder.state_dict())
     plain.eval()
     decoder = trained.decoder.eval()
-    val = PictureFeatures(material.val_cache, torch.arange(len(material.val)), 2e9)
+    val = FeatureSet(material.val_cache, torch.arange(len(material.val)), 2e9)
     features = val[torch.arange(len(val))]
     some = features[:: len(features) // 24]
     captions: dict[str, list[list[int]]] = {}
@@ -66,7 +64,7 @@ def compare_search(material: Material, trained: Trained, rounds: int) -> Compari
         ]
         return len(features)
 
-    result = interleave("beam search", "picture", {"baseline": baseline, "ours": ours}, rounds)
+    result = interleave("beam search", "image", {"baseline": baseline, "ours": ours}, rounds)
     result.compare("beam search with 3 beams, over features", "ours", "baseline", 20.0)
     same = captions["ours"][:: len(features) // 24]
     equal = sum(a == b for a, b in zip(captions["baseline"], same, strict=True))
@@ -78,7 +76,7 @@ def compare_search(material: Material, trained: Trained, rounds: int) -> Compari
 def compare_captioning(
     material: Material, trained: Trained, folder: Path, rounds: int
 ) -> Comparison:
-    """A folder of pictures to captions, against extraction of the same pictures."""
+    """A folder of images to captions, against extraction of the same images."""
     encoder = load_encoder(material.weights, choose_precision("auto", CPU))
     identity = encoder.identity
     neighbours = neighbours_of(material, trained)
@@ -104,12 +102,12 @@ def compare_captioning(
         material.vocabulary,
         Reranker(Consensus(neighbours), matcher),
     )
-    names = find_images(material.pictures)
+    names = find_images(material.images)
 
     def extraction() -> int:
         extract(
             Extraction(
-                *(PictureFolder(material.pictures), names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
+                *(ImageFolder(material.images), names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
                 *(inference_batch_size(CPU), default_workers(CPU), engine),
                 force=True,
             )
@@ -117,30 +115,30 @@ def compare_captioning(
         return len(names)
 
     def captioning() -> int:
-        return sum(1 for _ in captioner.stream([material.pictures / name for name in names]))
+        return sum(1 for _ in captioner.stream([material.images / name for name in names]))
 
     result = interleave(
-        "captioning", "picture", {"extraction": extraction, "captioning": captioning}, rounds
+        "captioning", "image", {"extraction": extraction, "captioning": captioning}, rounds
     )
     result.compare("captioning a folder, of extraction's rate", "captioning", "extraction", 0.85)
     return result
 
 
 def neighbours_of(material: Material, trained: Trained) -> Neighbours:
-    """Take the training pictures to compare with, as a checkpoint has them."""
-    kept = sampled_pictures(len(material.train))
-    features = PictureFeatures(material.train_cache, torch.arange(len(material.train)), 2e9)
+    """Take the training images to compare with, as a checkpoint has them."""
+    kept = sampled_images(len(material.train))
+    features = FeatureSet(material.train_cache, torch.arange(len(material.train)), 2e9)
     return choose_neighbours(
         trained.decoder.eval(),
         kept,
-        (features[pictures] for pictures in kept.split(4096)),
+        (features[images] for images in kept.split(4096)),
         encode_captions(material.train, material.vocabulary),
     )
 
 
 def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:
     """How long the first answer takes, in whole processes."""
-    picture = str(min(material.pictures.iterdir()))
+    image = str(min(material.images.iterdir()))
     model = ["--model", str(folder / "best.pt"), "--weights", material.weights]
     load = (
         "import sys, torch, torchvision; "
@@ -149,7 +147,7 @@ def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:
     )
     commands = {
         "import torch and load the weights": (["-c", load, material.weights], 0),
-        "caption.py of one picture": (["caption.py", picture, *model], 0),
+        "caption.py of one image": (["caption.py", image, *model], 0),
         "caption.py --help": (["caption.py", "--help"], 0),
         "caption.py of a file that is not there": (["caption.py", "gone.jpg"], 2),
     }
@@ -160,13 +158,13 @@ def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:
             if code != expected:
                 raise RuntimeError(f"{' '.join(arguments)} ended with exit code {code}")
             if number:
-                say(f"  start: {name}: {seconds:.2f} s")
+                echo(f"  start: {name}: {seconds:.2f} s")
                 rates[name].append(1 / seconds)
     result = Comparison("start", "run", rates)
     result.compare(
         "time to the first caption, of that to import torch and load the weights",
         "import torch and load the weights",
-        "caption.py of one picture",
+        "caption.py of one image",
         1.5,
     )
     for name in commands:

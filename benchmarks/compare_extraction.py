@@ -11,18 +11,18 @@ import torch
 from material import Material, inception_weights
 from measure import Comparison, interleave
 
-from pipeline.devices import (
+from pipeline.datasets.image_sources import ImageFolder
+from pipeline.datasets.images import find_images, prefetch, read_square
+from pipeline.features.extraction import Extraction, extract
+from pipeline.models.encoder import Encoder, load_encoder
+from pipeline.models.encoder_identity import EncoderIdentity
+from pipeline.models.openvino import choose_engine
+from pipeline.utils.devices import (
     choose_precision,
     default_workers,
     inference_batch_size,
     threads_per_worker,
 )
-from pipeline.encoder import Encoder, load_encoder
-from pipeline.extraction import Extraction, extract
-from pipeline.features import EncoderIdentity
-from pipeline.images import find_images, prefetch, read_square
-from pipeline.openvino_engine import choose_engine
-from pipeline.picture_sources import PictureFolder
 
 CPU = torch.device("cpu")
 
@@ -31,8 +31,8 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
     """JPEG files to a finished cache; and how near the network alone and decoding alone are."""
     weights = inception_weights(material.weights)
     network = baselines.plain_inception(weights)
-    names = find_images(material.pictures)
-    paths = [material.pictures / name for name in names]
+    names = find_images(material.images)
+    paths = [material.images / name for name in names]
     precision = choose_precision("auto", CPU)
     workers, batch = default_workers(CPU), inference_batch_size(CPU)
     squares = [read_square(path) for path in paths[:40]]
@@ -52,7 +52,7 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
         def ours(engine: str = engine, ready: Encoder = ready) -> int:
             output = folder / f"{engine}.h5"
             task = Extraction(
-                *(PictureFolder(material.pictures), names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
+                *(ImageFolder(material.images), names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
                 *(batch, workers, engine),
                 force=True,
             )

@@ -12,29 +12,22 @@ from typing import Any
 import baselines
 import torch
 from material import Material, inception_weights
-from measure import ROOT, Comparison, interleave, say
+from measure import ROOT, Comparison, echo, interleave
 from torch import Tensor
 
-from pipeline.dataset import (
-    EncodedCaptions,
-    PictureFeatures,
-    encode_captions,
-    feature_statistics,
-)
-from pipeline.decoder import Decoder, DecoderConfig
-from pipeline.decoder_training import DecoderOptions, DecoderStage, build_decoder
-from pipeline.devices import (
-    choose_training_precision,
-    default_workers,
-)
-from pipeline.encoder import load_encoder
-from pipeline.joint_stage import JointOptions, JointStage, TrainingPicture
-from pipeline.search import SearchConfig, search
-from pipeline.training import learning_rate_factor, make_optimizer, train_epoch
-from pipeline.training_config import Phase, TrainingConfig
-from pipeline.validation import Validator, mean_loss
-from pipeline.vocabulary import END_ID, START_ID
-from pipeline.weight_average import WeightAverage
+from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
+from pipeline.datasets.vocabulary import END_ID, START_ID
+from pipeline.decoding.search import SearchConfig, search
+from pipeline.features.feature_set import FeatureSet, feature_statistics
+from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.models.encoder import load_encoder
+from pipeline.training.decoder_stage import DecoderOptions, DecoderStage, build_decoder
+from pipeline.training.ema import EMA
+from pipeline.training.joint_stage import JointOptions, JointStage, TrainingImage
+from pipeline.training.loop import learning_rate_factor, make_optimizer, train_epoch
+from pipeline.training.stage import Phase, TrainingConfig
+from pipeline.training.validation import Validator, mean_loss
+from pipeline.utils.devices import choose_training_precision, default_workers
 
 CPU = torch.device("cpu")
 # The plain network that both sides train, and defaults of train_decoder.py and finetune_joint.py.
@@ -49,7 +42,7 @@ class Trained:
     Attributes:
         decoder: trained for some epochs.
         captions_per_second: the median rate of training.
-        val_seconds: to decode the val pictures.
+        val_seconds: to decode the val images.
     """
 
     decoder: Decoder
@@ -80,17 +73,17 @@ def compare_decoder_training(material: Material, rounds: int) -> tuple[Compariso
     goal = None if precision == "fp32" else 4.0
     result.compare(f"decoder training, {precision}", "ours", "baseline", goal)
 
-    say("  decoder training: val loss after equal epochs")
+    echo("  decoder training: val loss after equal epochs")
     mine, theirs, decoder = equal_epochs(material, material.train[:1500], epochs=2)
     result.facts["val loss after 2 equal epochs, baseline"] = round(theirs, 4)
     result.facts["val loss after 2 equal epochs, ours"] = round(mine, 4)
     result.facts["val loss, ours against baseline, percent"] = round(100 * (mine / theirs - 1), 2)
 
-    pictures = torch.arange(len(material.val))
+    images = torch.arange(len(material.val))
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        for chunk in pictures.split(256):
+        for chunk in images.split(256):
             search(decoder, stage.val_features[chunk], SearchConfig())
         seconds.append(time.perf_counter() - began)
     val_seconds = statistics.median(seconds)
@@ -150,19 +143,19 @@ def plain_options(size: int = SIZE, batch: int = BATCH) -> DecoderOptions:
         embed_size=size,
         hidden_size=size,
         feature_dropout=0.0,
-        image_state=False,
-        tied=False,
-        average=0.0,
+        init_state_from_image=False,
+        tie_embeddings=False,
+        ema_decay=0.0,
     )
 
 
 def decoder_stage(
     material: Material, captions: list[list[list[str]]], options: DecoderOptions
 ) -> DecoderStage:
-    """Build stage 2 on made-up features, for the first ``len(captions)`` train pictures."""
-    features = PictureFeatures(material.train_cache, torch.arange(len(captions)), 2e9)
+    """Build stage 2 on made-up features, for the first ``len(captions)`` train images."""
+    features = FeatureSet(material.train_cache, torch.arange(len(captions)), 2e9)
     decoder = build_decoder(options, len(material.vocabulary))
-    decoder.standardise_by(*feature_statistics(features))
+    decoder.set_feature_statistics(*feature_statistics(features))
     val = {str(number): group for number, group in enumerate(material.val)}
     return DecoderStage(
         decoder=decoder,
@@ -171,7 +164,7 @@ def decoder_stage(
         features=features,
         captions=encode_captions(captions, material.vocabulary),
         validator=Validator(val, material.vocabulary),
-        val_features=PictureFeatures(material.val_cache, torch.arange(len(val)), 2e9),
+        val_features=FeatureSet(material.val_cache, torch.arange(len(val)), 2e9),
         options=options,
         device=CPU,
     )
@@ -185,12 +178,12 @@ def plain_data(stage: DecoderStage) -> baselines.CaptionedFeatures:
 
 
 def list_captions(captions: EncodedCaptions) -> list[tuple[int, list[int]]]:
-    """Give picture and token ids of every caption."""
+    """Give image and token ids of every caption."""
     bounds = captions.offsets.tolist()
     return [
-        (picture, captions.tokens[start:end].tolist())
-        for picture, (start, end) in zip(
-            captions.pictures.tolist(), itertools.pairwise(bounds), strict=True
+        (image, captions.tokens[start:end].tolist())
+        for image, (start, end) in zip(
+            captions.images.tolist(), itertools.pairwise(bounds), strict=True
         )
     ]
 
@@ -199,7 +192,7 @@ def compare_whole_job(
     material: Material, extraction: Comparison, trained: Trained, rounds: int
 ) -> Comparison:
     """50 epochs with the network in every step, against extraction once and 50 epochs."""
-    paths = sorted(material.pictures.iterdir())
+    paths = sorted(material.images.iterdir())
     texts = [" ".join(words) for group in material.train for words in group]
     numbers = material.vocabulary
 
@@ -216,7 +209,7 @@ def compare_whole_job(
         began = time.perf_counter()
         rate = next(batches) / (time.perf_counter() - began)
         if number >= 2:  # the first batches wait for the loader to start
-            say(f"  whole job: step of the program replaced: {rate:.1f} captions/s")
+            echo(f"  whole job: step of the program replaced: {rate:.1f} captions/s")
             rates.append(rate)
     few = material.train[:500]
     small_rates = training_rates(decoder_stage(material, few, plain_options(256, 32)), rounds)
@@ -231,7 +224,7 @@ def compare_whole_job(
     result = Comparison("whole job", "caption", {"baseline": rates, **sides})
     result.facts = {
         "program replaced, 40,455 captions x 50 epochs, hours": round(seed_hours, 1),
-        f"extraction of 8,091 pictures ({engine}), minutes": round(extracting / 60, 2),
+        f"extraction of 8,091 images ({engine}), minutes": round(extracting / 60, 2),
         "50 epochs with the defaults (30,000 captions, val decoded), minutes": round(
             epochs / 60, 1
         ),
@@ -248,20 +241,20 @@ def compare_whole_job(
 def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
     """Train some epochs, after one that does not count; gives the captions/s of each."""
     optimizer, config = make_optimizer(stage), stage.config()
-    average = WeightAverage([*stage.decoder.parameters()], config.average)
+    average = EMA([*stage.decoder.parameters()], config.ema_decay)
     rates = []
     for number in range(rounds + 1):
         began = time.perf_counter()
         train_epoch(stage, optimizer, config, 1, average)
         rates.append(len(stage.captions) / (time.perf_counter() - began))
         sizes = f"{stage.options.embed_size}/{stage.options.hidden_size}"
-        say(f"  whole job: ours, {sizes}: {rates[number]:.1f} captions/s")
+        echo(f"  whole job: ours, {sizes}: {rates[number]:.1f} captions/s")
     return rates[1:]
 
 
 def compare_joint(material: Material, rounds: int) -> Comparison:
-    """Stage 3, its blocks and batch, pictures a second."""
-    paths = sorted(material.pictures.iterdir())[: 3 * JOINT_BATCH]
+    """Stage 3, its blocks and batch, images a second."""
+    paths = sorted(material.images.iterdir())[: 3 * JOINT_BATCH]
     groups = material.train[: len(paths)]
     captions = encode_captions(groups, material.vocabulary)
     torch.manual_seed(0)
@@ -276,17 +269,17 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
             block.requires_grad_(True)
             learning += list(block.parameters())
     plain_optimizer = torch.optim.AdamW(learning, lr=1e-4)
-    by_picture: list[list[list[int]]] = [[] for _ in groups]
+    by_image: list[list[list[int]]] = [[] for _ in groups]
     for number, tokens in list_captions(captions):
-        by_picture[number].append(tokens)
-    data = baselines.CaptionedPictures(paths, by_picture)
+        by_image[number].append(tokens)
+    data = baselines.CaptionedImages(paths, by_image)
     stage = JointStage(
         encoder=load_encoder(material.weights),
         decoder=decoder,
         vocabulary=material.vocabulary,
-        pictures=[TrainingPicture(path, True) for path in paths],
+        images=[TrainingImage(path, True) for path in paths],
         captions=captions,
-        val_pictures=[],
+        val_images=[],
         validator=Validator({"none": [["none"]]}, material.vocabulary),
         options=JointOptions(
             start=(),
@@ -296,14 +289,14 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
             features="",
             epochs=1,
             batch_size=JOINT_BATCH,
-            accumulate=1,
+            grad_accum_steps=1,
             encoder_lr=3e-4,
             decoder_lr=1e-4,
             weight_decay=DECAY,
             label_smoothing=SMOOTHING,
-            average=0.0,
+            ema_decay=0.0,
             unfreeze_from="Mixed_7a",
-            smallest_crop=0.85,
+            min_crop=0.85,
             flip=True,
             patience=0,
             seed=0,
@@ -322,8 +315,6 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
     def baseline() -> int:
         return baselines.joint_epoch(network, plain_decoder, data, plain_optimizer, JOINT_BATCH)
 
-    result = interleave(
-        "joint fine-tuning", "picture", {"baseline": baseline, "ours": ours}, rounds
-    )
+    result = interleave("joint fine-tuning", "image", {"baseline": baseline, "ours": ours}, rounds)
     precision = stage.options.precision
     return result.compare(f"joint fine-tuning from Mixed_7a, {precision}", "ours", "baseline", 2.0)

@@ -1,10 +1,10 @@
 """How fast a GPU is at each step, and what limits it: the GPU figures of docs/scale.md.
 
-    python benchmarks/gpu.py --pictures photos
+    python benchmarks/gpu.py --images photos
     python benchmarks/gpu.py --data data/flickr8k --features data/features/flickr8k.h5
 
-Measures the encoder alone, at several precisions and batch sizes, on pictures that lie on the GPU
-and on pictures that lie in memory; the decoding of --pictures by several numbers of threads; and,
+Measures the encoder alone, at several precisions and batch sizes, on images that lie on the GPU
+and on images that lie in memory; the decoding of --images by several numbers of threads; and,
 with --data and --features, epochs of train_decoder.py in both precisions. Prints a table.
 """
 
@@ -20,14 +20,14 @@ import click
 import torch
 from compare_extraction import run_side_by_side
 from compare_training import default_options
-from measure import say
+from measure import echo
 
-from pipeline.decoder_training import DecoderOptions, prepare_stage
-from pipeline.devices import choose_device
-from pipeline.encoder import load_encoder
-from pipeline.images import IMAGE_SIZE, find_images, read_square
-from pipeline.training import make_optimizer, train_epoch
-from pipeline.weight_average import WeightAverage
+from pipeline.datasets.images import IMAGE_SIZE, find_images, read_square
+from pipeline.models.encoder import load_encoder
+from pipeline.training.decoder_stage import DecoderOptions, prepare_stage
+from pipeline.training.ema import EMA
+from pipeline.training.loop import make_optimizer, train_epoch
+from pipeline.utils.devices import choose_device
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 THREADS = (1, 8, 16)
@@ -35,14 +35,14 @@ EPOCHS = 3
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--pictures", type=click.Path(path_type=Path), help="To decode; none: not measured.")
+@click.option("--images", type=click.Path(path_type=Path), help="To decode; none: not measured.")
 @click.option("--data", help="Captions to train on; none: not measured.")
 @click.option("--features", help="Their feature cache.")
 @click.option("--batch", type=click.IntRange(min=1), multiple=True, default=(64, 256))
 @click.option("--seconds", type=click.FloatRange(min=0), default=1.5, help="Of each measurement.")
 @click.option("--device", default="cuda")
 def main(
-    pictures: Path | None,
+    images: Path | None,
     data: str | None,
     features: str | None,
     batch: tuple[int, ...],
@@ -52,8 +52,8 @@ def main(
     """Measure, and print a table."""
     chosen = choose_device(device)
     rows = [*network_rates(chosen, batch, seconds)]
-    if pictures is not None:
-        rows += decoding_rates(pictures)
+    if images is not None:
+        rows += decoding_rates(images)
     if data is not None and features is not None:
         rows += training_rates(chosen, data, features)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
@@ -75,8 +75,8 @@ def network_rates(
             with torch.inference_mode():
                 alone = rate(lambda: encoder(pixels), device, seconds)  # noqa: B023
             whole = rate(lambda: encoder.encode(squares), device, seconds)  # noqa: B023
-            yield f"InceptionV3, {precision}, batches of {size}", size * alone, "picture"
-            yield f"the same, with the way to the GPU and back, {size}", size * whole, "picture"
+            yield f"InceptionV3, {precision}, batches of {size}", size * alone, "image"
+            yield f"the same, with the way to the GPU and back, {size}", size * whole, "image"
 
 
 def rate(function: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -94,13 +94,13 @@ def rate(function: Callable[[], object], device: torch.device, seconds: float) -
 
 
 def decoding_rates(folder: Path) -> Iterator[tuple[str, float, str]]:
-    """Decode pictures and bring them to squares, by several numbers of threads."""
+    """Decode images and bring them to squares, by several numbers of threads."""
     names = find_images(folder)
     for threads in THREADS:
         files = [folder / name for name in itertools.islice(itertools.cycle(names), 200 * threads)]
         began = time.perf_counter()
         run_side_by_side(read_square, files, threads)
-        yield f"decoding, {threads} threads", len(files) / (time.perf_counter() - began), "picture"
+        yield f"decoding, {threads} threads", len(files) / (time.perf_counter() - began), "image"
 
 
 def training_rates(
@@ -112,15 +112,15 @@ def training_rates(
     for size, precision in itertools.product(sizes, ("fp32", "bf16")):
         options = DecoderOptions(**(defaults | {"batch_size": size, "precision": precision}))
         with tempfile.TemporaryDirectory() as run:
-            stage, _ = prepare_stage(options, Path(run), device, 2e9, force=True)
+            stage = prepare_stage(options, Path(run), device, 2e9, force=True)
         optimizer, config = make_optimizer(stage), stage.config()
-        average = WeightAverage([*stage.decoder.parameters()], config.average)
+        average = EMA([*stage.decoder.parameters()], config.ema_decay)
         seconds = []
         for _ in range(EPOCHS):
             began = time.perf_counter()
             train_epoch(stage, optimizer, config, 1, average)
             seconds.append(time.perf_counter() - began)
-        say(f"  {precision}, batches of {size}: {min(seconds):.2f} s an epoch")
+        echo(f"  {precision}, batches of {size}: {min(seconds):.2f} s an epoch")
         yield (
             f"train_decoder.py, {precision}, batches of {size}",
             len(stage.captions) / min(seconds),

@@ -5,7 +5,7 @@
     python benchmarks/growth.py captioning 100000 FOLDER
 
 prints a line of JSON. Extraction and captioning run with small stand-ins for the networks,
-as their cost a picture is known from the other comparisons, and what might grow is what lies
+as their cost an image is known from the other comparisons, and what might grow is what lies
 around them; training steps are real ones.
 """
 
@@ -23,19 +23,20 @@ from typing import Any, cast
 import numpy
 import torch
 from material import hard_links, write_cache
-from measure import ROOT, peak_memory, say
+from measure import ROOT, echo, peak_memory
 
-from pipeline.dataset import EncodedCaptions, PictureFeatures, bucketed_batches
-from pipeline.decoder import Decoder, DecoderConfig
-from pipeline.devices import default_workers
-from pipeline.encoder import Encoder
-from pipeline.extraction import Extraction, extract
-from pipeline.features import FEATURE_SIZE, EncoderIdentity
-from pipeline.images import find_images
-from pipeline.picture_sources import PictureFolder
-from pipeline.reranking import Reranker
-from pipeline.search import SearchConfig
-from pipeline.validation import search_all
+from pipeline.datasets.encoded_captions import EncodedCaptions, bucketed_batches
+from pipeline.datasets.image_sources import ImageFolder
+from pipeline.datasets.images import find_images
+from pipeline.decoding.reranking import Reranker
+from pipeline.decoding.search import SearchConfig
+from pipeline.features.extraction import Extraction, extract
+from pipeline.features.feature_set import FeatureSet
+from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.models.encoder import Encoder
+from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
+from pipeline.training.validation import search_all
+from pipeline.utils.devices import default_workers
 
 SIZES = {
     "extraction": (1_000, 2_000, 4_000, 8_000),
@@ -47,7 +48,7 @@ FEATURE_MEMORY = 100e6
 
 
 class PixelEncoder:
-    """Pixels as features, from all over the picture: all that extraction does but the network."""
+    """Pixels as features, from all over the image: all that extraction does but the network."""
 
     engine = "torch"
     identity = EncoderIdentity("pixels", "0" * 64, "squeeze-299-bilinear", "fp32", "random", "0")
@@ -56,23 +57,23 @@ class PixelEncoder:
         """Do nothing."""
         return self
 
-    def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    def encode(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
         """Give float32 (B, 2048)."""
-        values = [numpy.resize(p.reshape(-1)[::131], FEATURE_SIZE) for p in pictures]
+        values = [numpy.resize(p.reshape(-1)[::131], FEATURE_SIZE) for p in images]
         return numpy.stack(values).astype("f4") / 255
 
 
 def grow_extraction(count: int, folder: Path) -> float:
-    """Decode pictures and fill a cache; gives milliseconds a picture."""
+    """Decode images and fill a cache; gives milliseconds an image."""
     data = folder / f"links-{count}"
-    hard_links(folder / "pictures", data, count)
+    hard_links(folder / "images", data, count)
     began = time.perf_counter()
     names = find_images(data)
     encoder = cast(Encoder, PixelEncoder())
     output = folder / f"{count}.h5"
     extract(
         Extraction(
-            PictureFolder(data), names, output, encoder, 4, default_workers(torch.device("cpu"))
+            ImageFolder(data), names, output, encoder, 4, default_workers(torch.device("cpu"))
         )
     )
     return (time.perf_counter() - began) / count * 1e3
@@ -84,7 +85,7 @@ def grow_training(count: int, folder: Path) -> float:
     block = lots.standard_normal((min(count, 20_000), FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block.astype("f2"), count)
     del block
-    features = PictureFeatures(cache, torch.arange(count), FEATURE_MEMORY)
+    features = FeatureSet(cache, torch.arange(count), FEATURE_MEMORY)
     torch.manual_seed(0)
     lengths = torch.randint(8, 18, (count,))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -96,7 +97,7 @@ def grow_training(count: int, folder: Path) -> float:
     batches = bucketed_batches(captions.lengths, 128, torch.Generator().manual_seed(0))
     for indices in itertools.islice(batches, 50):
         began = time.perf_counter()
-        loss, words = decoder.loss(features[captions.pictures[indices]], captions.padded(indices))
+        loss, words = decoder.loss(features[captions.images[indices]], captions.padded(indices))
         (loss / words).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -106,15 +107,15 @@ def grow_training(count: int, folder: Path) -> float:
 
 
 def grow_captioning(count: int, folder: Path) -> float:
-    """Caption a cache of ``count`` rows with a small decoder; gives milliseconds a picture."""
+    """Caption a cache of ``count`` rows with a small decoder; gives milliseconds an image."""
     lots = numpy.random.default_rng(0)
     block = lots.standard_normal((1_000, FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block, count)
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(500, 32, 32)).eval()
-    features = PictureFeatures(cache, torch.arange(count), 0.0)
+    features = FeatureSet(cache, torch.arange(count), 0.0)
     began = time.perf_counter()
-    batches = (features[pictures] for pictures in torch.arange(count).split(256))
+    batches = (features[images] for images in torch.arange(count).split(256))
     found = sum(1 for _ in search_all(decoder, batches, SearchConfig(max_length=8), Reranker()))
     assert found == count
     cache.path.unlink()
@@ -122,7 +123,7 @@ def grow_captioning(count: int, folder: Path) -> float:
 
 
 def measure_growth(folder: Path) -> list[dict[str, Any]]:
-    """Run every stage in every size; ``folder`` holds ``pictures``."""
+    """Run every stage in every size; ``folder`` holds ``images``."""
     lines = []
     for stage, sizes in SIZES.items():
         for size in sizes:
@@ -131,7 +132,7 @@ def measure_growth(folder: Path) -> list[dict[str, Any]]:
             if ended.returncode:
                 raise RuntimeError(f"{' '.join(command)}: {ended.stderr}")
             line = json.loads(ended.stdout)
-            say(f"  growth: {stage}, {size:,}: {line['milliseconds']} ms, {line['peak_gb']} GB")
+            echo(f"  growth: {stage}, {size:,}: {line['milliseconds']} ms, {line['peak_gb']} GB")
             lines.append(line)
     return lines
 
@@ -146,17 +147,17 @@ def plot_growth(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "growth", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     labels = {
-        "extraction": "extraction, a picture (network left out)",
+        "extraction": "extraction, an image (network left out)",
         "training": "training, a step",
-        "captioning": "captioning, a picture (small decoder)",
+        "captioning": "captioning, an image (small decoder)",
     }
     for stage, label in labels.items():
         own = [line for line in lines if line["stage"] == stage]
         sizes = [line["size"] for line in own]
         left.plot(sizes, [line["milliseconds"] for line in own], "o-", label=label)
         right.plot(sizes, [line["peak_gb"] for line in own], "o-", label=label)
-    left.set(xscale="log", yscale="log", xlabel="pictures", ylabel="milliseconds", title="Time")
-    right.set(xscale="log", ylim=(0, None), xlabel="pictures", ylabel="GB", title="Peak memory")
+    left.set(xscale="log", yscale="log", xlabel="images", ylabel="milliseconds", title="Time")
+    right.set(xscale="log", ylim=(0, None), xlabel="images", ylabel="GB", title="Peak memory")
     right.legend(fontsize=7, loc="lower right")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -1,16 +1,16 @@
-"""Put a load on the program: many pictures, a large page, many clients at once.
+"""Put a load on the program: many images, a large page, many clients at once.
 
     python benchmarks/load.py                       # all, about 20 minutes on two cores
     python benchmarks/load.py --only server --clients 50 --seconds 120
 
-extraction: --pictures names of a few hundred drawn scenes through extract_features.py, killed
+extraction: --images names of a few hundred drawn scenes through extract_features.py, killed
 (SIGKILL) after a third and after two thirds, and gone on with; against a tenth as many, which
 nobody kills. Each row of the cache is compared with that of its scene.
 
-page: a tenth of --pictures through caption.py --html --thumbnails beside, with five captions each,
+page: a tenth of --images through caption.py --html --thumbnails beside, with five captions each,
 against a tenth of them.
 
-server: --clients that each send caption.py --serve a picture as soon as they have the answer to
+server: --clients that each send caption.py --serve an image as soon as they have the answer to
 their last, for --seconds. They ask again where they are refused (503), as the page does.
 
 Extraction and page have pixels for features (load_worker.py), and the page and the server the
@@ -30,9 +30,9 @@ import click
 import numpy
 from load_clients import serve_clients
 from material import hard_links
-from measure import ROOT, memory_of, say
+from measure import ROOT, echo, memory_of
 
-from pipeline.features import PENDING, FeatureCache, partial_path
+from pipeline.features.cache import PENDING, FeatureCache, partial_path
 
 sys.path.insert(0, str(ROOT / "data"))
 from draw_scenes import draw_scenes
@@ -44,10 +44,10 @@ WORKER = [sys.executable, "benchmarks/load_worker.py"]
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="All if none.")
-@click.option("--pictures", type=click.IntRange(min=100), default=100_000, help="To extract.")
+@click.option("--images", type=click.IntRange(min=100), default=100_000, help="To extract.")
 @click.option("--clients", type=click.IntRange(min=1), default=50, help="Of the server.")
 @click.option("--seconds", type=click.IntRange(min=1), default=120, help="That they ask.")
-def main(only: tuple[str, ...], pictures: int, clients: int, seconds: int) -> None:
+def main(only: tuple[str, ...], images: int, clients: int, seconds: int) -> None:
     """Run the parts one after the other and print what was found."""
     lines = ["| load | found |", "|---|---|"]
     with tempfile.TemporaryDirectory() as name:
@@ -56,18 +56,18 @@ def main(only: tuple[str, ...], pictures: int, clients: int, seconds: int) -> No
         scenes = folder / "drawn" / "Images"
         for part in only or PARTS:
             if part == "extraction":
-                found = load_extraction(scenes, folder, pictures)
+                found = load_extraction(scenes, folder, images)
             elif part == "page":
-                found = load_page(scenes, folder, pictures // 10)
+                found = load_page(scenes, folder, images // 10)
             else:
                 found = serve_clients(sorted(scenes.iterdir()), folder, clients, seconds)
             lines += [f"| {what} | {figure} |" for what, figure in found.items()]
-            say("\n".join(lines[-len(found) :]))
+            echo("\n".join(lines[-len(found) :]))
     click.echo("\n".join(lines))
 
 
 def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
-    """Extract ``count`` pictures with two kills, and a tenth of them without."""
+    """Extract ``count`` images with two kills, and a tenth of them without."""
     few, many = folder / "few", folder / "many"
     hard_links(scenes, few, count // 10)
     hard_links(scenes, many, count)
@@ -83,7 +83,7 @@ def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
         raise RuntimeError(f"{wrong} rows are not those of their scenes")
     each = ", ".join(f"{peak:.2f}" for peak in peaks)
     return {
-        f"{count:,} pictures extracted (network left out), killed twice": f"{seconds:.0f} s",
+        f"{count:,} images extracted (network left out), killed twice": f"{seconds:.0f} s",
         "rows that differ from those of their scenes": "0",
         f"peak memory, up to each kill and at the end, GB; of {count // 10:,}": (
             f"{each}; {few_peak:.2f} ({few_seconds:.0f} s)"
@@ -111,7 +111,7 @@ def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float
     else:
         peak = float(output_of(process, command))
     seconds = time.monotonic() - began
-    say(f"  extraction: {data.name}, to {kill_at or 'the end'}: {seconds:.0f} s, {peak:.2f} GB")
+    echo(f"  extraction: {data.name}, to {kill_at or 'the end'}: {seconds:.0f} s, {peak:.2f} GB")
     return peak, seconds
 
 
@@ -136,7 +136,7 @@ def compare_rows(cache: FeatureCache, scenes: FeatureCache) -> int:
 
 
 def load_page(scenes: Path, folder: Path, count: int) -> dict[str, str]:
-    """Make a page of ``count`` pictures, and one of a tenth of them."""
+    """Make a page of ``count`` images, and one of a tenth of them."""
     made = []
     for size in (count // 10, count):
         data, page = folder / f"page-{size}", folder / f"page-{size}.html"
@@ -153,12 +153,12 @@ def load_page(scenes: Path, folder: Path, count: int) -> dict[str, str]:
         seconds = time.monotonic() - began
         shown = page.read_text(encoding="utf-8").count('<script type="application/json">')
         if shown != size:
-            raise RuntimeError(f"{page}: {shown} pictures, not {size}")
-        say(f"  page: {size}: {seconds:.0f} s, {peak:.2f} GB, {page.stat().st_size / 1e6:.1f} MB")
+            raise RuntimeError(f"{page}: {shown} images, not {size}")
+        echo(f"  page: {size}: {seconds:.0f} s, {peak:.2f} GB, {page.stat().st_size / 1e6:.1f} MB")
         made.append((peak, seconds, page.stat().st_size / 1e6))
     (less, _, _), (peak, seconds, megabytes) = made
     return {
-        f"page of {count:,} pictures (network left out)": f"{seconds:.0f} s, {megabytes:.1f} MB",
+        f"page of {count:,} images (network left out)": f"{seconds:.0f} s, {megabytes:.1f} MB",
         f"peak memory, GB; of {count // 10:,}": f"{peak:.2f}; {less:.2f}",
     }
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from measure import ROOT, memory_of, say
+from measure import ROOT, echo, memory_of
 
 BOUNDARY = "a-client-of-the-load"
 
@@ -35,15 +35,15 @@ class Client:
     refusals: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def ask(self, port: int, pictures: Sequence[Path], until: float) -> None:
-        """Send one picture after the other until ``until`` (of ``time.monotonic``)."""
+    def ask(self, port: int, images: Sequence[Path], until: float) -> None:
+        """Send one image after the other until ``until`` (of ``time.monotonic``)."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=900)
-        for picture in pictures:
+        for image in images:
             began = time.monotonic()
             if began > until:
                 break
             try:
-                while not self._answered(connection, picture):
+                while not self._answered(connection, image):
                     pass
             except (OSError, http.client.HTTPException) as error:
                 self.problems.append(f"{type(error).__name__}: {error}")
@@ -52,13 +52,13 @@ class Client:
             self.waits.append(time.monotonic() - began)
         connection.close()
 
-    def _answered(self, connection: http.client.HTTPConnection, picture: Path) -> bool:
-        """Send a picture; false where the server wants to be asked later, after that time."""
-        head = f'Content-Disposition: form-data; name="image"; filename="{picture.name}"'
+    def _answered(self, connection: http.client.HTTPConnection, image: Path) -> bool:
+        """Send an image; false where the server wants to be asked later, after that time."""
+        head = f'Content-Disposition: form-data; name="image"; filename="{image.name}"'
         body = b"\r\n".join(
             [
                 f"--{BOUNDARY}\r\n{head}\r\n".encode(),
-                picture.read_bytes(),
+                image.read_bytes(),
                 f"--{BOUNDARY}--\r\n".encode(),
             ]
         )
@@ -75,9 +75,7 @@ class Client:
         return True
 
 
-def serve_clients(
-    pictures: Sequence[Path], folder: Path, count: int, seconds: int
-) -> dict[str, str]:
+def serve_clients(images: Sequence[Path], folder: Path, count: int, seconds: int) -> dict[str, str]:
     """Start the server, ask it ``count`` times at once for so many seconds, and end it."""
     temporary = folder / "uploads"
     temporary.mkdir()
@@ -101,7 +99,7 @@ def serve_clients(
         threading.Thread(
             target=client.ask,
             # Each begins elsewhere.
-            args=(port, [*pictures[number % len(pictures) :], *pictures] * 100, until),
+            args=(port, [*images[number % len(images) :], *images] * 100, until),
         )
         for number, client in enumerate(clients)
     ]
@@ -130,7 +128,7 @@ def describe(clients: Sequence[Client], seconds: int, memory: Sequence[float]) -
     early, late = (
         max(part) for part in (memory[quarter : 2 * quarter] or memory, memory[-quarter:])
     )
-    say(f"  server: answers of each client: {each}")
+    echo(f"  server: answers of each client: {each}")
     return {
         f"{len(clients)} clients for {seconds} s: answers, errors, refusals (503)": (
             f"{len(waits):,}, 0, {sum(client.refusals for client in clients):,}"

@@ -2,7 +2,7 @@
 
     python benchmarks/load_worker.py extract_features.py --data photos --output photos.h5
 
-What a picture costs InceptionV3 is known, and is hours for what ``load.py`` asks for; all that lies
+What an image costs InceptionV3 is known, and is hours for what ``load.py`` asks for; all that lies
 around it is as it is. Prints the peak memory in GB.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 from growth import PixelEncoder
 from measure import run_script_and_tell_memory
 
-from pipeline import captioner, encoder
+from pipeline import captioner
+from pipeline.models import encoder
 
 
 class PixelNetwork(PixelEncoder):

@@ -1,8 +1,8 @@
-"""What the benchmark works on: pictures, captions, weights and features.
+"""What the benchmark works on: images, captions, weights and features.
 
 Photographs and captions of Flickr8k are taken where ``../shared`` has them; elsewhere drawn
-scenes do: speed hardly depends on what a picture shows. Features to train on are made up:
-each picture's are the sum of a random vector for every word of its captions, and noise, so
+scenes do: speed hardly depends on what an image shows. Features to train on are made up:
+each image's are the sum of a random vector for every word of its captions, and noise, so
 that there is something to learn.
 """
 
@@ -19,12 +19,13 @@ import torch
 from measure import ROOT
 from PIL import Image
 
-from pipeline.captions import read_captions
-from pipeline.dataset import tokenised
-from pipeline.encoder import load_encoder
-from pipeline.feature_writer import open_cache_writer
-from pipeline.features import FEATURE_SIZE, EncoderIdentity, FeatureCache
-from pipeline.vocabulary import Vocabulary
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.encoded_captions import tokenized
+from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.features.cache import FeatureCache
+from pipeline.features.cache_writer import open_cache_writer
+from pipeline.models.encoder import load_encoder
+from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 
 SHARED = ROOT.parent / "shared"
 PHOTOGRAPHS = SHARED / "flickr8k_fullres"
@@ -38,15 +39,15 @@ class Material:
     """Everything that the comparisons share.
 
     Attributes:
-        pictures: a folder of pictures of about 500 x 375.
+        images: a folder of images of about 500 x 375.
         weights: what ``--weights`` of extract_features.py takes.
-        train, val: tokenised captions by picture.
+        train, val: tokenised captions by image.
         vocabulary: the words seen five times in ``train``.
-        train_cache, val_cache: made-up features, a row a picture in their order.
+        train_cache, val_cache: made-up features, a row an image in their order.
         description: what was there, in a line.
     """
 
-    pictures: Path
+    images: Path
     weights: str
     train: list[list[list[str]]]
     val: list[list[list[str]]]
@@ -57,13 +58,13 @@ class Material:
 
 
 def prepare(folder: Path, count: int) -> Material:
-    """Collect or make everything; ``count`` pictures, some more than once if there are fewer."""
-    pictures = folder / "pictures"
-    originals = sorted(PHOTOGRAPHS.glob("*.jpg")) or draw_pictures(folder / "drawn")
-    pictures.mkdir()
+    """Collect or make everything; ``count`` images, some more than once if there are fewer."""
+    images = folder / "images"
+    originals = sorted(PHOTOGRAPHS.glob("*.jpg")) or draw_images(folder / "drawn")
+    images.mkdir()
     for number in range(count):
         original = originals[number % len(originals)]
-        (pictures / f"{number:05d}.jpg").write_bytes(original.read_bytes())
+        (images / f"{number:05d}.jpg").write_bytes(original.read_bytes())
     train, val, captions_from = collect_captions()
     vocabulary = Vocabulary.build((words for group in train for words in group), 5)
     train_cache, val_cache = (
@@ -71,19 +72,19 @@ def prepare(folder: Path, count: int) -> Material:
         for split, groups in (("train", train), ("val", val))
     )
     return Material(
-        pictures,
+        images,
         str(STANDIN) if STANDIN.is_file() else "random",
         train,
         val,
         vocabulary,
         train_cache,
         val_cache,
-        f"{len(originals)} {'photographs' if PHOTOGRAPHS.is_dir() else 'drawn pictures'} of about "
+        f"{len(originals)} {'photographs' if PHOTOGRAPHS.is_dir() else 'drawn images'} of about "
         f"500 x 375, {captions_from}, vocabulary {len(vocabulary):,}",
     )
 
 
-def draw_pictures(folder: Path) -> list[Path]:
+def draw_images(folder: Path) -> list[Path]:
     """Draw scenes in the size of Flickr8k's photographs."""
     sys.path.insert(0, str(ROOT / "data"))
     from draw_scenes import draw_scenes
@@ -99,10 +100,10 @@ def draw_pictures(folder: Path) -> list[Path]:
 
 
 def collect_captions() -> tuple[list[list[list[str]]], list[list[list[str]]], str]:
-    """Tokenised captions of train and val pictures, and where they are from."""
+    """Tokenised captions of train and val images, and where they are from."""
     if FLICKR8K.is_dir():
         table = read_captions(FLICKR8K, None)
-        splits = [list(tokenised(table.of_split(split)).values()) for split in ("train", "val")]
+        splits = [list(tokenized(table.of_split(split)).values()) for split in ("train", "val")]
         return splits[0], splits[1], "captions of Flickr8k"
     sys.path.insert(0, str(ROOT / "data"))
     from draw_scenes import compose, write_captions
@@ -130,7 +131,7 @@ def made_up_features(groups: list[list[list[str]]]) -> numpy.ndarray:
 
 
 def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) -> FeatureCache:
-    """Write a cache of ``rows`` pictures, the features over and over again."""
+    """Write a cache of ``rows`` images, the features over and over again."""
     identity = EncoderIdentity("inception_v3", "0" * 64, "made up", "fp32", "random", "0")
     count = rows or len(features)
     names = [f"{number:07d}.jpg" for number in range(count)]
@@ -147,7 +148,7 @@ def inception_weights(weights: str) -> dict[str, torch.Tensor]:
 
 
 def hard_links(original: Path, folder: Path, count: int) -> None:
-    """Fill a folder with ``count`` names for the pictures of another."""
+    """Fill a folder with ``count`` names for the images of another."""
     originals = sorted(original.iterdir())
     folder.mkdir()
     for number in range(count):

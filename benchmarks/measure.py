@@ -78,7 +78,7 @@ def interleave(
             began = time.perf_counter()
             units = work()
             rate = units / (time.perf_counter() - began)
-            say(f"  {name}: {side}: {rate:,.1f} {unit}/s" + ("" if number else " (warm-up)"))
+            echo(f"  {name}: {side}: {rate:,.1f} {unit}/s" + ("" if number else " (warm-up)"))
             if number:
                 rates[side].append(rate)
     return Comparison(name, unit, rates)
@@ -124,7 +124,7 @@ def run_script_and_tell_memory(script: str, *arguments: str) -> None:
         print(peak_memory())
 
 
-def say(text: str) -> None:
+def echo(text: str) -> None:
     """Report progress."""
     print(text, file=sys.stderr, flush=True)
 

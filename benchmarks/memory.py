@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from material import Material
-from measure import ROOT, say
+from measure import ROOT, echo
 
 
 def measure_memory(material: Material, folder: Path) -> dict[str, float]:
@@ -15,7 +15,7 @@ def measure_memory(material: Material, folder: Path) -> dict[str, float]:
     data = folder / "memory"
     data.mkdir()
     rows = ["image,caption,split"]
-    for number, path in enumerate(sorted(material.pictures.iterdir())):
+    for number, path in enumerate(sorted(material.images.iterdir())):
         (data / path.name).write_bytes(path.read_bytes())
         split = "val" if number % 4 == 3 else "train"
         for words in material.train[number]:
@@ -37,5 +37,5 @@ def measure_memory(material: Material, folder: Path) -> dict[str, float]:
         if ended.returncode:
             raise RuntimeError(f"{script} ended with exit code {ended.returncode}: {ended.stderr}")
         peaks[script] = round(float(ended.stdout.splitlines()[-1]), 2)
-        say(f"  memory: {script}: {peaks[script]} GB")
+        echo(f"  memory: {script}: {peaks[script]} GB")
     return peaks

@@ -27,11 +27,11 @@ from compare_captioning import compare_captioning, compare_search, compare_start
 from compare_extraction import compare_extraction
 from compare_training import compare_decoder_training, compare_joint, compare_whole_job
 from material import prepare
-from measure import ROOT, Comparison, say
+from measure import ROOT, Comparison, echo
 from memory import measure_memory
 
-from pipeline.devices import cpu_has_amx
-from pipeline.files import atomic_write
+from pipeline.utils.devices import cpu_has_amx
+from pipeline.utils.files import atomic_write
 
 RESULTS = ROOT / "benchmarks" / "results.json"
 PLOT = ROOT / "benchmarks" / "growth.svg"
@@ -68,14 +68,14 @@ def main(rounds: int, only: tuple[str, ...]) -> None:
         write_json(RESULTS, results)
         growth.plot_growth(results["growth"], PLOT)
         put_into_readme(table(results))
-        say(f"written: {RESULTS}, {PLOT}, {README}")
-    say(f"{results['minutes']} minutes")
+        echo(f"written: {RESULTS}, {PLOT}, {README}")
+    echo(f"{results['minutes']} minutes")
 
 
 def measure(folder: Path, wanted: set[str], rounds: int) -> dict[str, Any]:
     """Run the wanted parts in order."""
     material = prepare(folder, PICTURES)
-    say(material.description)
+    echo(material.description)
     found: list[Comparison] = []
     if "extraction" in wanted:
         extraction = compare_extraction(material, folder, rounds)

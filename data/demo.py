@@ -23,7 +23,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 DECODER = "--epochs 40 --batch-size 64 --lr 2e-3 --embed-size 256 --hidden-size 256 --min-count 2"
-JOINT = "--epochs 2 --unfreeze-from Mixed_7a --accumulate 1 --smallest-crop 0.9 --encoder-lr 2e-5"
+JOINT = "--epochs 2 --unfreeze-from Mixed_7a --grad-accum-steps 1 --min-crop 0.9 --encoder-lr 2e-5"
 SHOWN = 8
 PHOTOGRAPHS = ("chelsea.png", "camera.png", "motorcycle_left.png", "astronaut.png", "coffee.png")
 
@@ -39,30 +39,32 @@ def main() -> None:
     run("evaluate.py runs/demo --split test --no-java")
     run("evaluate.py runs/demo-joint --split test --no-java --html runs/demo-joint/test.html")
     show_captions()
-    say("To look at in a browser: runs/demo/report.html, runs/demo-joint/test.html")
+    echo("To look at in a browser: runs/demo/report.html, runs/demo-joint/test.html")
 
 
 def caption_photographs() -> None:
     """Caption scikit-image's photographs with the model that comes with the program."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        say("scikit-image is not installed (pip install -e '.[photos]'): no photographs to caption")
+        echo(
+            "scikit-image is not installed (pip install -e '.[photos]'): no photographs to caption"
+        )
         return
     folder = os.path.relpath(Path(package.origin).parent / "data", ROOT)
-    say("Photographs of scikit-image, and the captioner in the box:")
+    echo("Photographs of scikit-image, and the captioner in the box:")
     run("caption.py --model pretrained " + " ".join(f"{folder}/{name}" for name in PHOTOGRAPHS))
 
 
 def run(command: str) -> None:
     """Print a command and run it in the repository's folder; end with it if it fails."""
-    say(f"$ python {command}")
+    echo(f"$ python {command}")
     ended = subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=False)
     if ended.returncode:
         sys.exit(ended.returncode)
 
 
 def show_captions() -> None:
-    """Caption test pictures with caption.py and set each beside a person's words."""
+    """Caption test images with caption.py and set each beside a person's words."""
     with (ROOT / "data/scenes/captions.csv").open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     references: dict[str, list[str]] = {}
@@ -72,7 +74,7 @@ def show_captions() -> None:
     names = sorted(references)[:SHOWN]
     paths = " ".join(f"data/scenes/Images/{name}" for name in names)
     command = f"caption.py {paths} --model runs/demo-joint --format json"
-    say(f"$ python {command}")
+    echo(f"$ python {command}")
     output = subprocess.run(
         [sys.executable, *command.split()], cwd=ROOT, check=True, stdout=subprocess.PIPE
     ).stdout
@@ -84,7 +86,7 @@ def show_captions() -> None:
         click.echo(f"               {references[name][1]}")
 
 
-def say(line: str) -> None:
+def echo(line: str) -> None:
     """Print a line that stands out, before what the commands print."""
     click.secho(f"\n{line}", bold=True)
     sys.stdout.flush()

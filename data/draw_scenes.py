@@ -1,14 +1,14 @@
 """Draw a small captioned data set, so that the whole pipeline runs without any download.
 
-    python data/draw_scenes.py                                 # 400 pictures in data/scenes
+    python data/draw_scenes.py                                 # 400 images in data/scenes
     python data/draw_scenes.py --output OUT --images 50 --seed 1
 
 The folder has the layout of Kaggle's Flickr8k: ``Images/*.jpg`` and ``captions.csv``
-(columns image, caption, split), five captions a picture. One picture in ten is for
+(columns image, caption, split), five captions an image. One image in ten is for
 validation, one for the test. The same seed and Pillow version give the same bytes.
 
 How it is made: a ``Scene`` is drawn by lot (``compose``); ``draw`` and ``write_captions``
-both work from it alone, so a caption says only what the picture shows. What can appear
+both work from it alone, so a caption says only what the image shows. What can appear
 is in the tables below. A drawing is a list of shapes in a box of 100 x 100, the y axis
 pointing down, an animal looking to the right: "oval FILL x0 y0 x1 y1", "box" the same,
 "area FILL x y x y ..." (a polygon), "line FILL THICKNESS x y x y ...", "dots FILL WIDTH
@@ -178,7 +178,7 @@ KINDS = {
 
 
 class Setting(NamedTuple):
-    """A background: shapes over the whole picture, where feet stand, who comes, the words."""
+    """A background: shapes over the whole image, where feet stand, who comes, the words."""
 
     shapes: str
     shadow: str
@@ -262,7 +262,7 @@ TEMPLATES_PAIRED = (
 
 
 class Relation(NamedTuple):
-    """How subject and other object stand: words both ways, places from the picture's middle."""
+    """How subject and other object stand: words both ways, places from the image's middle."""
 
     near: tuple[str, ...]
     back: tuple[str, ...]
@@ -289,7 +289,7 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows."""
+    """What one image shows."""
 
     setting: str
     kind: str
@@ -305,7 +305,7 @@ class Scene:
 
 
 def compose(rng: random.Random) -> Scene:
-    """Choose the contents of a picture."""
+    """Choose the contents of an image."""
     name = rng.choice(list(SETTINGS))
     setting = SETTINGS[name]
     kind, actions = rng.choice(setting.subjects.split()).split(":")
@@ -388,7 +388,7 @@ def _counted(words: str, count: int) -> str:
 
 
 class Canvas:
-    """A picture in the making; the shades of its setting, of skin and of hair by lot."""
+    """An image in the making; the shades of its setting, of skin and of hair by lot."""
 
     def __init__(self, setting: Setting, rng: random.Random) -> None:
         self.image = Image.new("RGB", (WIDTH * SMOOTH, HEIGHT * SMOOTH))
@@ -493,27 +493,27 @@ def _scaled(colour: str, factor: float) -> str:
 
 
 def draw_scenes(folder: Path, images: int, seed: int) -> None:
-    """Write the data set into ``folder``; pictures of an earlier run there are replaced.
+    """Write the data set into ``folder``; images of an earlier run there are replaced.
 
-    Raises ``ValueError`` for fewer than one picture, and ``OSError`` where ``folder``
+    Raises ``ValueError`` for fewer than one image, and ``OSError`` where ``folder``
     cannot be written.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
-    pictures = folder / "Images"
-    pictures.mkdir(parents=True, exist_ok=True)
+    image_folder = folder / "Images"
+    image_folder.mkdir(parents=True, exist_ok=True)
     names = [f"scene_{index:05d}.jpg" for index in range(images)]
     rows = [("image", "caption", "split")]
     for index, name in enumerate(names):
-        # A generator a picture: the first fifty are the same however many are drawn.
+        # A generator an image: the first fifty are the same however many are drawn.
         rng = random.Random(f"{seed}-{index}")
         scene = compose(rng)
-        part = pictures / f".{name}.part"
+        part = image_folder / f".{name}.part"
         draw(scene, rng).save(part, "JPEG", quality=90)
-        part.replace(pictures / name)
+        part.replace(image_folder / name)
         split = {8: "val", 9: "test"}.get(index % 10, "train")
         rows += [(name, caption, split) for caption in write_captions(scene, rng)]
-    for stale in set(pictures.glob("scene_*.jpg")) - {pictures / name for name in names}:
+    for stale in set(image_folder.glob("scene_*.jpg")) - {image_folder / name for name in names}:
         stale.unlink()  # of a longer run; no caption knows it
     part = folder / ".captions.csv.part"
     with part.open("w", encoding="utf-8", newline="") as handle:
@@ -525,12 +525,12 @@ def draw_scenes(folder: Path, images: int, seed: int) -> None:
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default="data/scenes",
               show_default=True, help="Folder to write.")  # fmt: skip
 @click.option("--images", type=click.IntRange(min=1), default=400, show_default=True,
-              help="Pictures to draw. The decoder needs some 300 to learn the words.")  # fmt: skip
+              help="Images to draw. The decoder needs some 300 to learn the words.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other scenes.")
 def main(output: Path, images: int, seed: int) -> None:
     """Draw the scenes; the command's help is the module's first line."""
     draw_scenes(output, images, seed)
-    click.echo(f"{images} pictures with five captions each are in {output}", err=True)
+    click.echo(f"{images} images with five captions each are in {output}", err=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
     python data/example_layouts.py                             # to data/examples
 
-The pictures are those of draw_scenes.py. Every folder is a data set of its own:
+The images are those of draw_scenes.py. Every folder is a data set of its own:
 
     csv/      Images/*.jpg, captions.csv                       one table
     coco/     train/*.jpg, val/*.jpg, annotations/*.json       COCO's captions
-    text/     *.jpg, *.txt                                     a text beside each picture
+    text/     *.jpg, *.txt                                     a text beside each image
     german/   Images/*.jpg, captions.csv                       captions in German
     chinese/  Images/*.jpg, captions.csv                       captions in Chinese
-    new/      *.jpg                                            other pictures, without captions
+    new/      *.jpg                                            other images, without captions
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def scenes_of(images: int, seed: int) -> list[Scene]:
 
 
 def read_captions(folder: Path) -> dict[str, list[tuple[str, str]]]:
-    """Read what ``draw_scenes`` wrote: picture -> its captions, each with the split."""
+    """Read what ``draw_scenes`` wrote: image -> its captions, each with the split."""
     captions: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
     with (folder / "captions.csv").open(encoding="utf-8", newline="") as handle:
         for row in csv.DictReader(handle):
@@ -115,7 +115,7 @@ def read_captions(folder: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def write_coco(drawn: Path, folder: Path) -> None:
-    """Write a folder of pictures and a JSON file of captions for each of train and val."""
+    """Write a folder of images and a JSON file of captions for each of train and val."""
     for split in ("train", "val"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         images, annotations = [], []
@@ -131,7 +131,7 @@ def write_coco(drawn: Path, folder: Path) -> None:
 
 
 def write_texts(drawn: Path, folder: Path) -> None:
-    """Write a text file beside each picture."""
+    """Write a text file beside each image."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, captions in read_captions(drawn).items():
         shutil.copy(drawn / "Images" / name, folder)
@@ -142,7 +142,7 @@ def write_texts(drawn: Path, folder: Path) -> None:
 def write_translated(
     drawn: Path, folder: Path, scenes: list[Scene], write: Callable[[Scene], list[str]]
 ) -> None:
-    """Write the pictures with captions in another language, without a split."""
+    """Write the images with captions in another language, without a split."""
     shutil.copytree(drawn / "Images", folder / "Images", dirs_exist_ok=True)
     rows = [("image", "caption")]
     for name, scene in zip(sorted(read_captions(drawn)), scenes, strict=True):
@@ -161,8 +161,8 @@ def write_examples(folder: Path, images: int, seed: int) -> None:
     write_translated(drawn, folder / "german", scenes, german_captions)
     write_translated(drawn, folder / "chinese", scenes, chinese_captions)
     draw_scenes(folder / "new", NEW_PICTURES, seed + 1)
-    for picture in (folder / "new" / "Images").iterdir():
-        picture.replace(folder / "new" / picture.name)
+    for image in (folder / "new" / "Images").iterdir():
+        image.replace(folder / "new" / image.name)
     (folder / "new" / "Images").rmdir()
     (folder / "new" / "captions.csv").unlink()
 
@@ -171,7 +171,7 @@ def write_examples(folder: Path, images: int, seed: int) -> None:
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default="data/examples",
               show_default=True, help="Folder to write.")  # fmt: skip
 @click.option("--images", type=click.IntRange(min=20), default=100, show_default=True,
-              help="Pictures in each data set.")  # fmt: skip
+              help="Images in each data set.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed, other scenes.")
 def main(output: Path, images: int, seed: int) -> None:
     """Write the examples; the command's help is the module's first line."""

@@ -1,4 +1,4 @@
-"""The public interface: pictures in, captions out.
+"""The public interface: images in, captions out.
 
 >>> captioner = Captioner.load()  # the one in the box; or Captioner.load("runs/decoder")
 >>> captioner.caption(["a.jpg", "b.jpg"])
@@ -7,75 +7,52 @@
 
 from __future__ import annotations
 
-import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
 
-from pipeline.checkpoint import Checkpoint, load_together
-from pipeline.devices import (
+from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.decoding.captions import Caption, captions_of, detailed_captions
+from pipeline.decoding.reranking import (
+    Reranker,
+    best_captions,
+    diverse_captions,
+    reranker_of,
+    search_config,
+)
+from pipeline.decoding.search import SearchConfig
+from pipeline.features.encode_images import EncodedBatch, encode_batches
+from pipeline.models.checkpoint import encoder_of, load_ensemble
+from pipeline.models.encoder import Encoder
+from pipeline.models.ensemble import CaptionDecoder
+from pipeline.models.openvino import choose_engine
+from pipeline.models.pretrained import PRETRAINED
+from pipeline.utils.devices import (
     choose_device,
     choose_precision,
     default_workers,
     inference_batch_size,
 )
-from pipeline.encoder import (
-    NAMED_WEIGHTS,
-    Encoder,
-    load_encoder,
-    load_trunk,
-)
-from pipeline.encoding import EncodedBatch, encode_files
-from pipeline.ensemble import CaptionDecoder
-from pipeline.errors import InputError, UserError
-from pipeline.openvino_engine import choose_engine
-from pipeline.pretrained import PRETRAINED
-from pipeline.reranking import Reranker, best_captions, diverse_captions, search_config
-from pipeline.search import Hypothesis, SearchConfig, token_log_probabilities
-from pipeline.terminal import visible
-from pipeline.vocabulary import Vocabulary
+from pipeline.utils.errors import InputError, UserError
 
 StrPath = str | os.PathLike[str]
 # The encoder likes small batches, the decoder, whose weights pass through the cache for every
-# word, large ones: this many pictures wait for one search.
+# word, large ones: this many images wait for one search.
 SEARCHED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
-class Word:
-    """One token of a caption, and its probability given the picture and the tokens before."""
-
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Caption:
-    """One caption of a picture.
-
-    Attributes:
-        text: words, lower case, without a period.
-        log_probability: under the model, in nats; nearer to 0 is surer.
-        words: the tokens one by one, where details were asked for, else empty.
-    """
-
-    text: str
-    log_probability: float
-    words: tuple[Word, ...] = ()
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """What became of one picture.
+    """What became of one image.
 
     Attributes:
-        path: the picture, as it was given.
-        captions: best first; empty if the picture could not be read.
+        path: the image, as it was given.
+        captions: best first; empty if the image could not be read.
         error: why it could not be read, else None.
     """
 
@@ -88,7 +65,7 @@ class Captioner:
     """An encoder and a decoder that belong together.
 
     Attributes:
-        encoder: pictures to features; checked to be the one that the decoder was trained on.
+        encoder: images to features; checked to be the one that the decoder was trained on.
         decoder: features to captions.
         vocabulary: the decoder's words.
         reranker: the second opinions on captions that the model has.
@@ -126,14 +103,14 @@ class Captioner:
                 a checkpoint of stage 3 has them inside and needs none.
             precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
             engine: ``torch``, which is ready at once, or ``auto``, which takes OpenVINO on a CPU
-                where it is installed: some seconds to start, for hundreds of pictures.
+                where it is installed: some seconds to start, for hundreds of images.
 
         Raises:
             UserError: no such checkpoint, or the encoder's weights are not those that the
                 decoder was trained with.
         """
         models = [model] if isinstance(model, str | os.PathLike) else model
-        checkpoint = load_together([Path(path) for path in models])
+        checkpoint = load_ensemble([Path(path) for path in models])
         chosen = choose_device(device)
         encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
         encoder.for_inference(choose_engine(engine, chosen)).to(chosen)
@@ -141,7 +118,7 @@ class Captioner:
             encoder,
             checkpoint.build_decoder().to(chosen),
             checkpoint.vocabulary,
-            checkpoint.build_reranker().to(chosen),
+            reranker_of(checkpoint).to(chosen),
         )
 
     def search_config(
@@ -164,14 +141,14 @@ class Captioner:
 
         Args:
             beam_size, consensus, matching: see ``reranking.search_config``.
-            least: how many captions a picture are wanted.
+            least: how many captions an image are wanted.
             rounds: how often to search for captions to choose among.
             min_length, max_length: fewest and most words in a caption; by default 1, and 20 or what
                 the language needs (``tokenizers``).
             prefix: words that every caption begins with.
             temperature, top_p: where one is given, captions are drawn; see ``SearchConfig``.
-            seed: of the draws. What is drawn for a picture depends on it and on the name of the
-                picture's file alone, not on other pictures.
+            seed: of the draws. What is drawn for an image depends on it and on the name of the
+                image's file alone, not on other images.
             diversity: of several captions, see ``SearchConfig``.
 
         Raises:
@@ -218,16 +195,16 @@ class Captioner:
         batch_size: int | None = None,
         max_length: int | None = None,
     ) -> list[str]:
-        """Caption pictures: one text for each, in their order.
+        """Caption images: one text for each, in their order.
 
         Args:
             images: paths.
-            beam_size: hypotheses kept a picture; by default see ``search_config``.
-            batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
+            beam_size: hypotheses kept an image; by default see ``search_config``.
+            batch_size: images a batch; by default 4 on a CPU, 64 elsewhere.
             max_length: most words in a caption; by default 20, or 40 where characters are tokens.
 
         Raises:
-            InputError: a picture cannot be read; ``stream`` reports it and goes on.
+            InputError: an image cannot be read; ``stream`` reports it and goes on.
         """
         config = self.search_config(beam_size, max_length=max_length)
         texts = []
@@ -246,13 +223,13 @@ class Captioner:
         workers: int | None = None,
         details: bool = False,
     ) -> Iterator[Prediction]:
-        """Caption pictures as they come, decoding ahead; memory does not grow with their number.
+        """Caption images as they come, decoding ahead; memory does not grow with their number.
 
         Args:
             images: paths.
             config: how to search; by default see ``search_config``.
-            num_captions: captions a picture, at most ``config.beam_size`` without diversity.
-            batch_size: pictures a batch; by default 4 on a CPU, 64 elsewhere.
+            num_captions: captions an image, at most ``config.beam_size`` without diversity.
+            batch_size: images a batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
             details: give each word's probability too.
 
@@ -293,7 +270,7 @@ class Captioner:
                 yield Prediction(paths.pop(key), found.get(key, []), failures.get(key))
 
         group: list[EncodedBatch] = []
-        for encoded in encode_files(self.encoder, batches(), workers):
+        for encoded in encode_batches(self.encoder, batches(), workers):
             group.append(encoded)
             if sum(len(member.keys) + len(member.failures) for member in group) >= SEARCHED_AT_ONCE:
                 yield from predictions(group)
@@ -308,7 +285,7 @@ class Captioner:
         num_captions: int,
         details: bool,
     ) -> list[list[Caption]]:
-        """Caption features (B, 2048) of pictures with these file names."""
+        """Caption features (B, 2048) of images with these file names."""
         if config.diversity:
             found = diverse_captions(self.decoder, features, config, self.reranker, num_captions)
         else:
@@ -318,65 +295,3 @@ class Captioner:
         if details:
             return detailed_captions(self.decoder, features, best, self.vocabulary)
         return [captions_of(hypotheses, self.vocabulary) for hypotheses in best]
-
-
-def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
-    """Put hypotheses into words; a stranger's model may have words of control characters."""
-    return [
-        Caption(visible(vocabulary.detokenize(vocabulary.decode(h.tokens))), h.log_probability)
-        for h in hypotheses
-    ]
-
-
-def detailed_captions(
-    decoder: CaptionDecoder,
-    features: torch.Tensor,
-    found: Sequence[Sequence[Hypothesis]],
-    vocabulary: Vocabulary,
-) -> list[list[Caption]]:
-    """Put the hypotheses of features (B, 2048) into words, with the probability of each."""
-    chances = token_log_probabilities(decoder, features, [[h.tokens for h in g] for g in found])
-    return [
-        [
-            replace(
-                caption,
-                words=tuple(
-                    Word(visible(word), math.exp(chance))
-                    for word, chance in zip(vocabulary.decode(h.tokens), each, strict=False)
-                ),
-            )
-            for caption, h, each in zip(
-                captions_of(group, vocabulary), group, of_group, strict=True
-            )
-        ]
-        for group, of_group in zip(found, chances, strict=True)
-    ]
-
-
-def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> Encoder:
-    """Build the encoder that a checkpoint's decoder was trained on.
-
-    Raises:
-        UserError: its weights cannot be had, or are others than those of the training; the
-            decoder reads features of another width.
-    """
-    checkpoint.refuse_other_features()
-    wanted = checkpoint.encoder
-    if checkpoint.encoder_weights is not None:
-        encoder = Encoder(wanted.weights_source, precision)
-        load_trunk(encoder, checkpoint.encoder_weights, "the checkpoint's encoder")
-    else:
-        source = weights or wanted.weights_source
-        if weights is None and source not in NAMED_WEIGHTS and not Path(source).is_file():
-            raise UserError(
-                f"the encoder's weights are no longer at {source}, where they were in training; "
-                "say where they are: --weights FILE"
-            )
-        encoder = load_encoder(source, precision)
-    mismatch = wanted.mismatch(encoder.identity)
-    if mismatch is not None:
-        raise UserError(
-            f"--weights {encoder.source}: not the encoder that this model was trained with "
-            f"({mismatch}); it was {wanted.weights_source}"
-        )
-    return encoder

@@ -16,45 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.captioner import SEARCHED_AT_ONCE, Caption, captions_of, detailed_captions, encoder_of
-from pipeline.captions import CaptionTable, read_captions
-from pipeline.checkpoint import Checkpoint, load_together
-from pipeline.dataset import load_table, rows_of, tokenised
-from pipeline.devices import choose_precision, default_workers
-from pipeline.encoding import encode_all
-from pipeline.errors import UserError
-from pipeline.features import DONE, FeatureCache, default_cache_path
-from pipeline.files import atomic_write
-from pipeline.images import unreadable_images
-from pipeline.java_metrics import java_metrics
-from pipeline.metrics import Scorer, diversity
-from pipeline.openvino_engine import choose_engine
-from pipeline.picture_sources import open_source
-from pipeline.pretrained import PRETRAINED, is_pretrained
-from pipeline.progress import progress_bar
-from pipeline.reranking import best_captions, search_config
-from pipeline.search import SearchConfig, search_in_words
-from pipeline.significance import (
-    RESAMPLES,
-    Difference,
-    Interval,
-    PerImage,
-    bootstrap,
-    compare,
-)
-from pipeline.terminal import say, say_failure
-from pipeline.tokenizers import ENGLISH
-from pipeline.vocabulary import tokenizer_of
+from pipeline.captioner import SEARCHED_AT_ONCE
+from pipeline.datasets.caption_table import CaptionTable, read_captions
+from pipeline.datasets.encoded_captions import load_table, tokenized
+from pipeline.datasets.image_sources import open_source
+from pipeline.datasets.images import unreadable_images
+from pipeline.datasets.tokenizers import ENGLISH
+from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.decoding.captions import Caption, captions_of, detailed_captions
+from pipeline.decoding.reranking import best_captions, reranker_of, search_config
+from pipeline.decoding.search import SearchConfig, describe_search
+from pipeline.features.cache import DONE, FeatureCache, default_cache_path
+from pipeline.features.encode_images import encode_images
+from pipeline.features.feature_set import rows_of
+from pipeline.metrics.bootstrap import RESAMPLES, Difference, Interval, PerImage, bootstrap, compare
+from pipeline.metrics.coco import Scorer, diversity
+from pipeline.metrics.java import java_metrics
+from pipeline.models.checkpoint import Checkpoint, encoder_of, load_ensemble
+from pipeline.models.openvino import choose_engine
+from pipeline.models.pretrained import PRETRAINED, is_pretrained
+from pipeline.utils.devices import choose_precision, default_workers
+from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
+from pipeline.utils.progress import progress_bar
+from pipeline.utils.terminal import echo, echo_failure
 
 BOOTSTRAP_SEED = 0
-# Captions kept a picture, for a page of them; the best alone is scored.
+# Captions kept an image, for a page of them; the best alone is scored.
 KEPT_CAPTIONS = 5
 NOT_ENGLISH = "METEOR and SPICE are left out: they are made for English."
 
 
 @dataclass(frozen=True)
-class ScoredPicture:
-    """One picture of a split.
+class ScoredImage:
+    """One image of a split.
 
     Attributes:
         name: what the captions file calls it.
@@ -83,8 +78,8 @@ class Evaluation:
         intervals: 95 % bootstrap interval over images of BLEU-4 and CIDEr-D.
         facts: what the scores were taken on and how: scorer, split, hash, search, and the
             seed and the options of the training.
-        pictures: what was scored, one by one.
-        unreadable: the pictures of the split that could not be read and were left out, and why.
+        images: what was scored, one by one.
+        unreadable: the images of the split that could not be read and were left out, and why.
     """
 
     predictions: dict[str, str]
@@ -92,7 +87,7 @@ class Evaluation:
     left_out: list[str]
     intervals: dict[str, Interval]
     facts: dict[str, Any]
-    pictures: list[ScoredPicture]
+    images: list[ScoredImage]
     unreadable: dict[Path, str]
 
 
@@ -109,15 +104,15 @@ class SearchOptions:
 
 @dataclass
 class SplitData:
-    """The pictures of a split as a decoder sees them.
+    """The images of a split as a decoder sees them.
 
     Attributes:
         source: where the features come from, in words.
         table: the captions of all splits.
         references: tokenised captions by image name.
-        paths: picture files by image name.
+        paths: image files by image name.
         features: batches (B, 2048), in the order of ``references``.
-        unreadable: the pictures of the split that had to be left out, and why.
+        unreadable: the images of the split that had to be left out, and why.
     """
 
     source: str
@@ -159,7 +154,7 @@ def evaluate_runs(
     Raises:
         UserError: checkpoint, captions or features are missing or do not belong together.
     """
-    checkpoint = load_together(runs)
+    checkpoint = load_ensemble(runs)
     settings = checkpoint.settings
     data = data or settings.get("data")
     if not data:
@@ -189,7 +184,7 @@ def evaluate_runs(
             "left_out": result.left_out,
         },
     )
-    say(f"predictions: {output}", err=True)
+    echo(f"predictions: {output}", err=True)
     return result
 
 
@@ -204,12 +199,12 @@ def evaluate(
     java: bool,
     words: bool = False,
 ) -> Evaluation:
-    """Caption the pictures of a split and score the captions; see ``evaluate_runs``."""
+    """Caption the images of a split and score the captions; see ``evaluate_runs``."""
     opened = _open_split(checkpoint, device, data, captions, features, split)
     groups = opened.references
     decoder = checkpoint.build_decoder().to(device)
     vocabulary = checkpoint.vocabulary
-    reranker = checkpoint.build_reranker().to(device)
+    reranker = reranker_of(checkpoint).to(device)
     config = search_config(
         reranker,
         search.beam_size,
@@ -221,7 +216,7 @@ def evaluate(
         max_length=vocabulary.tokenizer.longest,
     )
 
-    def captioned_pictures() -> Iterator[list[Caption]]:
+    def captioned_images() -> Iterator[list[Caption]]:
         for batch in opened.features:
             batch = batch.to(device)
             found = [h[:KEPT_CAPTIONS] for h in best_captions(decoder, batch, config, reranker)]
@@ -230,7 +225,7 @@ def evaluate(
             else:
                 yield from (captions_of(hypotheses, vocabulary) for hypotheses in found)
 
-    bar = progress_bar(captioned_pictures(), total=len(groups), unit="image", desc="captioning")
+    bar = progress_bar(captioned_images(), total=len(groups), unit="image", desc="captioning")
     captioned = dict(zip(groups, bar, strict=True))
     predictions = {name: best[0].text for name, best in captioned.items()}
     tokenizer = vocabulary.tokenizer.name
@@ -241,7 +236,7 @@ def evaluate(
         java_scores, left_out = java_metrics(groups, tokens)
     elif java:
         left_out = [NOT_ENGLISH]
-    train = tokenised(opened.table.of_split("train"), tokenizer)
+    train = tokenized(opened.table.of_split("train"), tokenizer)
     scorer = Scorer(groups)
     scores = {
         **scorer.score(tokens),
@@ -253,7 +248,7 @@ def evaluate(
         "split_sha256": opened.table.split_hash(split),
         "images": len(groups),
         "references": sum(map(len, groups.values())),
-        "scorer": scorer_in_words(tokenizer),
+        "scorer": describe_scorer(tokenizer),
         "tokenizer": tokenizer,
         "search": asdict(config),
         "epoch": checkpoint.epoch,
@@ -265,12 +260,12 @@ def evaluate(
     }
     intervals = bootstrap(PerImage(scorer, tokens), BOOTSTRAP_SEED)
     cider = scorer.per_image_cider(tokens)
-    pictures = [
-        ScoredPicture(i.name, opened.paths[i.name], captioned[i.name], i.captions, cider[i.name])
+    images = [
+        ScoredImage(i.name, opened.paths[i.name], captioned[i.name], i.captions, cider[i.name])
         for i in opened.table.of_split(split)
         if i.name in captioned
     ]
-    return Evaluation(predictions, scores, left_out, intervals, facts, pictures, opened.unreadable)
+    return Evaluation(predictions, scores, left_out, intervals, facts, images, opened.unreadable)
 
 
 def _open_split(
@@ -303,18 +298,18 @@ def _open_split(
     table, names = load_table(source, captions, source.names)
     workers = default_workers(device)
     groups = _groups(table, split, tokenizer)
-    pictures = {name: source.picture(names[name]) for name in groups}
-    broken = unreadable_images([*pictures.values()], workers)
-    for picture, reason in broken.items():
-        say_failure(str(picture), reason)
-    groups = {name: group for name, group in groups.items() if pictures[name] not in broken}
+    images = {name: source.image(names[name]) for name in groups}
+    broken = unreadable_images([*images.values()], workers)
+    for image, reason in broken.items():
+        echo_failure(str(image), reason)
+    groups = {name: group for name, group in groups.items() if images[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
     encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
-    kept = [pictures[name] for name in groups]
-    encoded = (torch.from_numpy(b.features) for b in encode_all(encoder, kept, workers))
+    kept = [images[name] for name in groups]
+    encoded = (torch.from_numpy(b.features) for b in encode_images(encoder, kept, workers))
     joined = _gathered(encoded, SEARCHED_AT_ONCE)
-    paths = {name: Path(str(pictures[name])) for name in groups}
-    left_out = {Path(str(picture)): reason for picture, reason in broken.items()}
+    paths = {name: Path(str(images[name])) for name in groups}
+    left_out = {Path(str(image)): reason for image, reason in broken.items()}
     return SplitData("the checkpoint's own encoder", table, groups, paths, joined, left_out)
 
 
@@ -331,10 +326,10 @@ def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
 
 
 def _groups(table: CaptionTable, split: str, tokenizer: str) -> dict[str, list[list[str]]]:
-    groups = tokenised(table.of_split(split), tokenizer)
+    groups = tokenized(table.of_split(split), tokenizer)
     if not groups:
         raise UserError(
-            f"--split {split}: no picture of that split is here (captions: {table.source})"
+            f"--split {split}: no image of that split is here (captions: {table.source})"
         )
     return groups
 
@@ -353,27 +348,27 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
     first = next(iter(results.values()))
     facts = first.facts
     names = [name for name in first.scores if name[0].isupper()]
-    say(
+    echo(
         f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
-        f"{facts['references']:,} references, {search_in_words(facts['search'])}"
+        f"{facts['references']:,} references, {describe_search(facts['search'])}"
         f"{_tokenizer_in_words(facts['tokenizer'])}"
     )
     lead = ["run"] if len(results) > 1 else []
-    say("| " + " | ".join([*lead, *names]) + " |")
-    say("|" + "---|" * len(lead) + "---:|" * len(names))
+    echo("| " + " | ".join([*lead, *names]) + " |")
+    echo("|" + "---|" * len(lead) + "---:|" * len(names))
     for run, result in results.items():
         figures = [f"{result.scores[name]:.1f}" for name in names]
-        say("| " + " | ".join([run, *figures] if lead else figures) + " |")
+        echo("| " + " | ".join([run, *figures] if lead else figures) + " |")
     if lead:
         columns = [[result.scores[name] for result in results.values()] for name in names]
         means = [f"{statistics.mean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns]
-        say("| " + " | ".join(["mean ± deviation", *means]) + " |")
+        echo("| " + " | ".join(["mean ± deviation", *means]) + " |")
     for run, result in results.items():
         scores = result.scores
         # The line above the table is of the first run: another may have been searched otherwise.
-        how = f"{result.facts['split_sha256']}, {search_in_words(result.facts['search'])}"
+        how = f"{result.facts['split_sha256']}, {describe_search(result.facts['search'])}"
         how += _tokenizer_in_words(result.facts["tokenizer"])
-        say(
+        echo(
             (f"{run} ({how}): " if lead else "")
             + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
             f"words used, {scores['copied_from_train']:,} captions "
@@ -382,12 +377,12 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
             + ", ".join(f"{k} {v.low:.1f} to {v.high:.1f}" for k, v in result.intervals.items())
         )
     for sentence in first.left_out:
-        say(sentence, err=True)
+        echo(sentence, err=True)
 
 
-def scorer_in_words(tokenizer: str) -> str:
+def describe_scorer(tokenizer: str) -> str:
     """Say how scores came about: what is scored decides as much as the formulas do."""
-    return f"pipeline.metrics (COCO definitions, {tokenizer_of(tokenizer).description})"
+    return f"pipeline.metrics.coco (COCO definitions, {tokenizer_of(tokenizer).description})"
 
 
 def _tokenizer_in_words(name: str) -> str:
@@ -433,7 +428,7 @@ def compare_predictions(
     if strangers:
         raise UserError(f"{first}: {strangers[0]!r} is not in the {split} split of {data}")
     if len(tokens[0]) < len(groups):
-        say(f"{len(tokens[0]):,} of {len(groups):,} images have predictions", err=True)
+        echo(f"{len(tokens[0]):,} of {len(groups):,} images have predictions", err=True)
     scorer = Scorer({name: groups[name] for name in tokens[0]})
     return compare(PerImage(scorer, tokens[0]), PerImage(scorer, tokens[1]))
 
@@ -470,10 +465,10 @@ def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
 
 def print_comparison(differences: Mapping[str, Difference], first: Path, second: Path) -> None:
     """Print the result of ``compare_predictions`` as a Markdown table on standard output."""
-    say(f"| | {first} | {second} | difference | 95 % over images | p |")
-    say("|---|---:|---:|---:|---:|---:|")
+    echo(f"| | {first} | {second} | difference | 95 % over images | p |")
+    echo("|---|---:|---:|---:|---:|---:|")
     for name, d in differences.items():
-        say(
+        echo(
             f"| {name} | {d.first:.1f} | {d.second:.1f} | {d.second - d.first:+.1f} | "
             f"{d.interval.low:+.1f} to {d.interval.high:+.1f} | {d.p_value:.4f} |"
         )

@@ -1,4 +1,4 @@
-"""What several test files share: drawn pictures, and an encoder that takes no time."""
+"""What several test files share: drawn images, and an encoder that takes no time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
 
 from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
 
-from pipeline.features import FEATURE_SIZE, EncoderIdentity  # noqa: E402
+from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity  # noqa: E402
 
 # The same examples every time, so that a failure is of the change and not of the day.
 hypothesis.settings.register_profile(
@@ -32,10 +32,10 @@ hypothesis.settings.load_profile("suite")
 class StubEncoder:
     """An encoder for ``extract``: quick, and a function of the pixels.
 
-    As with a real network, a feature depends a little on the picture's place in its batch.
+    As with a real network, a feature depends a little on the image's place in its batch.
 
     Attributes:
-        batches: how many pictures each call of ``encode`` had.
+        batches: how many images each call of ``encode`` had.
         stop_after: calls of ``encode`` that succeed before one raises ``error``; None: all.
     """
 
@@ -65,20 +65,20 @@ class StubEncoder:
         self.folded = True
         return self
 
-    def encode(self, pictures: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    def encode(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
         assert self.folded
         if len(self.batches) == self.stop_after:
             raise self.error
-        self.batches.append(len(pictures))
+        self.batches.append(len(images))
         features = [
-            numpy.resize(picture[::37, ::37] / 255 + 0.01 * place, FEATURE_SIZE)
-            for place, picture in enumerate(pictures)
+            numpy.resize(image[::37, ::37] / 255 + 0.01 * place, FEATURE_SIZE)
+            for place, image in enumerate(images)
         ]
         return numpy.stack(features).astype(numpy.float32)
 
 
 def draw(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
-    """Draw a small picture that no other seed gives; the suffix says in which format."""
+    """Draw a small image that no other seed gives; the suffix says in which format."""
     random = numpy.random.default_rng(seed)
     colours = [tuple(int(value) for value in random.integers(0, 256, 3)) for _ in range(4)]
     image = Image.new("RGB", size, colours[0])
@@ -92,11 +92,11 @@ def draw(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48)) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Make a folder of ten pictures: 0.png to 9.png."""
+def images(tmp_path: Path) -> Path:
+    """Make a folder of ten images: 0.png to 9.png."""
     for number in range(10):
-        draw(tmp_path / "pictures" / f"{number}.png", number)
-    return tmp_path / "pictures"
+        draw(tmp_path / "images" / f"{number}.png", number)
+    return tmp_path / "images"
 
 
 @pytest.fixture(scope="session")

@@ -85,16 +85,16 @@
     }
   }
 
-  function picture(record) {
+  function thumbnail(record) {
     if (record.thumbnail === null) {
       const frame = make("span", "frame");
       frame.setAttribute("role", "img");
-      frame.setAttribute("aria-label", `${bestText(record)} (no picture: ${record.missing})`);
-      frame.append(make("span", "", "No picture"), make("bdi", "", record.missing));
+      frame.setAttribute("aria-label", `${bestText(record)} (no image: ${record.missing})`);
+      frame.append(make("span", "", "No image"), make("bdi", "", record.missing));
       return frame;
     }
     const image = make("img");
-    image.alt = bestText(record) || "A picture without a caption";
+    image.alt = bestText(record) || "An image without a caption";
     image.width = record.width;
     image.height = record.height;
     image.decoding = "async";
@@ -113,7 +113,7 @@
 
   function newCard(record) {
     const item = byId("card").content.firstElementChild.cloneNode(true);
-    item.querySelector(".open").append(picture(record));
+    item.querySelector(".open").append(thumbnail(record));
     item.querySelector(".caption").textContent = bestText(record);
     item.querySelector(".name bdi").textContent = record.name;
     figures(record, item.querySelector(".figure"));
@@ -145,7 +145,7 @@
   }
 
   function showCount() {
-    const total = count(all.length, "picture");
+    const total = count(all.length, "image");
     byId("count").textContent =
       shown.length < all.length ? `${shown.length.toLocaleString("en")} of ${total}` : total;
   }
@@ -153,7 +153,7 @@
   byId("search").addEventListener("input", refresh);
   byId("order").addEventListener("change", () => {
     sort();
-    scrollTo(0, Math.min(scrollY, byId("pictures").offsetTop));
+    scrollTo(0, Math.min(scrollY, byId("images").offsetTop));
   });
   byId("clear").addEventListener("click", () => {
     byId("search").value = "";
@@ -204,7 +204,7 @@
     }, 1500);
   }
 
-  // One picture in large
+  // One image in large
 
   const viewer = byId("viewer");
   let current = 0;
@@ -248,19 +248,19 @@
   }
 
   function showLarge(record) {
-    const shownPicture = picture(record);
-    shownPicture.loading = "eager";
-    byId("stage").replaceChildren(shownPicture);
+    const shownImage = thumbnail(record);
+    shownImage.loading = "eager";
+    byId("stage").replaceChildren(shownImage);
     if (record.original === null) return;
-    // The thumbnail stays until the picture is there, and for good if it is gone.
+    // The thumbnail stays until the image is there, and for good if it is gone.
     const large = new Image();
     large.src = record.original;
     large.decode().then(
       () => {
-        if (!shownPicture.isConnected) return;
-        shownPicture.width = large.naturalWidth;
-        shownPicture.height = large.naturalHeight;
-        shownPicture.src = record.original;
+        if (!shownImage.isConnected) return;
+        shownImage.width = large.naturalWidth;
+        shownImage.height = large.naturalHeight;
+        shownImage.src = record.original;
       },
       () => {},
     );
@@ -326,7 +326,7 @@
       step(distance);
     }
   });
-  // Back to the card of the picture that was looked at last.
+  // Back to the card of the image that was looked at last.
   viewer.addEventListener("close", () => {
     draw(current + 1);
     byId("stage").replaceChildren();
@@ -350,7 +350,7 @@
     const part = byId("failures");
     part.hidden = false;
     part.querySelector("summary").textContent =
-      `${count(failures.length, "picture")} could not be captioned`;
+      `${count(failures.length, "image")} could not be captioned`;
     part.querySelector("ul").append(
       ...failures.map((record) => {
         const item = make("li");

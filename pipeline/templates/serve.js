@@ -10,7 +10,7 @@ const controls = find("controls");
 const cards = [];
 let running = 0;
 
-// --- Pictures come in: chosen, dropped or pasted ------------------------------------------------
+// --- Images come in: chosen, dropped or pasted ------------------------------------------------
 
 function add(files) {
   for (const file of files) {
@@ -21,7 +21,7 @@ function add(files) {
       note: part(".note"), list: part(".captions"), retry: part(".retry"), cancel: null,
     };
     const image = part("img");
-    image.alt = `Picture ${file.name}`;
+    image.alt = `Image ${file.name}`;
     image.addEventListener("error", () => image.replaceWith("No preview in this browser"));
     image.src = card.address;
     part("h2").textContent = file.name;
@@ -81,7 +81,7 @@ async function filesOf(transfer) {
 
 find("files").addEventListener("change", (event) => {
   add(Array.from(event.target.files));
-  event.target.value = ""; // so that the same picture can be chosen again
+  event.target.value = ""; // so that the same image can be chosen again
 });
 
 let depth = 0; // dragging over a child leaves its parent
@@ -98,7 +98,7 @@ addEventListener("drop", async (event) => {
   try {
     const files = await filesOf(event.dataTransfer);
     if (files.length) add(files);
-    else say("No pictures in what was dropped");
+    else say("No images in what was dropped");
   } catch {
     say("What was dropped cannot be read");
   }
@@ -110,7 +110,7 @@ addEventListener("paste", (event) => {
   add(files);
 });
 
-// --- Captions are asked for, a picture a request --------------------------------------------------
+// --- Captions are asked for, an image a request --------------------------------------------------
 
 function enqueue(card) {
   card.cancel?.abort();
@@ -151,7 +151,7 @@ async function run(card) {
     if (card.cancel !== cancel) return;
     card.state = "failed";
     card.error = error instanceof TypeError
-      ? "No answer. The captioner may have been stopped, or the picture moved."
+      ? "No answer. The captioner may have been stopped, or the image moved."
       : `${error.message}.`;
   } finally {
     running -= 1;
@@ -239,11 +239,11 @@ function report() {
   const count = (state) => cards.filter((card) => card.state === state).length;
   const failed = count("failed");
   const left = count("waiting") + count("running");
-  const pictures = cards.length === 1 ? "picture" : "pictures";
+  const images = cards.length === 1 ? "image" : "images";
   document.body.classList.toggle("filled", cards.length > 0);
   find("bar").hidden = find("legend").hidden = !cards.length;
-  if (left) say(`${cards.length - left} of ${cards.length} ${pictures} done`);
-  else say(`${cards.length} ${pictures}${failed ? `, ${failed} not captioned` : ""}`);
+  if (left) say(`${cards.length - left} of ${cards.length} ${images} done`);
+  else say(`${cards.length} ${images}${failed ? `, ${failed} not captioned` : ""}`);
 }
 
 function say(text) {

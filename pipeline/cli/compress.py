@@ -1,0 +1,31 @@
+"""Write a captioner as one small file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli import options
+from pipeline.export.compress import save_compressed
+from pipeline.models.pretrained import FILE
+from pipeline.utils.terminal import echo
+
+
+@options.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@options.weights
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("data/pretrained") / FILE,
+    help="File to write.",
+)
+def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
+    """Make one small file that captions by itself of RUNS: encoder, decoders and all.
+
+    RUNS are run folders or checkpoints of stage 2 or 3. Of several, which must be of one encoder
+    and recipe, the decoders caption together.
+    """
+    save_compressed(runs, output, weights)
+    echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)

@@ -1,0 +1,63 @@
+"""Write a captioner as ONNX files.
+
+The manual is in its --help, and in docs/export.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pipeline.cli import options
+from pipeline.utils.terminal import echo
+
+
+@options.command()
+@click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="The same as RUNS, as caption.py has it.",
+)
+@options.weights
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("captioner-onnx"),
+    help="Folder to write.",
+)
+@click.option(
+    "--beam-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Hypotheses kept an image where the runner is not told. Without second opinions, as "
+    "there, 3 to 5 is best.  [default: 3]",
+    show_default=False,
+)
+@click.option("--force", is_flag=True, help="Also write into a folder with other things in it.")
+def main(
+    runs: tuple[Path, ...],
+    model: tuple[Path, ...],
+    weights: str | None,
+    output: Path,
+    beam_size: int | None,
+    force: bool,
+) -> None:
+    """Write RUNS as ONNX files, with a program that captions without PyTorch.
+
+    RUNS are run folders or checkpoints; of several, the decoders caption together. By default
+    runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program.
+
+    \b
+    Example:
+      captioner export runs/decoder --output captioner-onnx/
+      python captioner-onnx/run_captioner.py photo.jpg
+    """
+    from pipeline.cli.caption import default_model
+    from pipeline.export.onnx import export_captioner
+
+    models = [*runs, *model] or [default_model()]
+    for path in export_captioner(models, output, weights, beam_size, force):
+        echo(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)

@@ -1,0 +1,316 @@
+"""What the commands have in common: how their help looks, and options with their advice.
+
+A command takes an option as a decorator: ``@options.beam_size``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from pipeline.datasets.tar_shards import is_tar_shards
+from pipeline.utils.errors import UserError
+from pipeline.utils.terminal import echo, escape_control
+
+# What follows "captioner" where the program was installed -> the script of this repository.
+SCRIPTS = {
+    "extract": "extract_features.py",
+    "train": "train_decoder.py",
+    "finetune": "finetune_joint.py",
+    "caption": "caption.py",
+    "evaluate": "evaluate.py",
+}
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists its options under headings.
+
+    Attributes:
+        groups: heading to the names of its options, as parameters; the others come first.
+        goes_on: whether the same command goes on after it was interrupted.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        groups: Mapping[str, Sequence[str]],
+        resumable: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups = groups
+        self.resumable = resumable
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command; Ctrl-C and a lack of memory end it with a line.
+
+        Raises:
+            UserError: memory was not enough, the machine's or the GPU's.
+        """
+        resumable = "; the same command goes on" if self.resumable else ""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            echo(f"interrupted{resumable}", err=True)
+            sys.exit(130)
+        except (MemoryError, RuntimeError) as error:
+            if not lacks_memory(error):
+                raise
+            smaller = [o for o in ("batch_size", "workers", "beam_size") if self._has(o)]
+            named = " or ".join(f"--{name.replace('_', '-')}" for name in smaller)
+            less = f"with a smaller {named} less is needed" if named else "close other programs"
+            raise UserError(f"out of memory: {less}{resumable}") from error
+
+    def _has(self, name: str) -> bool:
+        return any(parameter.name == name for parameter in self.params)
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """Read the command line; of several processes that cannot, one alone says so."""
+        try:
+            return super().parse_args(context, args)
+        except click.UsageError as error:
+            vars(error)["message"] = escape_control(
+                error.message
+            )  # it quotes what it does not know
+            from pipeline.utils.torchrun import joined_world
+
+            with joined_world():
+                raise
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, heading by heading."""
+        rows: dict[str, list[tuple[str, str]]] = {
+            heading: [] for heading in ("Options", *self.groups)
+        }
+        for parameter in self.get_params(context):
+            record = parameter.get_help_record(context)
+            if record is not None and isinstance(parameter, click.Option):
+                rows[self._heading(parameter.name or "")].append(record)
+        for heading, records in rows.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+    def _heading(self, name: str) -> str:
+        return next((heading for heading, names in self.groups.items() if name in names), "Options")
+
+    def get_help(self, context: click.Context) -> str:
+        """Write the help; under ``captioner``, with its sub-commands in the examples."""
+        text = super().get_help(context)
+        if context.parent is not None:
+            for name, script in SCRIPTS.items():
+                text = text.replace(f"python {script}", f"{context.parent.command_path} {name}")
+        return text
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Tell whether memory was not enough, for Python, or for torch on a CPU or GPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        or "can't allocate memory" in str(error)
+    )
+
+
+class DataPath(click.Path):
+    """The type of ``--data``: a folder, or a pattern of tar shards, which may be a URL."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Bring a folder's path to the one form that runs are compared by."""
+        text = str(super().convert(value, param, ctx))
+        return text if is_tar_shards(text) else str(Path(text))
+
+
+def command(
+    groups: Mapping[str, Sequence[str]] | None = None, resumable: bool = False
+) -> Callable[[Callable[..., Any]], GroupedCommand]:
+    """Make a function a command; its options stand under the headings of ``groups``.
+
+    ``goes_on``: see ``GroupedCommand``.
+    """
+    return click.command(
+        cls=GroupedCommand,
+        groups=groups or {},
+        resumable=resumable,
+        context_settings={"show_default": True, "help_option_names": ["-h", "--help"]},
+    )
+
+
+def render_command(command: str, options: Mapping[str, str], more: Sequence[str] = ()) -> str:
+    """Write out a command with those options of the present one that the user gave.
+
+    Args:
+        command: which one, as in ``SCRIPTS``.
+        options: parameters of the present command -> what the option is called in ``command``.
+        more: words to put behind it.
+    """
+    context = click.get_current_context()
+    if context.parent is not None:
+        words = [*context.parent.command_path.split(), command]
+    else:
+        words = ["python", SCRIPTS[command]]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if not given or name not in options:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(options[name] if value else parameter.secondary_opts[0])
+        else:
+            words += [options[name], str(value)]
+    return shlex.join([*words, *more])
+
+
+def from_dataclass(
+    *classes: type, leave_out: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds a click option for every ``utils.options.option`` field.
+
+    The command receives each as a keyword argument named as the field, so that
+    ``SomeOptions(**{f.name: arguments[f.name] for f in dataclasses.fields(SomeOptions)})`` makes the
+    dataclass.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for options_class in reversed(classes):
+            hints = typing.get_type_hints(options_class)
+            for field in reversed(dataclasses.fields(options_class)):
+                if field.metadata.get("help") and field.name not in leave_out:
+                    command = _click_option(field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
+    """Make the click option of one dataclass field."""
+    metadata, name = field.metadata, field.name.replace("_", "-")
+    kinds = {kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)}
+    help_text, default_help = metadata["help"], metadata["default_help"]
+    if default_help:
+        help_text += f"  [default: {default_help}]"
+    if kinds == {bool}:
+        declaration = f"--{name}/--no-{name}" if field.default else f"--{name}"
+        return click.option(declaration, default=field.default, is_flag=True, help=help_text)
+    kind: click.ParamType | type = str
+    if metadata["choices"]:
+        kind = click.Choice(metadata["choices"])
+    elif kinds in ({int}, {float}):
+        limits = metadata["limits"]
+        kind = click.IntRange(**limits) if kinds == {int} else click.FloatRange(**limits)
+    return click.option(
+        f"--{name}", type=kind, default=field.default, help=help_text, show_default=not default_help
+    )
+
+
+device = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+
+training_precision = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    help="auto takes bf16 on CPUs with AMX, and in stage 3 on GPUs that have it.",
+)
+
+captions = click.option(
+    "--captions",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's JSON, "
+    "CSV or JSON Lines.",
+)
+
+weights = click.option(
+    "--weights",
+    default=None,
+    help="The encoder's weights, where they moved since training; checked to be the same. A model "
+    "of finetune_joint.py has them inside.",
+)
+
+weight_decay = click.option(
+    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
+)
+
+label_smoothing = click.option(
+    "--label-smoothing",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    default=0.1,
+    help="Share of the target spread over all words.",
+)
+
+
+def ema_decay(default: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give the option of the running mean of the weights, with a stage's own default."""
+    return click.option(
+        "--ema-decay",
+        type=click.FloatRange(min=0, max=1, max_open=True),
+        default=default,
+        help="Decay of a running mean of the weights, which is the model that is scored and "
+        "saved; 0: no mean. Nearer to 1 is over more steps.",
+    )
+
+
+patience = click.option(
+    "--patience",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Stop after so many epochs without a better CIDEr-D on val; 0: never. The last epochs, "
+    "at a low learning rate, are often the best: stopping saves time, not quality.",
+)
+
+force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
+
+beam_size = click.option(
+    "--beam-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Hypotheses kept an image. 1 is quickest, and poorest. Where --consensus or --matching "
+    "choose among one decoder's, 5 to 20 do alike; else 3 to 5 is best, and more makes captions "
+    "shorter and blander.  [default: 10 where they choose, 20 where several decoders caption "
+    "together; else 3]",
+    show_default=False,
+)
+
+consensus = click.option(
+    "--consensus",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Weight of a caption's agreement with those of similar training images; 0: none. It "
+    "prefers what people say of such images.  [default: 2 where the model has such images]",
+    show_default=False,
+)
+
+matching = click.option(
+    "--matching",
+    type=click.FloatRange(min=0),
+    default=None,
+    help="Weight of how well a caption fits the image; 0: none. Higher, up to 4, makes captions "
+    "more various.  [default: 2 where the model has a matcher]",
+    show_default=False,
+)
+
+tensorboard = click.option(
+    "--tensorboard",
+    is_flag=True,
+    help="Write the curves, and some captions of every epoch, for TensorBoard too, which must be "
+    "installed (pip install -e '.[tensorboard]'): tensorboard --logdir runs",
+)
+
+rounds = click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Search so often, each time for captions that differ from those before, so that "
+    "--consensus and --matching have more to choose from. On Flickr8k 5 gain 1.4 of CIDEr-D and "
+    "make captions more various, and lose 0.2 of ROUGE-L, for three and a half times the time "
+    "of the search.",
+)

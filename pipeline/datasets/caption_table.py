@@ -1,0 +1,234 @@
+"""The captions of a data set as one table: image, split, captions.
+
+>>> table = read_captions(Path("data/flickr8k"))
+>>> table, images = table.restrict(cache.names())     # only images that have an image
+>>> for image in table.of_split("train"):
+...     cache.rows([images[image.name]]), image.captions
+
+Which files are read, and how, is told in ``pipeline.datasets.caption_readers``.
+
+**Splits.** The file's own come first: a split column, Karpathy's, the split lists beside a
+token file (all three), or "train", "val" or "test" in a COCO file's name. Otherwise Flickr8k,
+or a part of it, gets the official lists, which travel with this package, and any other data
+80/10/10 by the SHA-256 of the image name, so that new images never move old ones. (Only where
+that leaves train or val without an image do the boundaries move, by as few images as will do.)
+An image that a split does not mention belongs to none (``split`` is None).
+
+**Names.** Backslashes become slashes and Unicode is composed (NFC), here and in matching.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import importlib.resources
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipeline.datasets.caption_readers import (
+    SPLITS,
+    CaptionCollector,
+    find_files,
+    normalize_name,
+    read_file,
+    read_shards,
+)
+from pipeline.datasets.tar_shards import TarShards
+from pipeline.utils.errors import UserError
+
+FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d{1,19})_[0-9a-f]{10}\.jpg")
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """One image with its captions: raw text, single spaces, never empty."""
+
+    name: str  # the path that the captions file gives, with "/"
+    split: str | None  # "train", "val" or "test"; None: in no split
+    captions: tuple[str, ...]
+
+
+@dataclass
+class CaptionTable:
+    """All captioned images of a data set, sorted by name, and where they came from."""
+
+    images: list[CaptionedImage]
+    source: Path  # the captions file, or the first of several
+    layout: str  # such as "COCO JSON"
+    split_source: str  # such as "official Flickr8k lists"
+    notes: Counter[str] = field(default_factory=Counter)  # what was dropped or mended -> how many
+
+    def of_split(self, split: str) -> list[CaptionedImage]:
+        """Return the images of "train", "val" or "test", sorted by name."""
+        return [image for image in self.images if image.split == split]
+
+    def split_hash(self, split: str) -> str:
+        """Return 12 hex digits that stand for the image list of ``split`` in score tables.
+
+        They begin the SHA-256 of the sorted names joined by newlines, in UTF-8.
+        """
+        names = "\n".join(image.name for image in self.of_split(split))
+        return hashlib.sha256(names.encode("utf-8")).hexdigest()[:12]
+
+    def restrict(self, available: Iterable[str]) -> tuple[CaptionTable, dict[str, str]]:
+        """Keep the images that have an image among the ``available`` relative paths.
+
+        Returns the smaller table, whose notes count what is missing, and a dictionary from
+        each of its image names to the available path. An image takes the path that equals
+        its name; else the only one of which it is the end (``x.jpg`` of ``Images/x.jpg``), or
+        the other way about; else the only one with the same file name. Where several paths
+        suit an image, or several images a path, none is taken: a caption on the wrong
+        image is worse than an image without one.
+        """
+        images, extra = _match([image.name for image in self.images], available)
+        kept = [image for image in self.images if image.name in images]
+        return replace(self, images=kept, notes=self.notes + extra), images
+
+    def summary(self) -> list[str]:
+        """Return the lines to print aloud: source, counts, splits and every note."""
+        counts = Counter(image.split for image in self.images)
+        captions = sum(len(image.captions) for image in self.images)
+        per_split = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
+        none = f", {counts[None]:,} in no split" if counts[None] else ""
+        return [
+            f"captions: {self.source} ({self.layout})",
+            f"images: {len(self.images):,} with {captions:,} captions: {per_split}{none}",
+            f"split: {self.split_source}",
+            *(f"{words}: {count:,}" for words, count in sorted(self.notes.items())),
+        ]
+
+
+def read_captions(data: Path | TarShards, captions: Path | None = None) -> CaptionTable:
+    """Read the captions of the folder or the shards ``data``, or of the one file ``captions``.
+
+    ``captions`` may be relative to the working folder or to ``data``. Single bad lines are
+    dropped and counted in the table's notes. Raises ``UserError`` where no captions file is
+    found, several compete, or the file cannot be read or holds no captions.
+    """
+    gathered = CaptionCollector()
+    if isinstance(data, TarShards) and captions is None:
+        paths = [Path(data.origin)]
+        layouts = [read_shards(data, gathered)]
+    else:
+        folder = Path() if isinstance(data, TarShards) else Path(data)
+        paths = find_files(folder, None if captions is None else Path(captions))
+        layouts = [read_file(path, gathered) for path in paths]
+    notes, found = gathered.finish()
+    if not found:
+        reasons = "; ".join(f"{words}: {count:,}" for words, count in sorted(notes.items()))
+        raise UserError(f"{paths[0]}: no captions could be read ({reasons or 'it is empty'})")
+    splits, split_source = _assign_splits(sorted(found), gathered)
+    images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in sorted(found)]
+    return CaptionTable(images, paths[0], layouts[0], split_source, notes)
+
+
+# Splits
+
+
+@functools.cache
+def official_flickr8k_split() -> dict[int, str]:
+    """Return the split of the 8,000 photo ids (6,000 train, 1,000 val, 1,000 test).
+
+    The id is the number that begins a Flickr8k file name; it is unique there.
+    """
+    packed = importlib.resources.files(__package__).joinpath("flickr8k_split.txt.gz").read_bytes()
+    pairs = (line.split() for line in gzip.decompress(packed).decode("ascii").splitlines())
+    return {int(photo): split for split, photo in pairs}
+
+
+def _assign_splits(names: list[str], gathered: CaptionCollector) -> tuple[dict[str, str], str]:
+    if any(name in gathered.splits for name in names):
+        return gathered.splits, gathered.split_source
+    official = official_flickr8k_split()
+    listed: dict[str, str] = {}
+    for name in names:
+        parts = FLICKR8K_NAME.fullmatch(name)
+        if parts and int(parts["photo"]) in official:
+            listed[name] = official[int(parts["photo"])]
+    if len(listed) >= 0.9 * len(names):
+        return listed, "official Flickr8k lists"
+    return _hash_splits(names), "hash of the image name (80/10/10)"
+
+
+def _hash_splits(names: list[str]) -> dict[str, str]:
+    fractions = {}
+    for name in names:
+        digest = hashlib.sha256(name.encode("utf-8")).digest()
+        fractions[name] = int.from_bytes(digest[:8], "big") / 2**64
+    train = sum(fraction < 0.8 for fraction in fractions.values())
+    train_and_val = sum(fraction < 0.9 for fraction in fractions.values())
+    if len(names) >= 2:  # neither train nor val may be empty
+        train = min(max(train, 1), len(names) - 1)
+        train_and_val = max(train_and_val, train + 1)
+    return {
+        name: "train" if position < train else "val" if position < train_and_val else "test"
+        for position, name in enumerate(sorted(names, key=lambda name: (fractions[name], name)))
+    }
+
+
+# Matching
+
+
+def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:
+    """Return image name -> available path, and notes."""
+    images = {normalize_name(path): path for path in available}
+    matched = {name: name for name in names if name in images}
+    by_tail = _by_tail(images) if len(matched) < len(names) else {}
+    # Image -> the images that claim it: because one path ends in the other, or as a last
+    # resort because of the file name alone.
+    by_path: defaultdict[str, list[str]] = defaultdict(list)
+    by_name: defaultdict[str, list[str]] = defaultdict(list)
+    missing = 0
+    for name in names:
+        if name in matched:
+            continue
+        tails = list(_tails(name))
+        related = {tail for tail in tails if tail in images}
+        related |= {by_tail[name]} if name in by_tail else set()
+        candidates = related or ({by_tail[tails[-1]]} if tails[-1] in by_tail else set())
+        if not candidates:
+            missing += 1
+        elif len(candidates) == 1 and "" not in candidates:
+            (by_path if related else by_name)[candidates.pop()].append(name)
+    taken = set(matched)
+    for claims in (by_path, by_name):
+        for key, claimants in claims.items():
+            if len(claimants) == 1 and key not in taken:
+                matched[claimants[0]] = key
+                taken.add(key)
+    notes = Counter(
+        {
+            "captioned images without an image dropped": missing,
+            "captioned images dropped because their name fits several images, or several "
+            "images one image": len(names) - len(matched) - missing,
+            "images matched by file name alone, in another folder": sum(
+                matched.get(claimants[0]) == key for key, claimants in by_name.items()
+            ),
+            "images without captions": len(images) - len(taken),
+        }
+    )
+    return {name: images[key] for name, key in matched.items()}, +notes
+
+
+def _by_tail(paths: Iterable[str]) -> dict[str, str]:
+    """Index paths by each of their tails: tail -> the path that ends in it, "" for several.
+
+    With an index, time stays linear even where every image of a tree is called image.jpg.
+    """
+    by_tail: dict[str, str] = {}
+    for path in paths:
+        for tail in _tails(path):
+            by_tail[tail] = "" if tail in by_tail else path
+    return by_tail
+
+
+def _tails(path: str) -> Iterator[str]:
+    """Yield ``a/b/c``, ``b/c`` and ``c`` of ``a/b/c``."""
+    yield path
+    while "/" in path:
+        path = path.split("/", 1)[1]
+        yield path

@@ -1,0 +1,162 @@
+"""Captions joined with the rows of a feature cache, as numbers to train on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+
+from pipeline.datasets.caption_table import CaptionedImage, CaptionTable, read_captions
+from pipeline.datasets.image_sources import ImageSource
+from pipeline.datasets.tokenizers import ENGLISH
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenizer_of
+from pipeline.utils.errors import UserError
+from pipeline.utils.terminal import echo
+
+
+def load_table(
+    source: ImageSource, captions: Path | None, available: Sequence[str]
+) -> tuple[CaptionTable, dict[str, str]]:
+    """Read the captions of ``source``, keep those whose image is available, and say aloud
+    what was found.
+
+    Returns:
+        The table, and for each of its images the name among ``available``.
+
+    Raises:
+        UserError: no captions, or none of their images is available.
+    """
+    table, names = read_captions(source.captioned, captions).restrict(available)
+    for line in table.summary():
+        echo(line, err=True)
+    if not table.images:
+        raise UserError(
+            f"{table.source}: none of its images is among those of --data {source.origin}"
+        )
+    return table, names
+
+
+@dataclass
+class EncodedCaptions:
+    """Captions as token ids, one after the other in one array, whatever their number.
+
+    Attributes:
+        images: int64 (M,): the number of each caption's image, from 0 in their order.
+        tokens: int32: all captions behind each other, each <start> words <end>.
+        offsets: int64 (M + 1,): where each caption begins.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    offsets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens in each caption, <start> and <end> included: int64 (M,)."""
+        return self.offsets[1:] - self.offsets[:-1]
+
+    @property
+    def first_of_image(self) -> Tensor:
+        """Where each image's captions begin, and where the last one's end: int64 (N + 1,).
+
+        Captions lie image by image, so those of image i are a range.
+        """
+        return torch.cat([torch.zeros(1, dtype=torch.int64), self.images.bincount().cumsum(0)])
+
+    def of_images(self, images: Tensor) -> EncodedCaptions:
+        """Take the captions of some images, int64 (P,), which are numbered anew from 0."""
+        bounds = self.first_of_image
+        chosen = [torch.arange(int(bounds[p]), int(bounds[p + 1])) for p in images]
+        captions = torch.cat(chosen)
+        tokens = [self.tokens[self.offsets[c] : self.offsets[c + 1]] for c in captions]
+        counts = torch.tensor([len(group) for group in chosen])
+        return EncodedCaptions(
+            torch.repeat_interleave(torch.arange(len(images)), counts),
+            torch.cat(tokens),
+            torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[captions].cumsum(0)]),
+        )
+
+    def padded(self, indices: Tensor) -> Tensor:
+        """Collect captions into int64 (len(indices), longest), padded with ``<pad>``."""
+        starts = self.offsets[indices]
+        lengths = self.offsets[indices + 1] - starts
+        columns = torch.arange(int(lengths.max()))
+        inside = columns < lengths.unsqueeze(1)
+        places = (starts.unsqueeze(1) + columns).masked_fill(~inside, 0)
+        return self.tokens[places].long().masked_fill(~inside, PAD_ID)
+
+
+def encode_captions(
+    captions: Iterable[Sequence[Sequence[str]]], vocabulary: Vocabulary
+) -> EncodedCaptions:
+    """Turn tokenised captions, grouped by image, into numbers; very long ones are cut."""
+    longest = vocabulary.tokenizer.longest_in_training
+    tokens: list[numpy.ndarray] = []
+    counts = []
+    for group in captions:
+        counts.append(len(group))
+        for words in group:
+            ids = [START_ID, *vocabulary.encode(words[:longest]), END_ID]
+            tokens.append(numpy.array(ids, dtype=numpy.int32))
+    offsets = numpy.zeros(len(tokens) + 1, dtype=numpy.int64)
+    numpy.cumsum([len(ids) for ids in tokens], out=offsets[1:])
+    flat = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype=numpy.int32)
+    return EncodedCaptions(
+        torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64)),
+        torch.from_numpy(flat),
+        torch.from_numpy(offsets),
+    )
+
+
+def tokenized(
+    images: Sequence[CaptionedImage], tokenizer: str = ENGLISH
+) -> dict[str, list[list[str]]]:
+    """Tokenise all captions of each image, by the image's name.
+
+    Captions without any word are left out, and images without any caption then left.
+    """
+    tokenize = tokenizer_of(tokenizer).tokenize
+    groups = {
+        # A word is kept once, however often it comes: millions of captions fit that way.
+        i.name: [[*map(sys.intern, words)] for words in map(tokenize, i.captions) if words]
+        for i in images
+    }
+    return {name: group for name, group in groups.items() if group}
+
+
+def bucketed_batches(
+    lengths: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Shuffle, and batch items of like length together so that little is padded.
+
+    Items are shuffled, cut into stretches of 50 batches, sorted by length inside a stretch,
+    cut into batches, and the batches of a stretch shuffled. Every item comes once.
+
+    Args:
+        lengths: int64 (M,).
+        batch_size: items a batch.
+        generator: the source of the order.
+
+    Yields:
+        Indices, int64 (up to batch_size,).
+    """
+    order = torch.randperm(len(lengths), generator=generator)
+    for stretch in order.split(50 * batch_size):
+        by_length = stretch[torch.argsort(lengths[stretch], stable=True)]
+        batches = by_length.split(batch_size)
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[number]
+
+
+def count_batches(items: int, batch_size: int) -> int:
+    """Say how many batches ``bucketed_batches`` gives."""
+    full, rest = divmod(items, 50 * batch_size)
+    return full * 50 + -(-rest // batch_size)

@@ -1,0 +1,225 @@
+"""Taking it elsewhere: a captioner as ONNX files, with a small program that runs them.
+
+    captioner export runs/decoder --output captioner-onnx/
+    python captioner-onnx/run_captioner.py photo.jpg
+
+The folder needs neither PyTorch nor this program: numpy, Pillow and ONNX Runtime do. docs/export.md
+says what is in it. Exporting needs the extra ``onnx``, and PyTorch 2.6 or newer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pipeline
+from pipeline.models.pretrained import PRETRAINED
+from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write, temporary_path
+
+if TYPE_CHECKING:
+    from pipeline.datasets.vocabulary import Vocabulary
+    from pipeline.models.checkpoint import Checkpoint
+
+# The runner has its own copies, as it reads nothing of this package.
+FORMAT, VERSION = "show-and-tell-captioner-onnx", 1
+SETTINGS, RUNNER = "captioner.json", "run_captioner.py"
+TEMPORARY = ".export.tmp"
+GRAPHS = {name: f"{name}.onnx" for name in ("encoder", "decoder_start", "decoder_step")}
+
+SEARCH_REMARK = (
+    "Plain beam search. The second opinions of the program that exported this (captions of similar "
+    "training images, a matcher of images and captions) are not among the files."
+)
+PRETRAINED_REMARK = (
+    "For research and education only: the model that comes with the program was trained on "
+    "Flickr8k, whose terms allow no more. Its encoder, decoders and vocabulary are in these files."
+)
+OWN_REMARK = (
+    "The program that exported this is under the MIT licence; for the model, the terms of the "
+    "images, captions and encoder weights that it was trained with hold."
+)
+
+
+def export_captioner(
+    models: Sequence[Path],
+    output: Path,
+    weights: str | None = None,
+    beam_size: int | None = None,
+    force: bool = False,
+) -> list[Path]:
+    """Write a captioner as three ONNX files, captioner.json and a program that runs them.
+
+    All is made, and compared with PyTorch, in a temporary folder; then it takes the place of what
+    was there. captioner.json goes first and comes last, so that a folder with one is whole.
+
+    Args:
+        models: run folders or checkpoints, see ``checkpoint.load_together``.
+        output: the folder to write.
+        weights: the encoder's weights, where a run of stage 2 no longer finds them.
+        beam_size: hypotheses kept an image, of which the runner's ``--beam-size`` is told; by
+            default that of ``SearchConfig``.
+        force: also write into a folder of other things, which stay.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: the extra ``onnx`` is missing; ``output`` is a file, or a folder of other things;
+            no such models, or the encoder's weights cannot be had; the disk is full.
+    """
+    output = output.resolve()
+    check_output(output, force)
+    from pipeline.export.onnx_graphs import captioner_graphs, check, check_installed, to_onnx
+
+    check_installed()
+    from pipeline.models.checkpoint import encoder_of, load_ensemble
+
+    checkpoint = load_ensemble(models)
+    encoder = encoder_of(checkpoint, weights, "fp32").for_inference()
+    decoder = checkpoint.build_decoder()
+    # Inside a folder that is there, as it may be on a disk of its own.
+    temporary = output / TEMPORARY if output.is_dir() else temporary_path(output)
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left
+    try:
+        for name, graph in captioner_graphs(encoder, decoder).items():
+            content = to_onnx(graph)
+            check(name, graph, content)
+            with atomic_write(temporary / GRAPHS[name], "wb") as handle:
+                handle.write(content)
+        with atomic_write(temporary / RUNNER) as handle:
+            runner = Path(__file__).with_name("onnx_runner.py")
+            handle.write(runner.read_text(encoding="utf-8"))
+        with atomic_write(temporary / SETTINGS) as handle:
+            json.dump(captioner_settings(checkpoint, models, beam_size), handle, indent=1)
+            handle.write("\n")
+        return _move(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse to write among things that are not an export's.
+
+    Raises:
+        UserError: ``output`` is a file, or a folder with other things and not ``force``.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    if output.is_dir() and not force and not is_export(output):
+        raise UserError(
+            f"--output {output}: has other things in it; name another folder, or add --force to "
+            "write among them"
+        )
+
+
+def is_export(folder: Path) -> bool:
+    """Tell whether a folder is an export, or part of one, or empty."""
+    ours = {*GRAPHS.values(), SETTINGS, RUNNER}
+    names = {path.name for path in folder.iterdir()}
+    # Python leaves a __pycache__ where the runner was imported, a killed export its folder.
+    if names <= {*ours, TEMPORARY, "__pycache__"}:
+        return True
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("format") == FORMAT
+
+
+def _move(source: Path, target: Path) -> list[Path]:
+    """Move the files of an export into a folder, the settings last."""
+    names = [*GRAPHS.values(), RUNNER, SETTINGS]
+    try:
+        target.mkdir(exist_ok=True)
+        (target / SETTINGS).unlink(missing_ok=True)
+        for name in names:
+            (source / name).replace(target / name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"--output {target}: cannot be written ({reason})") from error
+    return [target / name for name in names]
+
+
+def captioner_settings(
+    checkpoint: Checkpoint, models: Sequence[Path], beam_size: int | None = None
+) -> dict[str, Any]:
+    """Give the content of captioner.json: all that a runner needs beside the networks."""
+    from pipeline.datasets.images import IMAGE_SIZE
+    from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+    from pipeline.decoding.search import SearchConfig
+    from pipeline.export.onnx_graphs import OPSET
+    from pipeline.models.encoder import NAMED_WEIGHTS
+
+    config, encoder, usual = checkpoint.decoder_config, checkpoint.encoder, SearchConfig()
+    source = encoder.weights_source
+    boxed = PRETRAINED in (source, *(checkpoint.settings.get("start") or ()), *map(str, models))
+    return {
+        "format": FORMAT,
+        "format_version": VERSION,
+        "program": f"show-and-tell-captioner {pipeline.__version__}",
+        "licence": PRETRAINED_REMARK if boxed else OWN_REMARK,
+        # Of paths the ends: where the files were tells others nothing.
+        "models": ["/".join(model.parts[-2:]).lstrip("/") for model in models],
+        "decoders": config.members,
+        "encoder": {
+            "network": encoder.encoder,
+            "weights_sha256": encoder.weights_sha256,
+            "weights_source": source if source in NAMED_WEIGHTS else Path(source).name,
+            "transform": encoder.transform,
+        },
+        "files": GRAPHS,
+        "opset": OPSET,
+        "image_size": IMAGE_SIZE,
+        "feature_size": config.feature_size,
+        "state_size": config.hidden_size * config.members,
+        "vocabulary_size": config.vocabulary_size,
+        "search": {
+            "beam_size": usual.beam_size if beam_size is None else beam_size,
+            "max_length": checkpoint.vocabulary.tokenizer.longest,
+            "min_length": usual.min_length,
+            "length_penalty": usual.length_penalty,
+            "remark": SEARCH_REMARK,
+        },
+        "special": {"pad": PAD_ID, "start": START_ID, "end": END_ID, "unknown": UNKNOWN_ID},
+        "writing": writing_rules(checkpoint.vocabulary),
+        "vocabulary": checkpoint.vocabulary.to_list(),
+    }
+
+
+def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
+    """Give the rules by which tokens are written together, as ``detokenize`` does it.
+
+    That asks the tokenizer, which a runner does not have; for one vocabulary it comes down to the
+    following, but for what nobody says (a lone symbol before three contractions or more):
+
+    * ``attached``: tokens that are written on to the one before;
+    * ``apart``: words on to which nothing is, where they stand alone ("'s" at the beginning);
+    * ``pairs``: others that are written together ("can", "not"; "#", "5");
+    * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
+    """
+    from pipeline.datasets.tokenizers import ENGLISH
+    from pipeline.datasets.vocabulary import ATTACHED, CONTRACTED, SPECIALS
+
+    words = vocabulary.words[len(SPECIALS) :]
+
+    def together(first: str, second: str) -> bool:
+        return " " not in vocabulary.detokenize([first, second])
+
+    if vocabulary.tokenizer.name != ENGLISH:
+        unspaced = [word for word in words if together(word, word)]
+        return {"attached": [], "apart": [], "pairs": [], "unspaced": unspaced}
+
+    numbers = [word for word in words if word[:1].isdecimal()]
+    pairs: Iterable[tuple[str, str]] = [*CONTRACTED, *((s, n) for s in "#$" for n in numbers)]
+    return {
+        "attached": sorted(ATTACHED.intersection(words)),
+        "apart": [word for word in words if not together(word, "'s")],
+        "pairs": sorted(
+            [a, b] for a, b in pairs if a in vocabulary and b in vocabulary and together(a, b)
+        ),
+        "unspaced": [],
+    }

@@ -1,0 +1,248 @@
+"""A captioner's networks as ONNX graphs, which other programs run without PyTorch.
+
+Three of them: pixels to features, features to the decoder's state, and one token at a time from
+state to state. Several decoders that caption together are one graph like a single one. What a
+graph computes is what PyTorch computes, but for rounding, and ``check`` sees to that.
+
+The graphs come from ``torch.onnx.export`` with ``dynamo=True``, which is finished from PyTorch 2.6
+on (the program itself needs only 2.4), with onnx and onnxscript; ONNX Runtime checks them. All are
+in the extra ``onnx``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.datasets.images import IMAGE_SIZE
+from pipeline.models.decoder import Decoder
+from pipeline.models.encoder import Encoder
+from pipeline.models.ensemble import CaptionDecoder, Ensemble
+from pipeline.utils.errors import UserError
+
+# Old enough for most runtimes; the exporter writes this one itself, and others by translating it,
+# in files that ONNX Runtime reads from 1.18 on (IR version 10).
+OPSET = 18
+# How far a number may be from PyTorch's, as a share of the largest: rounding makes about 1e-6.
+TOLERANCE = 1e-4
+
+
+class EncoderGraph(nn.Module):
+    """The trunk with its normalisation: uint8 (B, 299, 299, 3) to float32 (B, 2048)."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.trunk = encoder.trunk
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode images; the normalisation is that of ``Encoder.normalise``."""
+        images = pixels.permute(0, 3, 1, 2).float() * (1 / 127.5) - 1.0
+        return self.trunk(images).flatten(1)
+
+
+class StartGraph(nn.Module):
+    """``start`` of one decoder or several: features (B, 2048) to hidden and cell state."""
+
+    def __init__(self, decoder: CaptionDecoder) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(_members(decoder))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Show the images; the states (B, S) are those of the members, side by side."""
+        states = []
+        for member in self.members:
+            assert isinstance(member, Decoder)
+            image, (hidden, cell) = member.embed_image(features)
+            states.append(_lstm(member, image.squeeze(1), hidden, cell))
+        return _joined(states)
+
+
+class StepGraph(nn.Module):
+    """``step`` of one decoder or several: a token and the state to logits and the next state.
+
+    ``Decoder.step`` keeps what every word adds to the gates; here it is multiplied out each time,
+    or the file would be larger by the size of all words' gates, 21 MB for 2,500 words.
+    """
+
+    def __init__(self, decoder: CaptionDecoder) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(_members(decoder))
+
+    def forward(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
+        """Feed int64 tokens (B,) and states (B, S); gives logits (B, V) and states (B, S)."""
+        hiddens, cells = (state.chunk(len(self.members), dim=1) for state in (hidden, cell))
+        logits, states = [], []
+        for number, member in enumerate(self.members):
+            assert isinstance(member, Decoder)
+            words = member.word_embedding(tokens)
+            state = _lstm(member, words, hiddens[number], cells[number])
+            logits.append(member.project(state[0]))
+            states.append(state)
+        return (torch.stack(logits).mean(0), *_joined(states))
+
+
+def _members(decoder: CaptionDecoder) -> list[nn.Module]:
+    return list(decoder.members) if isinstance(decoder, Ensemble) else [decoder]
+
+
+def _lstm(decoder: Decoder, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step of the LSTM (arXiv 1411.4555, (4) to (9)) with inputs (B, E)."""
+    weights, bias = "weight_{}_l0", "bias_{}_l0"
+    gates = sum(
+        F.linear(
+            values,
+            decoder.lstm.get_parameter(weights.format(kind)),
+            decoder.lstm.get_parameter(bias.format(kind)),
+        )
+        for kind, values in (("ih", inputs), ("hh", hidden))
+    )
+    assert isinstance(gates, Tensor)
+    enter, keep, new, out = gates.chunk(4, dim=1)  # each (B, H)
+    cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+    return out.sigmoid() * cell.tanh(), cell
+
+
+def _joined(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([state[0] for state in states], 1), torch.cat(
+        [state[1] for state in states], 1
+    )
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One network to write, and what its tensors are called.
+
+    Attributes:
+        module: the network, in eval mode on the CPU, in float32.
+        inputs: a batch of two of each input, by name.
+        outputs: names of the outputs.
+    """
+
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    outputs: tuple[str, ...]
+
+
+def captioner_graphs(encoder: Encoder, decoder: CaptionDecoder) -> dict[str, Graph]:
+    """Give a captioner's three graphs by name: ``encoder``, ``decoder_start``, ``decoder_step``.
+
+    Args:
+        encoder: float32, on the CPU; after ``for_inference`` its graph is the smaller.
+        decoder: on the CPU.
+    """
+    chance = torch.Generator().manual_seed(0)
+    config = decoder.config
+    width = config.hidden_size * config.members
+    pixels = torch.randint(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), generator=chance)
+    features = decoder.feature_mean + torch.randn(2, config.feature_size, generator=chance) / (
+        decoder.feature_scale
+    )
+    tokens = torch.randint(0, config.vocabulary_size, (2,), generator=chance)
+    hidden, cell = (torch.randn(2, width, generator=chance).tanh() for _ in range(2))
+    return {
+        "encoder": Graph(EncoderGraph(encoder), {"pixels": pixels.to(torch.uint8)}, ("features",)),
+        "decoder_start": Graph(StartGraph(decoder), {"features": features}, ("hidden", "cell")),
+        "decoder_step": Graph(
+            StepGraph(decoder),
+            {"tokens": tokens, "hidden": hidden, "cell": cell},
+            ("logits", "next_hidden", "next_cell"),
+        ),
+    }
+
+
+def check_installed() -> None:
+    """Say what is missing to export, if anything is.
+
+    Raises:
+        UserError: the extra ``onnx`` is not installed, or PyTorch is too old.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install onnx onnxscript onnxruntime")
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < (2, 6):
+        raise UserError(
+            f"export needs torch 2.6 or newer, not {torch.__version__}: "
+            "pip install --upgrade torch onnx onnxscript onnxruntime"
+        )
+
+
+def to_onnx(graph: Graph) -> bytes:
+    """Write a graph as one ONNX file, weights and all; its batch may be of any size."""
+    batch = torch.export.Dim("batch")
+    with _quiet():
+        program: Any = torch.onnx.export(
+            graph.module.eval(),
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple({0: batch} for _ in graph.inputs),
+            external_data=False,
+        )
+        model = program.model_proto
+    # The exporter notes where in which source file each node came from: paths of this machine.
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        value.ClearField("metadata_props")
+    for tensor in model.graph.initializer:
+        tensor.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
+def check(name: str, graph: Graph, content: bytes) -> None:
+    """Run an ONNX file on other inputs and batches than it was made with; compare with PyTorch.
+
+    Raises:
+        UserError: it gives other numbers than PyTorch.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for inputs in ({k: v[1:] for k, v in graph.inputs.items()}, _more(graph.inputs)):
+        with torch.inference_mode():
+            wanted = graph.module(*inputs.values())
+        found = session.run(list(graph.outputs), {k: v.numpy() for k, v in inputs.items()})
+        for a, b in zip(wanted if isinstance(wanted, tuple) else (wanted,), found, strict=True):
+            off = numpy.abs(a.numpy() - b).max() / numpy.abs(a.numpy()).max()
+            if not off <= TOLERANCE:  # NaN is off, too
+                raise UserError(
+                    f"{name}.onnx gives other numbers than PyTorch (off by {off:.1e}); "
+                    "try other versions of torch, onnxscript and onnxruntime"
+                )
+
+
+def _more(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make a batch of three of a batch of two, with the values of each input in another order."""
+    return {name: torch.cat([value.flip(-1), value[:1]]) for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what the exporter tells of its work off the terminal; errors still come."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

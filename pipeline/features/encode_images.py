@@ -1,0 +1,128 @@
+"""Many image files through an encoder: decoded and encoded by threads, shared by processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+from torch import Tensor
+
+from pipeline.datasets.image_sources import stop_if_unreachable
+from pipeline.datasets.images import ImageError, ImageRef, prefetch, read_square
+from pipeline.models.encoder import Encoder
+from pipeline.models.encoder_identity import FEATURE_SIZE
+from pipeline.utils.devices import inference_batch_size, threads_per_worker
+from pipeline.utils.distributed import SINGLE_PROCESS, World
+from pipeline.utils.errors import UserError
+
+# float16 holds no larger number, and caches are float16. Whoever makes weights can make them such
+# that what 94 layers give is infinite, or not a number, and nothing can be searched with that.
+LARGEST_FEATURE = 65504.0
+
+
+@dataclass
+class EncodedBatch:
+    """One batch of images after the encoder.
+
+    Attributes:
+        keys: which images were read, in order.
+        features: float32 (len(keys), 2048).
+        failures: key of each image that could not be read, and why.
+    """
+
+    keys: list[int]
+    features: numpy.ndarray
+    failures: dict[int, str]
+
+
+def encode_batches(
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, ImageRef]]], workers: int
+) -> Iterator[EncodedBatch]:
+    """Decode and encode files, given in batches of (key, path); batches come in their order.
+
+    Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
+    share of the cores to itself, so that none waits for another in the middle of the network;
+    on a GPU one encodes while the others decode. Memory holds a few batches a worker,
+    whatever the number of files.
+
+    Raises:
+        UserError: what the encoder gives is not finite.
+    """
+
+    def encode(batch: Sequence[tuple[int, ImageRef]]) -> EncodedBatch:
+        squares: dict[int, numpy.ndarray] = {}
+        failures: dict[int, str] = {}
+        for key, path in batch:
+            try:
+                squares[key] = read_square(path)
+            except ImageError as error:
+                failures[key] = str(error)
+        features = (
+            encoder.encode(list(squares.values()))
+            if squares
+            else numpy.empty((0, FEATURE_SIZE), numpy.float32)
+        )
+        if not (numpy.abs(features) <= LARGEST_FEATURE).all():
+            raise UserError(
+                f"the encoder ({encoder.identity.weights_source}) gives numbers that are no "
+                "features; its weights are damaged"
+            )
+        return EncodedBatch(list(squares), features, failures)
+
+    with threads_per_worker(workers) as share:
+        yield from prefetch(
+            encode, batches, workers, ahead=workers, start=lambda: torch.set_num_threads(share)
+        )
+
+
+def encode_images(
+    encoder: Encoder, images: Sequence[ImageRef], workers: int, world: World = SINGLE_PROCESS
+) -> Iterator[EncodedBatch]:
+    """Encode files in batches that suit the encoder's device; keys are their indices.
+
+    Each process of ``job`` encodes a share of the batches.
+    """
+    size = inference_batch_size(next(encoder.parameters()).device)
+    files = list(enumerate(images))
+    starts = world.share(range(0, len(files), size))
+    yield from encode_batches(encoder, (files[start : start + size] for start in starts), workers)
+
+
+def encode_distributed(
+    encoder: Encoder,
+    images: Sequence[ImageRef],
+    workers: int,
+    world: World = SINGLE_PROCESS,
+    dtype: torch.dtype = torch.float32,
+    watch: Callable[[int], object] = lambda done: None,
+) -> tuple[Tensor, dict[int, str]]:
+    """Encode files, each process of ``job`` a share of them; every one gets all.
+
+    Args:
+        encoder: as for ``encode_all``.
+        images: the files, or where else their bytes are.
+        workers: threads.
+        job: the processes; each has to call this.
+        dtype: of the features.
+        watch: called with the number of files that this process has done since the last call.
+
+    Returns:
+        Features (N, 2048) in the order of the files, 0 for those that cannot be read; and the
+        indices of these, with reasons.
+    """
+    features = torch.zeros(len(images), FEATURE_SIZE, dtype=dtype)
+    encoded: list[int] = []
+    failures: dict[int, str] = {}
+    for batch in encode_images(encoder, images, workers, world):
+        features[batch.keys] = torch.from_numpy(batch.features).to(dtype)
+        encoded += batch.keys
+        for key in batch.failures:
+            stop_if_unreachable(images[key])
+        failures |= batch.failures
+        watch(len(batch.keys) + len(batch.failures))
+    for keys, rows, reasons in world.all_gather((encoded, features[encoded], failures)):
+        features[keys] = rows
+        failures |= reasons
+    return features, dict(sorted(failures.items()))

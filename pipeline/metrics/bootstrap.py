@@ -1,0 +1,141 @@
+"""How sure a score is: bootstrap intervals, and a paired test of two sets of predictions.
+
+Both resample images, the unit that is drawn when a test set is made. CIDEr-D's document
+frequencies stay those of all images, as they are part of the measure, not of the sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy
+
+from pipeline.metrics.coco import Predictions, Scorer, bleu_of_counts
+
+RESAMPLES = 2000
+# Resampled sets weighed at a time: so much memory for each image, whatever RESAMPLES is.
+AT_ONCE = 200
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13), in percent.
+
+    Attributes:
+        low, high: between which 95 % of the resampled scores lie.
+    """
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the second of two sets of predictions differs from the first.
+
+    Attributes:
+        first, second: the scores, in percent.
+        interval: of ``second - first`` over resampled images.
+        p_value: how often exchanging the two captions of random images gives a difference at
+            least as large: approximate randomization, two-sided (Riezler and Maxwell 2005).
+    """
+
+    first: float
+    second: float
+    interval: Interval
+    p_value: float
+
+
+class PerImage:
+    """What the scores of one set of predictions are made of, image by image.
+
+    Attributes:
+        bleu: int64 (N, 10), see ``metrics.bleu_of_counts``.
+        cider: float64 (N,), in percent.
+    """
+
+    def __init__(self, scorer: Scorer, predictions: Predictions) -> None:
+        counts = scorer.per_image_bleu_counts(predictions).values()
+        self.bleu = numpy.array([*counts], dtype=numpy.int64)
+        self.cider = numpy.array([*scorer.per_image_cider(predictions).values()])
+
+    def scores(self, weights: numpy.ndarray) -> dict[str, numpy.ndarray]:
+        """Score sets in which image i comes ``weights[:, i]`` times: (R, N) gives (R,) each."""
+        return {
+            "BLEU-4": numpy.array([bleu_of_counts(row)[3] for row in (weights @ self.bleu)]),
+            "CIDEr-D": weights @ self.cider / weights.sum(1),
+        }
+
+
+def bootstrap(parts: PerImage, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Interval]:
+    """Give the 95 % intervals of BLEU-4 and CIDEr-D over images."""
+    return {
+        name: _interval(values) for name, values in _resampled([parts], seed, resamples)[0].items()
+    }
+
+
+def compare(
+    first: PerImage, second: PerImage, seed: int = 0, resamples: int = RESAMPLES
+) -> dict[str, Difference]:
+    """Test whether two sets of predictions for the same images differ, by BLEU-4 and CIDEr-D."""
+    before, after = _resampled([first, second], seed, resamples)
+    everything = numpy.ones((1, len(first.cider)), dtype=numpy.int64)
+    scores = [parts.scores(everything) for parts in (first, second)]
+    exchanged = _exchanged(first, second, seed, resamples)
+    differences = {}
+    for name in before:
+        found = [float(score[name][0]) for score in scores]
+        # A hair below, so that the same set of captions counts in spite of rounding.
+        as_large = numpy.abs(exchanged[name]) >= abs(found[1] - found[0]) - 1e-9
+        differences[name] = Difference(
+            found[0],
+            found[1],
+            _interval(after[name] - before[name]),
+            (1 + int(as_large.sum())) / (1 + resamples),
+        )
+    return differences
+
+
+def _interval(values: numpy.ndarray) -> Interval:
+    low, high = numpy.percentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
+
+
+def _resampled(sets: list[PerImage], seed: int, resamples: int) -> list[dict[str, numpy.ndarray]]:
+    """Score each of ``sets`` on the same images drawn with replacement, ``resamples`` times."""
+    random = numpy.random.default_rng(seed)
+    images = len(sets[0].cider)
+    found: list[list[dict[str, numpy.ndarray]]] = [[] for _ in sets]
+    for start in range(0, resamples, AT_ONCE):
+        count = min(AT_ONCE, resamples - start)
+        weights = random.multinomial(images, numpy.full(images, 1 / images), size=count)
+        for results, parts in zip(found, sets, strict=True):
+            results.append(parts.scores(weights))
+    return [_join(results) for results in found]
+
+
+def _exchanged(
+    first: PerImage, second: PerImage, seed: int, resamples: int
+) -> dict[str, numpy.ndarray]:
+    """Give the differences of scores when the captions of random images change sides."""
+    random = numpy.random.default_rng(seed)
+    found = []
+    for start in range(0, resamples, AT_ONCE):
+        count = min(AT_ONCE, resamples - start)
+        stay = random.integers(0, 2, (count, len(first.cider)))
+        go = 1 - stay
+        sides = []
+        for mine, theirs in ((first, second), (second, first)):
+            bleu = stay @ mine.bleu + go @ theirs.bleu
+            sides.append(
+                {
+                    "BLEU-4": numpy.array([bleu_of_counts(row)[3] for row in bleu]),
+                    "CIDEr-D": (stay @ mine.cider + go @ theirs.cider) / len(first.cider),
+                }
+            )
+        found.append({name: sides[1][name] - sides[0][name] for name in sides[0]})
+    return _join(found)
+
+
+def _join(results: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
+    return {name: numpy.concatenate([r[name] for r in results]) for name in results[0]}

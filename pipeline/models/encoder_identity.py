@@ -1,0 +1,39 @@
+"""Which encoder made features; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """Which encoder made features. Its fields are attributes of a cache, and in checkpoints.
+
+    Attributes:
+        encoder: the network's name.
+        weights_sha256: hash of its weights, see ``encoder.weights_sha256``.
+        transform: how an image is brought to the network's input.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        weights_source: ``imagenet``, ``pretrained``, ``random`` or a file.
+        torchvision: the version that built the network.
+        engine: what ran it: ``torch`` or ``openvino``.
+    """
+
+    encoder: str
+    weights_sha256: str
+    transform: str
+    precision: str
+    weights_source: str
+    torchvision: str
+    engine: str = "torch"
+
+    def mismatch(self, other: EncoderIdentity) -> str | None:
+        """Say how two encoders differ in what decides features but for rounding, or None."""
+        for field in ("encoder", "weights_sha256", "transform"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                return f"{field.replace('_', ' ')} {mine[:20]} against {theirs[:20]}"
+        return None
+
+
+FEATURE_SIZE = 2048

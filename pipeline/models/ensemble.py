@@ -1,0 +1,80 @@
+"""Several decoders that caption together.
+
+At every word the members' logits are averaged, which is the geometric mean of their
+probabilities, normalised. They were trained from other seeds and err in different ways
+(Vinyals et al., arXiv 1609.06647, section 5, caption with such an ensemble). All read the same
+features: an image goes through the encoder once, however many decoders there are.
+
+An ensemble has the parts of a ``Decoder`` that search, consensus and joint training use: its
+image embedding and its state are those of its members, side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.decoder import Decoder, DecoderConfig, State
+
+
+class Ensemble(nn.Module):
+    """``config.members`` decoders of the same sizes, vocabulary and encoder."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._decoders = [Decoder(config) for _ in range(config.members)]
+        self.members = nn.ModuleList(self._decoders)
+
+    @property
+    def feature_mean(self) -> Tensor:
+        """The first member's mean of the features, (2048,); it tells the device, too."""
+        return self._decoders[0].feature_mean
+
+    @property
+    def feature_scale(self) -> Tensor:
+        """The first member's scale of the features, (2048,)."""
+        return self._decoders[0].feature_scale
+
+    def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
+        """Map features (B, 2048) to the members' image embeddings, (B, 1, sum of E), and states."""
+        images, states = zip(*(m.embed_image(features) for m in self._decoders), strict=True)
+        return torch.cat(images, dim=2), _joined(states)
+
+    def loss(
+        self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
+    ) -> tuple[Tensor, int]:
+        """Give the mean of the members' losses, see ``Decoder.loss``; each learns on its own."""
+        losses = [m.loss(features, captions, label_smoothing) for m in self._decoders]
+        return torch.stack([loss for loss, _ in losses]).mean(0), losses[0][1]
+
+    @torch.inference_mode()
+    def start(self, features: Tensor) -> State:
+        """Show the images (B, 2048) to all members; returns their states, (B, sum of H)."""
+        return _joined([member.start(features) for member in self._decoders])
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        """Feed one token a sequence, int64 (B,); see ``Decoder.step``."""
+        parts = zip(*(part.chunk(len(self._decoders), dim=1) for part in state), strict=True)
+        logits, states = zip(
+            *(m.step(tokens, part) for m, part in zip(self._decoders, parts, strict=True)),
+            strict=True,
+        )
+        # Logits differ from log-probabilities by a number a row, which normalising takes away.
+        return torch.stack(logits).mean(0), _joined(states)
+
+
+def _joined(states: Sequence[State]) -> State:
+    hidden, cell = zip(*states, strict=True)
+    return torch.cat(hidden, dim=1), torch.cat(cell, dim=1)
+
+
+CaptionDecoder = Decoder | Ensemble
+
+
+def make_decoder(config: DecoderConfig) -> CaptionDecoder:
+    """Make a decoder, or several that caption together, with untrained weights."""
+    return Decoder(config) if config.members == 1 else Ensemble(config)

@@ -1,0 +1,107 @@
+"""How well a caption fits an image: a second opinion on what the decoder proposes.
+
+Images and captions are brought into one space, in which a caption lies nearer to its own image
+than to others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv
+2103.00020). The decoder prefers captions that are likely, which are often those that fit many
+images; what tells this image from others is rewarded here. A caption is the weighted mean of
+its words' vectors: their order is the decoder's business.
+
+Trained on the cached features in a minute or two, at the end of stages 2 and 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
+from pipeline.models.decoder import dropout
+from pipeline.models.encoder_identity import FEATURE_SIZE
+
+FEATURE_DROPOUT, WORD_DROPOUT = 0.5, 0.2
+FIRST_TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class MatcherConfig:
+    """Sizes of a matcher: tokens V, width D of the common space, width of the features."""
+
+    vocabulary_size: int
+    size: int = 512
+    feature_size: int = FEATURE_SIZE
+
+
+class Matcher(nn.Module):
+    """Embeddings of images and of captions in one space."""
+
+    feature_mean: Tensor
+    feature_scale: Tensor
+
+    def __init__(self, config: MatcherConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("feature_mean", torch.zeros(config.feature_size))
+        self.register_buffer("feature_scale", torch.ones(config.feature_size))
+        self.image_embedding = nn.Linear(config.feature_size, config.size)
+        self.word_embedding = nn.Embedding(config.vocabulary_size, config.size)
+        nn.init.normal_(self.word_embedding.weight, std=0.1)
+        # The logarithm of what a word counts: "a" tells less than "trampoline".
+        self.word_weight = nn.Parameter(torch.zeros(config.vocabulary_size))
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(FIRST_TEMPERATURE)))
+
+    def embed_images(self, features: Tensor) -> Tensor:
+        """Map features (B, 2048) to the common space: (B, D), of length 1."""
+        standard = (features - self.feature_mean) * self.feature_scale
+        if self.training:
+            standard = dropout(standard, FEATURE_DROPOUT)
+        return F.normalize(self.image_embedding(standard), dim=1)
+
+    def embed_captions(self, captions: Tensor) -> Tensor:
+        """Map captions, int64 (C, T), padded, to the common space: (C, D), of length 1."""
+        counts = (captions != PAD_ID) & (captions != START_ID) & (captions != END_ID)
+        if self.training:
+            counts = counts & (torch.rand(captions.shape, device=counts.device) >= WORD_DROPOUT)
+        weights = self.word_weight[captions].exp() * counts
+        means = torch.einsum("ct,ctd->cd", weights, self.word_embedding(captions))
+        return F.normalize(means, dim=1, eps=1e-6)
+
+    def loss(self, features: Tensor, captions: Tensor, images: Tensor) -> Tensor:
+        """Mean cross-entropy of finding the caption of an image, and the image of a caption.
+
+        Args:
+            features: float (B, 2048), one row for each caption.
+            captions: int64 (B, T), padded.
+            images: int64 (B,): whose captions they are; several may be of one image.
+        """
+        cosines = self.embed_images(features) @ self.embed_captions(captions).t()
+        logits = self.log_scale.exp() * cosines  # (B, B)
+        same = (images.unsqueeze(1) == images).float()
+        targets = same / same.sum(1, keepdim=True)
+        both = targets * (logits.log_softmax(1) + logits.log_softmax(0))
+        return -both.sum(1).mean()
+
+    @torch.inference_mode()
+    def fit(self, features: Tensor, candidates: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
+        """Tell how well captions fit their images.
+
+        Args:
+            features: float (B, 2048).
+            candidates: for each image some captions, as word ids.
+
+        Returns:
+            For each image the cosines, -1 to 1, of its captions: float32 (their number,).
+        """
+        images = self.embed_images(features)
+        longest = max(len(words) for group in candidates for words in group)
+        padded = [
+            [*words, *[PAD_ID] * (longest - len(words))] for group in candidates for words in group
+        ]
+        texts = self.embed_captions(torch.tensor(padded, device=images.device))
+        sizes = [len(group) for group in candidates]
+        groups = texts.split(sizes)
+        return [(group @ image).cpu() for group, image in zip(groups, images, strict=True)]

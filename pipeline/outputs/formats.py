@@ -1,0 +1,231 @@
+"""Predictions written as text, JSON, JSON Lines, CSV or COCO results, and read again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.captioner import Prediction
+from pipeline.decoding.captions import Caption, Word
+from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
+from pipeline.utils.terminal import as_json, escape_control
+
+# What a spreadsheet calculates, or takes for it; see docs/file-formats.md.
+FORMULA = re.compile("'*[=+\\-@\\t\\n]")
+# Line ends and tabs stand in quotes; Python 3.12 and older forget them about a carriage return.
+KEPT_IN_CSV = "\t\n"
+
+
+def write_predictions(predictions: Iterable[Prediction], layout: str, output: Path | None) -> None:
+    """Write ``predictions`` to ``output``, or to standard output, as they come.
+
+    Args:
+        predictions: a stream of them.
+        layout: ``text``, ``json``, ``jsonl``, ``csv`` or ``coco``.
+        output: the file, written whole or not at all; None for standard output.
+    """
+    with _opened(output) as handle:
+        WRITERS[layout](predictions, handle)
+
+
+@contextmanager
+def _opened(output: Path | None) -> Iterator[IO[str]]:
+    if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # not so by itself on Windows
+        yield sys.stdout
+        sys.stdout.flush()
+    else:
+        with atomic_write(output) as handle:
+            yield handle
+
+
+def decodable(path: str) -> str:
+    """Give a path as text that can be written: bytes that are no UTF-8 become marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def name_in(path: str, layout: str) -> str:
+    """Give the name of an image as ``read_predictions`` finds it in a file of this layout."""
+    kept = {"text": "", "csv": KEPT_IN_CSV}.get(layout)
+    return decodable(path) if kept is None else escape_control(decodable(path), kept)
+
+
+def as_record(prediction: Prediction) -> dict[str, Any]:
+    """Describe a prediction as JSON: image and captions, or image and error."""
+    if prediction.error is not None:
+        return {"image": decodable(prediction.path), "error": prediction.error}
+    return {
+        "image": decodable(prediction.path),
+        "captions": [caption_record(caption) for caption in prediction.captions],
+    }
+
+
+def caption_record(caption: Caption) -> dict[str, Any]:
+    """Describe a caption as JSON; its words only where they were asked for."""
+    record: dict[str, Any] = {
+        "caption": caption.text,
+        "log_probability": round(caption.log_probability, 4),
+    }
+    if caption.words:
+        record["words"] = [
+            {"text": word.text, "probability": round(word.probability, 4)} for word in caption.words
+        ]
+    return record
+
+
+def _write_text(predictions: Iterable[Prediction], handle: IO[str]) -> None:
+    for prediction in predictions:
+        several = len(prediction.captions) > 1
+        for caption in prediction.captions:
+            score = f"\t{caption.log_probability:.4f}" if several else ""
+            name = name_in(prediction.path, "text")
+            handle.write(f"{name}\t{escape_control(caption.text)}{score}\n")
+        handle.flush()
+
+
+def _write_json(predictions: Iterable[Prediction], handle: IO[str]) -> None:
+    records = [as_record(prediction) for prediction in predictions]
+    handle.write(as_json(records, indent=2) + "\n")
+
+
+def _write_jsonl(predictions: Iterable[Prediction], handle: IO[str]) -> None:
+    for prediction in predictions:
+        handle.write(as_json(as_record(prediction)) + "\n")
+        handle.flush()
+
+
+CSV_COLUMNS = ["image", "rank", "caption", "log_probability", "error"]
+
+
+def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
+    writer = csv.writer(handle, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for prediction in predictions:
+        name = _cell(name_in(prediction.path, "csv"))
+        for rank, caption in enumerate(prediction.captions, start=1):
+            score = round(caption.log_probability, 4)
+            writer.writerow([name, rank, _cell(caption.text), score, ""])
+        if prediction.error is not None:
+            writer.writerow([name, "", "", "", _cell(prediction.error)])
+        handle.flush()
+
+
+def _cell(text: str) -> str:
+    """Write a text so that a spreadsheet shows it, and calculates nothing."""
+    text = escape_control(text, KEPT_IN_CSV)
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def _text_of(cell: str) -> str:
+    """Read what ``_cell`` wrote."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def _write_coco(predictions: Iterable[Prediction], handle: IO[str]) -> None:
+    results = [
+        {"image_id": decodable(prediction.path), "caption": caption.text}
+        for prediction in predictions
+        for caption in prediction.captions
+    ]
+    handle.write(as_json(results, indent=2) + "\n")
+
+
+WRITERS: dict[str, Callable[[Iterable[Prediction], IO[str]], None]] = {
+    "text": _write_text,
+    "json": _write_json,
+    "jsonl": _write_jsonl,
+    "csv": _write_csv,
+    "coco": _write_coco,
+}
+
+
+def read_predictions(path: Path, layout: str) -> list[Prediction]:
+    """Read what ``write_predictions`` wrote in this layout: one prediction an image.
+
+    Probabilities that the layout does not hold are NaN.
+
+    Raises:
+        UserError: the file cannot be read, or is not in this layout.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: dict[str, Prediction] = {}
+        for image, caption, error in READERS[layout](text):
+            prediction = found.setdefault(image, Prediction(image, [], error))
+            if caption is not None:
+                prediction.captions.append(caption)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not in --format {layout}, so that nothing can be added to it; give the "
+            "format that it has, or another --output"
+        ) from error
+    return list(found.values())
+
+
+Row = tuple[str, Caption | None, str | None]
+
+
+def _read_text(text: str) -> Iterator[Row]:
+    for line in text.split("\n"):
+        if line:
+            image, caption, *score = line.split("\t")
+            yield image, Caption(caption, float(score[0]) if score else math.nan), None
+
+
+def _read_json(text: str) -> Iterator[Row]:
+    for record in json.loads(text):
+        yield from _rows_of(record)
+
+
+def _read_jsonl(text: str) -> Iterator[Row]:
+    for line in text.split("\n"):
+        if line:
+            yield from _rows_of(json.loads(line))
+
+
+def _rows_of(record: dict[str, Any]) -> Iterator[Row]:
+    if "error" in record:
+        yield record["image"], None, record["error"]
+        return
+    for caption in record["captions"]:
+        words = tuple(Word(w["text"], w["probability"]) for w in caption.get("words", []))
+        yield record["image"], Caption(caption["caption"], caption["log_probability"], words), None
+
+
+def _read_csv(text: str) -> Iterator[Row]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if reader.fieldnames != CSV_COLUMNS:
+        raise ValueError(f"columns {reader.fieldnames}")
+    for row in reader:
+        image = _text_of(row["image"])
+        if row["error"]:
+            yield image, None, _text_of(row["error"])
+        else:
+            yield image, Caption(_text_of(row["caption"]), float(row["log_probability"])), None
+
+
+def _read_coco(text: str) -> Iterator[Row]:
+    for record in json.loads(text):
+        yield record["image_id"], Caption(record["caption"], math.nan), None
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    "text": _read_text,
+    "json": _read_json,
+    "jsonl": _read_jsonl,
+    "csv": _read_csv,
+    "coco": _read_coco,
+}

@@ -1,0 +1,63 @@
+"""The page that shows what a score is made of: every image, its captions and references."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.evaluation import Evaluation, describe_search
+from pipeline.outputs.gallery import GalleryItem, write_gallery
+from pipeline.utils.progress import progress_bar
+
+
+def write_page(result: Evaluation, run: str, target: Path) -> None:
+    """Write the images of an evaluation, the worst caption first.
+
+    An image whose file is gone has an empty frame.
+
+    Args:
+        result: of ``evaluate_runs``.
+        run: what the model is called.
+        target: the HTML file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    total = len(result.images) + len(result.unreadable)
+    items = progress_bar(_items(result), total=total, unit="image", desc="page")
+    write_gallery(
+        items, target, f"Captions of {result.facts['split']} by {run}", _facts(result, run)
+    )
+
+
+def _items(result: Evaluation) -> Iterator[GalleryItem]:
+    for path, reason in result.unreadable.items():
+        yield GalleryItem(path, str(path), (), error=reason)
+    for image in result.images:
+        yield GalleryItem(
+            image.path,
+            image.name,
+            image.captions,
+            references=image.references,
+            score=image.cider,
+        )
+
+
+def _facts(result: Evaluation, run: str) -> dict[str, str]:
+    """Say what was scored and how, then the scores with their intervals."""
+    facts = result.facts
+    described = {
+        "Run": run,
+        "Split": f"{facts['split']} ({facts['split_sha256']})",
+        "Size": f"{facts['images']:,} images, {facts['references']:,} references",
+        "Search": describe_search(facts["search"]),
+        "Date": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    for name, value in result.scores.items():
+        if name[0].isupper():  # not the counts of what differs
+            interval = result.intervals.get(name)
+            spread = f" (95 %: {interval.low:.1f} to {interval.high:.1f})" if interval else ""
+            described[name] = f"{value:.1f}{spread}"
+    described["Distinct captions"] = f"{result.scores['distinct_captions']:,}"
+    return described

@@ -1,0 +1,49 @@
+"""TensorBoard's files of a run, an extra: ``pip install -e '.[tensorboard]'``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.training.run_folder import TENSORBOARD
+from pipeline.training.stage import EpochCallback
+from pipeline.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def check_tensorboard() -> None:
+    """Make sure that the package is there, without the time and the warnings of importing it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard: not installed; pip install -e '.[tensorboard]'")
+
+
+def tensorboard_writer(run: Path) -> EpochCallback:
+    """Make what adds an epoch's line of the log, and its captions as text, one tag an image.
+
+    What the files have of that epoch and later ones, from before a run was stopped, is purged.
+    """
+    writer: SummaryWriter | None = None
+
+    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+        nonlocal writer
+        epoch = int(record["epoch"])
+        if writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(run / TENSORBOARD, purge_step=epoch)
+        for name, value in record.items():
+            if name != "epoch":
+                writer.add_scalar(name, value, epoch)
+        for name, caption in samples.items():
+            writer.add_text(f"captions/{name}", caption, epoch)
+        writer.flush()
+
+    return watch

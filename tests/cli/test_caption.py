@@ -1,0 +1,241 @@
+"""caption.py and the Captioner behind it, on drawn images and a real InceptionV3."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+from PIL import Image
+
+import caption as command
+from pipeline import Captioner
+from pipeline.decoding.search import SearchConfig
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.utils.errors import InputError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def album(drawn_run: DrawnRun, tmp_path: Path) -> Path:
+    """A folder as people have them: sub-folders, spaces, broken files, no data set near."""
+    folder = tmp_path / "album"
+    (folder / "trip to Đà Nẵng").mkdir(parents=True)
+    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:5]
+    shutil.copy(images[0], folder / "b.jpg")
+    shutil.copy(images[1], folder / "a.JPG")
+    shutil.copy(images[2], folder / "trip to Đà Nẵng" / "boat one.jpg")
+    Image.open(images[3]).save(folder / "trip to Đà Nẵng" / "c.png")
+    (folder / "broken.jpg").write_bytes(images[4].read_bytes()[:900])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def caption(model: Path, *arguments: object) -> Result:
+    words = [str(argument) for argument in arguments]
+    return CliRunner().invoke(command.main, ["--model", str(model), "--device", "cpu", *words])
+
+
+GOOD = ["a.JPG", "b.jpg", "trip to Đà Nẵng/boat one.jpg", "trip to Đà Nẵng/c.png"]
+
+
+def test_a_folder_is_captioned_and_what_is_unreadable_named(
+    drawn_run: DrawnRun, album: Path
+) -> None:
+    result = caption(drawn_run.run, album)
+    assert result.exit_code == 1
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [path for path, _ in lines] == [str(album / name) for name in GOOD]
+    assert all(text and "<" not in text for _, text in lines)
+    assert f"failed: {album / 'broken.jpg'}: " in result.stderr
+    assert "1 of 5 images could not be read" in result.stderr
+
+
+def test_exit_code_is_zero_when_all_is_well_and_paths_come_once(
+    drawn_run: DrawnRun, album: Path
+) -> None:
+    result = caption(drawn_run.run, album / "b.jpg", album / "*.JPG", album / "b.jpg")
+    assert result.exit_code == 0, result.output
+    names = [Path(line.split("\t")[0]).name for line in result.stdout.splitlines()]
+    assert names == ["b.jpg", "a.JPG"]
+
+
+def test_patterns_take_images_and_folders(drawn_run: DrawnRun, album: Path) -> None:
+    result = caption(drawn_run.run, album.parent / "alb*", album / "[ab].*")
+    assert result.exit_code == 1
+    assert [line.split("\t")[0] for line in result.stdout.splitlines()] == [
+        str(album / name) for name in GOOD
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+@pytest.mark.parametrize("layout", ["text", "json", "jsonl", "csv", "coco"])
+def test_a_name_that_is_no_utf8_is_written_with_marks(
+    drawn_run: DrawnRun, album: Path, tmp_path: Path, layout: str
+) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(album / "b.jpg", os.fsdecode(bytes(folder) + b"/caf\xe9.jpg"))
+    output = tmp_path / "captions"
+    result = caption(drawn_run.run, folder, "--format", layout, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "caf\ufffd.jpg" in output.read_text(encoding="utf-8")
+
+
+def test_formats_say_the_same(drawn_run: DrawnRun, album: Path, tmp_path: Path) -> None:
+    def output(layout: str) -> str:
+        file = tmp_path / f"out.{layout}"
+        result = caption(
+            drawn_run.run, album, "--format", layout, "--output", file, "--num-captions", 2
+        )
+        assert result.exit_code == 1 and result.stdout == ""
+        return file.read_text(encoding="utf-8")
+
+    records = json.loads(output("json"))
+    assert [json.loads(line) for line in output("jsonl").splitlines()] == records
+    assert [r["image"] for r in records if "error" in r] == [str(album / "broken.jpg")]
+    pairs = [
+        (r["image"], c["caption"], c["log_probability"])
+        for r in records
+        for c in r.get("captions", [])
+    ]
+    assert len(pairs) == 2 * len(GOOD) and len(set(pairs)) == len(pairs)
+    assert all(p[2] < 0 for p in pairs)
+    assert [tuple(line.split("\t")) for line in output("text").splitlines()] == [
+        (image, text, f"{score:.4f}") for image, text, score in pairs
+    ]
+    rows = list(csv.DictReader(output("csv").splitlines()))
+    assert [(r["image"], r["caption"]) for r in rows if not r["error"]] == [p[:2] for p in pairs]
+    assert [r["image"] for r in rows if r["error"]] == [str(album / "broken.jpg")]
+    coco = json.loads(output("coco"))
+    assert [(c["image_id"], c["caption"]) for c in coco] == [p[:2] for p in pairs]
+
+
+def test_captions_do_not_depend_on_the_batch(drawn_run: DrawnRun) -> None:
+    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
+    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:9]
+    config = SearchConfig(beam_size=3)
+    one, four = (
+        [p.captions for p in captioner.stream(images, config, num_captions=3, batch_size=size)]
+        for size in (1, 4)
+    )
+    assert [[c.text for c in captions] for captions in one] == [
+        [c.text for c in captions] for captions in four
+    ]
+    for alone, together in zip(one, four, strict=True):
+        assert [c.log_probability for c in alone] == pytest.approx(
+            [c.log_probability for c in together], abs=1e-3
+        )
+    assert len({c[0].text for c in one}) > 1, "different images, different captions"
+
+
+def test_one_batch_has_all_threads_and_many_share_them(
+    drawn_run: DrawnRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
+    encode, threads = captioner.encoder.encode, []
+
+    def spy(images: list[numpy.ndarray]) -> numpy.ndarray:
+        threads.append(torch.get_num_threads())
+        return encode(images)
+
+    monkeypatch.setattr(captioner.encoder, "encode", spy)
+    monkeypatch.setattr("pipeline.captioner.default_workers", lambda device: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:4]
+        assert len(captioner.caption(paths)) == 4
+        assert threads == [2]
+        captioner.caption(paths, batch_size=2)
+        assert threads == [2, 1, 1]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_python_interface(drawn_run: DrawnRun, album: Path) -> None:
+    captioner = Captioner.load(drawn_run.run / "best.pt", device="cpu")
+    texts = captioner.caption([album / "a.JPG", album / "b.jpg"])
+    assert len(texts) == 2 and all(isinstance(text, str) and text for text in texts)
+    assert captioner.caption([]) == []
+    with pytest.raises(InputError, match=r"broken\.jpg: "):
+        captioner.caption([album / "broken.jpg"])
+
+
+def test_wrong_commands_are_one_line_and_exit_code_two(drawn_run: DrawnRun, album: Path) -> None:
+    empty = album / "empty"
+    empty.mkdir()
+    for arguments, message in (
+        ((drawn_run.run, album / "none.jpg"), "no such file, folder or pattern"),
+        ((drawn_run.run, empty), "no images there"),
+        ((album / "none.pt", album), "train_decoder.py"),
+        ((album / "notes.txt", album), "not a checkpoint"),
+        ((drawn_run.run, album / "n*.txt"), "no images there"),
+        ((drawn_run.run, album, "--output", empty), "is a folder"),
+        (
+            (drawn_run.run, album, "--num-captions", 4, "--beam-size", 3),
+            "--beam-size of at least 4",
+        ),
+        ((drawn_run.run, album, "--weights", album / "x.pth"), "--weights"),
+    ):
+        result = caption(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr and "Traceback" not in result.output
+        assert result.stdout == ""
+
+
+def test_the_encoder_must_be_that_of_the_training(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(drawn_run.run)
+    state = torch.load(drawn_run.weights, weights_only=True)
+    state["Conv2d_1a_3x3.conv.weight"][0, 0, 0, 0] += 0.01
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not the encoder that this model was trained with"):
+        Captioner.load(drawn_run.run, device="cpu", weights=str(tmp_path / "other.pth"))
+    moved = tmp_path / "moved.pth"
+    shutil.copy(drawn_run.weights, moved)
+    checkpoint.encoder = type(checkpoint.encoder)(
+        **{**vars(checkpoint.encoder), "weights_source": "/nowhere/x.pth"}
+    )
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    with pytest.raises(UserError, match=r"/nowhere/x\.pth.*--weights FILE"):
+        Captioner.load(tmp_path / "best.pt", device="cpu")
+    Captioner.load(tmp_path / "best.pt", device="cpu", weights=str(moved))
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "ran",)  # type: ignore[return-value]
+
+    torch.save({"schema_version": 1, "decoder_config": Bomb()}, tmp_path / "best.pt")
+    with pytest.raises(UserError, match="not a checkpoint that torch can read"):
+        Captioner.load(tmp_path / "best.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_help_and_wrong_options_load_nothing_heavy() -> None:
+    program = (
+        "import sys, caption\n"
+        "try: caption.main([{argument!r}])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'torchvision', 'numpy', 'h5py', 'nltk') if m in sys.modules])"
+    )
+    for argument in ("--help", "--no-such-option"):
+        ended = subprocess.run(
+            [sys.executable, "-c", program.format(argument=argument)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout.splitlines()[-1] == "[]"

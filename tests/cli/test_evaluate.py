@@ -1,0 +1,159 @@
+"""evaluate.py: the table, the files it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+
+import evaluate as command
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.vocabulary import tokenize
+from pipeline.evaluation import _gathered
+from pipeline.metrics.coco import Scorer
+
+
+def evaluate(*arguments: object) -> Result:
+    words = [str(argument) for argument in (*arguments, "--no-java", "--device", "cpu")]
+    return CliRunner().invoke(command.main, words)
+
+
+@pytest.mark.parametrize("split", ["val", "test", "train"])
+def test_files_say_what_was_scored_and_the_scores_follow_from_the_predictions(
+    drawn_run: DrawnRun, tmp_path: Path, split: str
+) -> None:
+    output = tmp_path / "predictions.json"
+    result = evaluate(drawn_run.run, "--split", split, "--beam-size", 2, "--output", output)
+    assert result.exit_code == 0, result.output
+    table = read_captions(drawn_run.data)
+    references = {i.name: [tokenize(c) for c in i.captions] for i in table.of_split(split)}
+    predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
+    assert predictions.keys() == references.keys()
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    expected = Scorer(references).score({n: tokenize(c) for n, c in predictions.items()})
+    for name, value in expected.items():
+        assert saved["scores"][name] == pytest.approx(value)
+    assert saved["split"] == split and saved["images"] == len(references)
+    assert saved["split_sha256"] == table.split_hash(split)
+    assert saved["search"]["beam_size"] == 2
+    assert f"{expected['CIDEr-D']:.1f}" in result.stdout
+    assert "distinct captions" in result.stdout and "copied from train" in result.stdout
+    low, high = saved["intervals_95_percent"]["CIDEr-D"]
+    assert low <= expected["CIDEr-D"] <= high
+    assert f"CIDEr-D {low:.1f} to {high:.1f}" in result.stdout
+    assert saved["seed"] == 0 and saved["options"]["epochs"] == 12
+
+
+def test_without_java_the_table_says_what_is_left_out(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    output = tmp_path / "predictions.json"
+    words = [str(drawn_run.run), "--output", str(output), "--device", "cpu"]
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 0, result.output
+    assert "METEOR is left out: it needs" in result.stderr
+    assert len(json.loads((tmp_path / "scores.json").read_text())["left_out"]) == 2
+
+
+def test_references_keep_the_words_that_the_vocabulary_lacks(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    """A rare word in a reference must count against the model, not become <unk>."""
+    data = tmp_path / "scenes"
+    shutil.copytree(drawn_run.data, data)
+    cache = ("--features", drawn_run.features)
+    before = evaluate(drawn_run.run, "--data", data, *cache, "--output", tmp_path / "a" / "p.json")
+    captions = (data / "captions.csv").read_text().splitlines()
+    (data / "captions.csv").write_text(
+        "\n".join([captions[0], *(line.replace(" a ", " zyx ") for line in captions[1:])])
+    )
+    after = evaluate(drawn_run.run, "--data", data, *cache, "--output", tmp_path / "b" / "p.json")
+    assert before.exit_code == after.exit_code == 0
+    scores = [
+        json.loads((tmp_path / name / "scores.json").read_text())["scores"]["BLEU-1"]
+        for name in "ab"
+    ]
+    assert scores[1] < scores[0] - 3
+    assert (tmp_path / "a/p.json").read_bytes() == (tmp_path / "b/p.json").read_bytes()
+
+
+def test_what_does_not_belong_together_is_refused(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    from small_data import make_small_data
+
+    data, features = make_small_data(tmp_path)
+    for arguments, message in (
+        ((drawn_run.run, "--features", features), "not of the encoder"),
+        ((drawn_run.run, "--features", tmp_path / "none.h5"), "extract_features.py"),
+        ((tmp_path / "none",), "no such checkpoint"),
+        ((drawn_run.run, "--data", tmp_path / "none"), "none"),
+        ((drawn_run.run, "--data", data), "data/features/small.h5"),
+    ):
+        result = evaluate(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr and "Traceback" not in result.output
+
+
+def test_several_runs_are_summed_up(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(drawn_run.run, tmp_path / name)
+    result = evaluate(tmp_path / "a", tmp_path / "b")
+    assert result.exit_code == 0, result.output
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == [
+        *("| run", f"| {tmp_path / 'a'}", f"| {tmp_path / 'b'}", "| mean ± deviation")
+    ]
+    assert rows[1][1:] == rows[2][1:]
+    assert rows[3][1] == f"{rows[1][1]} ± 0.0"
+    assert f"{tmp_path / 'b'} (" in result.stdout
+    assert result.stdout.count(", beam 10, consensus 2, matching 2): ") == 2
+    assert (tmp_path / "a" / "scores.json").is_file() and (tmp_path / "b" / "scores.json").is_file()
+    refused = evaluate(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "p.json")
+    assert refused.exit_code == 2 and "--output is for one run" in refused.stderr
+
+
+def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    first, second = tmp_path / "a" / "p.json", tmp_path / "b.json"
+    evaluate(drawn_run.run, "--split", "train", "--output", first)
+    predictions = json.loads(first.read_text())
+    for entry in predictions:
+        entry["caption"] = "a zebra"
+    second.write_text(json.dumps(predictions))
+    options = ("--data", drawn_run.data, "--split", "train")
+    result = evaluate("--compare", first, second, *options)
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
+    cells = next(line for line in result.stdout.splitlines() if line.startswith("| CIDEr-D"))
+    assert f" {scores['CIDEr-D']:.1f} " in cells
+    assert float(cells.split("|")[-2]) < 0.01
+    same = evaluate("--compare", first, first, *options)
+    assert same.stdout.count("| +0.0 | +0.0 to +0.0 | 1.0000 |") == 2
+
+    (tmp_path / "text").write_text("no json")
+    (tmp_path / "numbers").write_text("[1, 2]")
+    (tmp_path / "fewer").write_text(json.dumps(predictions[1:]))
+    (tmp_path / "other").write_text(json.dumps([{"image_id": "x.jpg", "caption": "a dog"}]))
+    for arguments, message in (
+        (("--compare", first, tmp_path / "none", *options), "none: cannot be read"),
+        (("--compare", first, tmp_path / "text", *options), "not a predictions file"),
+        (("--compare", tmp_path / "numbers", second, *options), "not a predictions file"),
+        (("--compare", first, tmp_path / "fewer", *options), "not of the same images"),
+        (("--compare", *[tmp_path / "other"] * 2, *options), "'x.jpg' is not in the train split"),
+        (("--compare", first, second, drawn_run.run, *options), "give the runs to score, or"),
+        ((), "give the runs to score, or --compare"),
+    ):
+        refused = evaluate(*arguments)
+        assert refused.exit_code == 2, refused.output
+        assert message in refused.stderr and "Traceback" not in refused.output
+
+
+def test_small_batches_are_joined_in_order_and_none_is_lost() -> None:
+    rows = torch.arange(22.0).unsqueeze(1)
+    joined = list(_gathered(rows.split(4), 8))
+    assert [len(batch) for batch in joined] == [8, 8, 6]
+    assert torch.equal(torch.cat(joined), rows)

@@ -1,0 +1,359 @@
+"""Images from strangers: a square or one line, in bounded memory and time."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import hostile_images
+import numpy
+import pytest
+from conftest import REPOSITORY
+from hostile_images import SMALL, black_png, png_chunk, small_image
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+from test_images import png
+
+from pipeline.datasets import image_limits as image_limits
+from pipeline.datasets import images, rgb_conversion
+from pipeline.datasets.images import IMAGE_SIZE, ImageError, load_image, read_square
+
+# Reads an image in a process of its own, where nothing else has taken memory before.
+MEASURED = """
+import json, resource, sys, time
+from pipeline.datasets.images import ImageError, load_image, read_square
+from PIL import Image
+Image.init()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.process_time()
+try:
+    found = list(read_square(sys.argv[1]).shape)
+except ImageError as error:
+    found = str(error)
+kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+print(json.dumps([found, kilobytes / 1024, time.process_time() - started]))
+"""
+# Pillow's own, of odd metadata and many pixels, which the program does not show.
+pytestmark = pytest.mark.filterwarnings("ignore")
+needs_rusage = pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux")
+
+
+def measured(path: Path) -> tuple[object, float, float]:
+    """Read an image; gives the shape of its square or the reason, megabytes and seconds."""
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+    found, megabytes, seconds = json.loads(result.stdout)
+    return found, megabytes, seconds
+
+
+def reason(content: bytes, path: Path) -> str:
+    path.write_bytes(content)
+    started = time.process_time()
+    with pytest.raises(ImageError) as caught:
+        load_image(path, IMAGE_SIZE)
+    assert time.process_time() - started < 2
+    assert "\n" not in str(caught.value) and path.name not in str(caught.value)
+    return str(caught.value)
+
+
+# Bombs
+
+
+@needs_rusage
+def test_a_legal_png_of_50000_pixels_a_side_takes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(black_png(50_000, 50_000, bits=1))
+    found, megabytes, seconds = measured(path)
+    assert found == "too many pixels (decompression bomb?)"
+    assert megabytes < 20
+    assert seconds < 2
+
+
+@needs_rusage
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (65_535, 2)])
+def test_thin_images_are_images(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(black_png(*size))
+    found, megabytes, seconds = measured(path)
+    assert found == [IMAGE_SIZE, IMAGE_SIZE, 3]
+    assert megabytes < 60
+    assert seconds < 2
+
+
+@pytest.mark.slow
+@needs_rusage
+@pytest.mark.parametrize(
+    "bits, colour, samples, most",  # RGBA, 16-bit grey, a palette with transparency
+    [(8, 6, 4, 1000), (16, 0, 1, 800), (8, 3, 1, 600)],
+)
+def test_the_largest_images_fit(
+    tmp_path: Path, bits: int, colour: int, samples: int, most: int
+) -> None:
+    path = tmp_path / "x.png"
+    extra = png_chunk(b"PLTE", bytes(768)) + png_chunk(b"tRNS", b"\0") if colour == 3 else b""
+    path.write_bytes(black_png(13_000, 13_700, bits, colour, extra, samples))
+    found, megabytes, _ = measured(path)
+    assert found == [IMAGE_SIZE, IMAGE_SIZE, 3]
+    assert megabytes < most
+
+
+@pytest.mark.parametrize("size", [(1, 70_000), (70_000, 1)])
+def test_a_side_beyond_the_limit(tmp_path: Path, size: tuple[int, int]) -> None:
+    expected = "a side of 70,000 pixels; at most 65,535 are read"
+    assert reason(black_png(*size), tmp_path / "x.png") == expected
+
+
+def test_a_jpeg_of_many_scans(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(hostile_images.jpeg_of_scans(20))
+    assert load_image(path).size == (24, 16)
+    content = hostile_images.jpeg_of_scans(200)
+    assert reason(content, path) == "a JPEG of more than 100 scans"
+
+    class Member:
+        def read(self) -> bytes:
+            return content
+
+    with pytest.raises(ImageError, match="scans"):
+        load_image(Member())
+
+
+def test_what_looks_like_scans_elsewhere_counts_for_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(hostile_images.saved("JPEG", comment=b"\xff\xda" * 500) + b"\xff\xda" * 500)
+    assert load_image(path).size == (24, 16)
+
+
+def test_a_tile_far_larger_than_its_image(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    path.write_bytes(hostile_images.tiled_tiff(1024))
+    assert load_image(path).size == (100, 100)
+    assert reason(hostile_images.tiled_tiff(8192), path).startswith("tiles of 67,108,864 pixels")
+
+
+def test_what_is_decoded_in_python_may_not_be_large(tmp_path: Path) -> None:
+    path = tmp_path / "x.bmp"
+    path.write_bytes(hostile_images.rle_bmp(640, 480))
+    assert load_image(path).size == (640, 480)
+    assert "very long to decode" in reason(hostile_images.rle_bmp(65_000, 2_700), path)
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.webp"
+    with path.open("wb") as file:
+        file.write(SMALL["webp"]())
+        file.truncate(image_limits.LARGEST_FILE + 1)  # a hole, which takes no disk
+    with pytest.raises(ImageError, match=r"1,073,741,825 bytes, more than any image"):
+        load_image(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such pipes here")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    os.mkfifo(path)
+    with pytest.raises(ImageError, match="not a file"):
+        load_image(path)
+
+
+# Metadata
+
+
+@needs_rusage
+def test_tags_that_share_their_bytes_are_not_copied(tmp_path: Path) -> None:
+    exif = hostile_images.overlapping_tags(1 << 20)
+    chunk = png_chunk(b"eXIf", exif)
+    parts = [exif[at : at + 65_000] for at in range(0, len(exif), 65_000)]
+    jpeg = SMALL["progressive jpeg"]()
+    segments = b"".join(
+        b"\xff\xe1" + struct.pack(">H", 8 + len(part)) + b"Exif\0\0" + part for part in parts
+    )
+    contents = {
+        "x.png": black_png(4, 4, extra=chunk),
+        "x.jpg": jpeg[:2] + segments + jpeg[2:],
+        "x.tif": exif,
+    }
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        found, megabytes, _ = measured(path)
+        assert (found == [IMAGE_SIZE, IMAGE_SIZE, 3]) == (name != "x.tif")
+        assert megabytes < 100  # 69 GB if each were copied
+
+
+@pytest.mark.parametrize("kind, start", [(b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")])
+def test_texts_that_unpack_without_end(tmp_path: Path, kind: bytes, start: bytes) -> None:
+    text = png_chunk(kind, start + hostile_images.zeros(1 << 28))
+    assert "too large" in reason(black_png(4, 4, extra=text), tmp_path / "x.png")
+
+
+def test_a_colour_profile_that_unpacks_without_end(tmp_path: Path) -> None:
+    profile = png_chunk(b"iCCP", b"k\0\0" + hostile_images.zeros(1 << 28))
+    assert "too large" in reason(black_png(4, 4, extra=profile), tmp_path / "x.png")
+
+
+# Large images strip by strip, one at a time
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "I;16", "F"])
+def test_strips_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    path = tmp_path / "x.tif"
+    image = small_image("RGB" if mode == "I;16" else mode, (60, 47))
+    if mode == "I;16":
+        image = Image.fromarray(numpy.arange(60 * 47, dtype=numpy.uint16).reshape(47, 60) * 20)
+    image.save(path)
+    whole = numpy.asarray(load_image(path))
+    for module in (images, rgb_conversion):
+        monkeypatch.setattr(module, "LARGE", 1000)
+    monkeypatch.setattr(rgb_conversion, "STRIP", 60 * 10)
+    assert (numpy.asarray(load_image(path)) == whole).all()
+    small = load_image(path, 10)
+    assert small.size == (20, 24)
+    expected = Image.fromarray(whole).reduce((3, 2))
+    assert (numpy.asarray(small) == numpy.asarray(expected)).all()
+
+
+def test_large_ones_are_decoded_one_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "LARGE", 5000)
+    contents = {
+        "large.png": Image.new("RGB", (100, 60)),
+        "small.png": Image.new("RGB", (20, 20)),
+        "camera.jpg": Image.new("RGB", (200, 160)),  # small as soon as it is decoded
+        "progressive.jpg": Image.new("RGB", (200, 160)),
+    }
+    for name, image in contents.items():
+        image.save(tmp_path / name, progressive=name == "progressive.jpg")
+    alone: dict[str, bool] = {}
+    load = ImageFile.ImageFile.load
+
+    def watched(self: ImageFile.ImageFile) -> object:
+        alone[Path(os.fsdecode(self.filename)).name or "jpeg"] = images._large.locked()
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", watched)
+    for name in ("large.png", "small.png"):
+        load_image(tmp_path / name)
+    assert alone == {"large.png": True, "small.png": False}
+    for name, expected in (("camera.jpg", False), ("progressive.jpg", True)):
+        load_image(tmp_path / name, 20)
+        assert alone["jpeg"] is expected
+    threads = [
+        threading.Thread(target=load_image, args=(tmp_path / "large.png",)) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not images._large.locked()
+
+
+# Formats
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "PCX", "SGI", "TIFF"])
+def test_only_formats_of_images_are_opened(tmp_path: Path, format: str) -> None:
+    path = tmp_path / "x.jpg"
+    image = Image.new("RGB", (32, 32), "red")
+    image.save(path, format)
+    if format == "TIFF":  # whatever its name
+        assert load_image(path).size == (32, 32)
+    else:
+        assert reason(path.read_bytes(), path) == "not an image that Pillow reads"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xd7\xcd\xc6\x9a" + bytes(100),  # WMF
+        bytes(4) + b"\x11\xaf" + bytes(130),  # FLI
+        b"8BPS\0\1" + bytes(100),  # PSD
+        b"%PDF-1.7\n" + bytes(100),
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"/* XPM */",
+    ],
+)
+def test_other_formats_are_not_tried(tmp_path: Path, content: bytes) -> None:
+    assert reason(content, tmp_path / "x.png") == "not an image that Pillow reads"
+
+
+def test_avif_with_the_brand_of_heif(tmp_path: Path) -> None:
+    content = SMALL["avif"]()
+    path = tmp_path / "x.avif"
+    path.write_bytes(content.replace(b"ftypavif", b"ftypmif1", 1))
+    assert load_image(path).size == (24, 16)
+
+
+def test_two_formats_in_one_file(tmp_path: Path) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as opened:
+        opened.writestr("evil.html", "<script>alert(1)</script>")
+    for name in ("jpeg", "png", "gif", "bmp", "webp"):
+        path = tmp_path / f"{name}.html"
+        path.write_bytes(SMALL[name]() + archive.getvalue() + b"<script>alert(1)</script>")
+        assert max(load_image(path).size) == 24
+    front = tmp_path / "front.jpg"
+    front.write_bytes(b"<html>" + SMALL["jpeg"]())
+    with pytest.raises(ImageError, match="not an image"):
+        load_image(front)
+
+
+def test_a_size_said_twice_is_that_of_the_pixels(tmp_path: Path) -> None:
+    twice = png(4, 4, 8, 0, bytes(20))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 0, 0, 0, 0))
+    assert "too many pixels" in reason(twice[:33] + header + twice[33:], tmp_path / "x.png")
+    content = SMALL["jpeg 2000"]()
+    at = content.index(b"\xff\x4f\xff\x51") + 8
+    spoiled = content[:at] + struct.pack(">II", 60_000, 60_000) + content[at + 8 :]
+    assert reason(spoiled, tmp_path / "x.jp2")
+
+
+# Spoiled in any way
+
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 1 << 12), st.binary(min_size=1, max_size=8), st.booleans()), max_size=8
+)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_small_ones_are_images(kind: str, tmp_path: Path) -> None:
+    if kind == "heic":
+        pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    path = tmp_path / "x"
+    path.write_bytes(SMALL[kind]())
+    assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@given(changes=CHANGES, left=st.floats(0, 1))
+@settings(max_examples=60)
+def test_whatever_becomes_of_them_is_a_image_or_one_line(
+    kind: str,
+    changes: list[tuple[int, bytes, bool]],
+    left: float,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    if kind == "heic":
+        pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    content = bytearray(SMALL[kind]())
+    for at, new, insert in changes:
+        at %= len(content)
+        content[at : at + (0 if insert else len(new))] = new
+    path = tmp_path_factory.getbasetemp() / "spoiled"
+    path.write_bytes(content[: len(content) if left > 0.5 else int(2 * left * len(content))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)  # else some take seconds, as they may
+        try:
+            assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+        except ImageError as error:
+            assert str(error) and "\n" not in str(error)

@@ -1,0 +1,567 @@
+"""Images: finding them, decoding whatever people keep, squares, and decoding ahead."""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from random import Random
+
+import numpy
+import pytest
+from conftest import draw
+from PIL import Image
+
+from pipeline.datasets import images
+from pipeline.datasets.images import (
+    IMAGE_SIZE,
+    ImageError,
+    augmented_square,
+    find_images,
+    load_image,
+    prefetch,
+    read_square,
+    to_square,
+)
+from pipeline.utils.errors import UserError
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="such names exist on Linux only")
+
+
+def pixels(path: Path) -> list[list[list[int]]]:
+    image = load_image(path)
+    assert image.mode == "RGB"
+    return numpy.asarray(image).tolist()
+
+
+def difference(first: numpy.ndarray, second: numpy.ndarray) -> float:
+    return float(numpy.abs(first.astype(float) - second.astype(float)).mean())
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """Draw smooth colours with some texture, as a camera would give them."""
+    y, x = numpy.mgrid[0:height, 0:width]
+    waves = (numpy.sin(x / 90), numpy.cos(y / 70), numpy.sin((x + y) / 130))
+    smooth = 120 + 80 * numpy.stack(waves, axis=-1)
+    texture = numpy.random.default_rng(0).normal(0, 12, smooth.shape)
+    return Image.fromarray((smooth + texture).clip(0, 255).astype(numpy.uint8))
+
+
+# Modes
+
+
+def test_grey(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(numpy.array([[0, 100, 255]], numpy.uint8)).save(path)
+    assert pixels(path) == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+def test_black_and_white(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(numpy.array([[False, True]])).save(path)
+    with Image.open(path) as image:
+        assert image.mode == "1"
+    assert pixels(path) == [[[0] * 3, [255] * 3]]
+
+
+def test_transparency_lies_over_white(tmp_path: Path) -> None:
+    rgba, la = tmp_path / "rgba.png", tmp_path / "la.png"
+    red = [[[200, 0, 0, 255], [200, 0, 0, 0], [200, 0, 0, 51]]]
+    Image.fromarray(numpy.array(red, numpy.uint8)).save(rgba)
+    assert pixels(rgba) == [[[200, 0, 0], [255, 255, 255], [244, 204, 204]]]
+    Image.fromarray(numpy.array([[[100, 255], [100, 0]]], numpy.uint8), mode="LA").save(la)
+    assert pixels(la) == [[[100] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("mode, transparent", [("RGB", (0, 0, 0)), ("L", 0)])
+def test_one_transparent_colour(
+    tmp_path: Path, mode: str, transparent: int | tuple[int, int, int]
+) -> None:
+    path = tmp_path / "x.png"
+    image = Image.new(mode, (2, 1), "black")
+    image.putpixel((1, 0), (50, 50, 50) if mode == "RGB" else 50)
+    image.save(path, transparency=transparent)
+    assert pixels(path) == [[[255] * 3, [50] * 3]]
+
+
+@pytest.mark.parametrize("extension", ["png", "gif"])
+def test_palette(tmp_path: Path, extension: str) -> None:
+    opaque, clear = tmp_path / f"opaque.{extension}", tmp_path / f"clear.{extension}"
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    image.save(opaque)
+    image.save(clear, transparency=0)
+    assert pixels(opaque) == [[[10, 20, 30], [200, 100, 50]]]
+    assert pixels(clear) == [[[255, 255, 255], [200, 100, 50]]]
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path)
+    with Image.open(path) as image:
+        assert image.mode == "CMYK"
+    assert difference(numpy.array([254, 0, 0]), numpy.array(pixels(path)[8][8])) < 3
+
+
+def test_16_bit_grey(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    Image.fromarray(numpy.array([[0, 25700, 65535]], numpy.uint16)).save(path)
+    with Image.open(path) as image:
+        assert image.mode.startswith("I")
+    assert pixels(path) == [[[0] * 3, [100] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0, 25700, 65535], [0, 100, 255]),
+        ([0, 51_400_000, 131_070_000], [0, 100, 255]),  # beyond 16 bits: its own range
+        ([-100, 0, 155], [0, 100, 255]),
+    ],
+)
+def test_32_bit_integers(tmp_path: Path, values: list[int], expected: list[int]) -> None:
+    path = tmp_path / "x.tif"
+    Image.fromarray(numpy.array([values], numpy.int32)).save(path)
+    assert [pixel[0] for pixel in pixels(path)[0]] == expected
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([0.0, 100 / 255, 1.0], [0, 100, 255]),
+        ([0.2, 0.2, 0.2], [51, 51, 51]),
+        ([-1.0, 0.0, 4.0], [0, 51, 255]),
+        ([0.0, 0.2, numpy.inf], [0, 51, 255]),
+        ([-numpy.inf, 0.2, numpy.inf], [0, 51, 255]),
+        ([numpy.nan, 0.2, 1.0], [0, 51, 255]),
+        ([numpy.nan, -1.0, 4.0], [0, 0, 255]),
+        ([numpy.nan, numpy.nan, numpy.nan], [0, 0, 0]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_floats(tmp_path: Path, values: list[float], expected: list[int]) -> None:
+    path = tmp_path / "x.tif"
+    Image.fromarray(numpy.array([values], numpy.float32)).save(path)
+    assert [pixel[0] for pixel in pixels(path)[0]] == expected
+
+
+def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def test_16_bit_colour(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(png(2, 1, 16, 2, struct.pack(">B6H", 0, 0, 25700, 65535, 51400, 0, 257)))
+    assert pixels(path) == [[[0, 100, 255], [200, 0, 1]]]
+
+
+def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    path = tmp_path / "x.gif"
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    with Image.open(path) as image:
+        assert getattr(image, "n_frames") == 3  # noqa: B009
+    assert pixels(path)[4][4] == [255, 0, 0]
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path: Path, orientation: int, extension: str) -> None:
+    upright = numpy.zeros((32, 48, 3), numpy.uint8)
+    upright[:16, :16] = 255, 0, 0
+    upright[16:, :16] = 0, 255, 0
+    upright[:16, 32:] = 0, 0, 255
+    # Where EXIF 2.32, table 6, says that row 0 and column 0 of the stored image belong.
+    turned = upright.transpose(1, 0, 2)
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: turned,
+        6: turned[::-1],
+        7: turned[::-1, ::-1],
+        8: turned[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"x.{extension}"
+    Image.fromarray(numpy.ascontiguousarray(stored)).save(path, exif=exif, quality=95)
+    image = load_image(path)
+    assert image.size == (48, 32)
+    assert difference(numpy.asarray(image), upright) < (0.1 if extension == "png" else 12)
+
+
+def heic(path: Path, image: Image.Image, **options: object) -> Path:
+    """Write an image as HEIC, in the best quality."""
+    plugin = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    plugin.from_pillow(image).save(path, quality=100, chroma=444, **options)
+    return path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_turned_once(tmp_path: Path, orientation: int) -> None:
+    upright = Image.new("RGB", (96, 64))
+    upright.paste("red", (0, 0, 32, 32))
+    upright.paste("lime", (0, 32, 32, 64))
+    upright.paste("blue", (64, 0, 96, 32))
+    # What, turned as EXIF says, is upright again: PIL names how, EXIF numbers it.
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    # The library notes the orientation as EXIF and as HEIC's own turn, as a phone does.
+    path = heic(tmp_path / "x.heic", stored, exif=exif.tobytes())
+    for size in (None, IMAGE_SIZE):
+        image = load_image(path, size)
+        assert image.size == (96, 64)
+        assert difference(numpy.asarray(image), numpy.asarray(upright)) < 8
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+def test_broken_exif_spoils_no_image(tmp_path: Path, exif: bytes) -> None:
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", (48, 32), "red").save(path, exif=exif)
+    assert load_image(path).size == (48, 32)
+
+
+# What cannot be read
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(ImageError) as caught:
+        load_image(path, IMAGE_SIZE)
+    assert path.name not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_truncated(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"x.{extension}"
+    photograph(200, 150).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "truncated" in reason(path)
+
+
+def test_no_images(tmp_path: Path) -> None:
+    empty, text, folder = tmp_path / "empty.jpg", tmp_path / "text.jpg", tmp_path / "folder.jpg"
+    empty.touch()
+    text.write_text("<html>404 Not Found</html>")
+    folder.mkdir()
+    assert reason(empty) == "empty file"
+    assert reason(text) == "not an image that Pillow reads"
+    assert "directory" in reason(folder) or os.name == "nt"
+    assert reason(tmp_path / "missing.jpg") == "no such file"
+
+
+@pytest.mark.parametrize("mode, colour", [("RGB", (200, 30, 90)), ("RGBA", (0, 0, 200, 0))])
+def test_heic_modes(tmp_path: Path, mode: str, colour: tuple[int, ...]) -> None:
+    path = heic(tmp_path / "x.heif", Image.new(mode, (40, 30), colour))
+    expected = colour if mode == "RGB" else (255, 255, 255)
+    assert difference(numpy.array(pixels(path)), numpy.array(expected)) < 2
+
+
+def test_heic_without_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # makes the import fail
+    for openers in ("OPEN", "MIME", "EXTENSION"):
+        kept = {key: value for key, value in getattr(Image, openers).items() if value != "HEIF"}
+        kept.pop("HEIF", None)
+        monkeypatch.setattr(Image, openers, kept)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    images._register_heif.cache_clear()
+    try:
+        assert reason(path) == "a HEIC image, which needs a plugin: pip install pillow-heif"
+        path.write_bytes(b"\0\0\0\x18ftypqt  \0\0\0\0" + bytes(200))
+        assert reason(path) == "not an image that Pillow reads"
+        draw(tmp_path / "x.png")
+        assert load_image(tmp_path / "x.png").size == (64, 48)
+    finally:
+        images._register_heif.cache_clear()
+
+
+def test_damaged_heic(tmp_path: Path) -> None:
+    path = heic(tmp_path / "x.heic", photograph(200, 150))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "pip install" not in reason(path)
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    assert "pip install" not in reason(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damage_is_an_image_error_or_none(tmp_path: Path, seed: int) -> None:
+    random = Random(seed)
+    path = tmp_path / f"x.{random.choice(['png', 'jpg', 'gif', 'tif', 'bmp', 'webp'])}"
+    photograph(60, 40).save(path)
+    content = bytearray(path.read_bytes())
+    for _ in range(random.randint(1, 30)):
+        content[random.randrange(min(len(content), 300))] = random.randrange(256)
+    path.write_bytes(content)
+    try:
+        assert load_image(path).mode == "RGB"
+    except ImageError as error:
+        assert str(error)
+
+
+def test_decompression_bomb(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(50_000, 50_000, 8, 2, bytes(1000)))
+    assert reason(path) == "too many pixels (decompression bomb?)"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_panorama_is_no_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images._quieten_pillow.cache_clear()  # pytest gives every test its own filters
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    path = draw(tmp_path / "x.png", size=(50, 30))
+    assert load_image(path).size == (50, 30)
+    assert "too many pixels" in reason(draw(tmp_path / "y.png", size=(50, 50)))
+
+
+# Squares
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (299, 299), (30, 20), (900, 700)])
+def test_square(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "x.png"
+    Image.new("RGB", size, (10, 200, 90)).save(path)
+    square = read_square(path)
+    assert square.shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert square.dtype == numpy.uint8
+    assert (square == (10, 200, 90)).all()
+
+
+def test_square_keeps_the_whole_image() -> None:
+    image = Image.new("RGB", (1000, 400), "black")
+    image.paste("red", (0, 0, 100, 400))
+    image.paste("blue", (900, 0, 1000, 400))
+    square = to_square(image)
+    assert (square[:, :28] == (255, 0, 0)).all()
+    assert (square[:, -28:] == (0, 0, 255)).all()
+    assert (square[:, 32:-32] == 0).all()
+
+
+def test_square_is_antialiased() -> None:
+    stripes = numpy.zeros((100, 2990, 3), numpy.uint8)
+    stripes[:, ::2] = 255
+    assert difference(to_square(Image.fromarray(stripes)), numpy.array(127.5)) < 2
+
+
+def test_draft_is_quick_and_nearly_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "x.jpg"
+    photograph(1500, 1250).save(path, quality=92)
+    assert load_image(path).size == (1500, 1250)
+    assert load_image(path, IMAGE_SIZE).size == (750, 625)
+    assert difference(read_square(path), to_square(load_image(path))) < 1
+
+
+@pytest.mark.parametrize("size, decoded", [((1190, 1190), 1190), ((1200, 1200), 600)])
+def test_draft_never_goes_below_twice_the_square(
+    tmp_path: Path, size: tuple[int, int], decoded: int
+) -> None:
+    path = tmp_path / "x.jpg"
+    Image.new("RGB", size).save(path)
+    assert load_image(path, IMAGE_SIZE).width == decoded
+
+
+# Augmentation
+
+
+def test_augmentation_repeats_with_its_seed() -> None:
+    image = photograph(300, 200)
+    first, again, other = (augmented_square(image, Random(seed), True, 0.6) for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert difference(first, other) > 1
+
+
+def test_flip_only_where_allowed() -> None:
+    image = Image.new("RGB", (300, 200), "red")
+    image.paste("blue", (150, 0, 300, 200))
+    lefts = {
+        flip: {
+            tuple(augmented_square(image, Random(seed), flip, 0.9)[150, 10]) for seed in range(20)
+        }
+        for flip in (False, True)
+    }
+    assert lefts == {False: {(255, 0, 0)}, True: {(255, 0, 0), (0, 0, 255)}}
+
+
+def test_nothing_augmented_is_the_plain_square() -> None:
+    for image in (photograph(640, 480), photograph(100, 333)):
+        plain = to_square(image).astype(int)
+        augmented = augmented_square(image, Random(0), False, 1.0).astype(int)
+        assert numpy.abs(plain - augmented).max() <= 1
+
+
+def test_how_much_is_cut_off_and_where() -> None:
+    across = numpy.linspace(0, 255, 600).astype(numpy.uint8)[None, :].repeat(400, axis=0)
+    down = numpy.linspace(0, 255, 400).astype(numpy.uint8)[:, None].repeat(600, axis=1)
+    image = Image.fromarray(numpy.stack([across, down, down], axis=-1))
+    squares = [augmented_square(image, Random(seed), False, 0.5) for seed in range(50)]
+    for channel in (0, 1):
+        starts = numpy.array([square[..., channel].min() for square in squares]) / 255
+        ends = numpy.array([square[..., channel].max() for square in squares]) / 255
+        assert 0.48 < (ends - starts).min() < 0.6
+        assert 0.9 < (ends - starts).max() <= 1.0
+        assert starts.min() < 0.02
+        assert starts.max() > 0.3  # the window moves
+        assert ends.max() > 0.98
+
+
+# Finding
+
+
+def test_find_images(tmp_path: Path) -> None:
+    wanted = ["B.JPG", "a b.png", "a.jpg", "a/é 狗.jpeg", "a/b/c.WebP", "Ångström.TIF", "z.Gif"]
+    wanted += ["y.HEIC", "y.heif", "y.hif", "y.avif", "y.mpo"]
+    others = (
+        *(".hidden.jpg", "._a.jpg", ".cache/x.jpg", "__MACOSX/a.jpg", "a/__MACOSX/b.jpg"),
+        *("notes.txt", "jpg", "x.jpg.part", "features.h5"),
+    )
+    for name in (*wanted, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.jpg").mkdir()
+    draw(tmp_path / "folder.jpg" / "inner.jpg")
+    assert find_images(tmp_path) == [
+        *("B.JPG", "a b.png", "a.jpg", "a/b/c.WebP", "a/é 狗.jpeg"),
+        *("folder.jpg/inner.jpg", "y.HEIC", "y.avif", "y.heif", "y.hif", "y.mpo"),
+        *("z.Gif", "Ångström.TIF"),
+    ]
+
+
+@linux_only
+def test_names_that_only_linux_allows(tmp_path: Path) -> None:
+    names = [b"line\nend.jpg", "\U0001f600.jpg".encode(), b"\xff\xfe.jpg"]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).touch()
+    found = find_images(tmp_path)
+    assert [os.fsencode(name) for name in found] == names  # \xff after the emoji: by bytes
+    assert all((tmp_path / name).is_file() for name in found)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
+def test_links(tmp_path: Path) -> None:
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    draw(elsewhere / "far.jpg")
+    draw(data / "near.jpg")
+    (data / "link").symlink_to(elsewhere)
+    (data / "loop").symlink_to(data)
+    (elsewhere / "back").symlink_to(data)
+    assert find_images(data) == ["link/far.jpg", "near.jpg"]
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", draw(tmp_path / "x.jpg")):
+        with pytest.raises(UserError, match="no such folder of images") as caught:
+            find_images(path)
+        assert str(path) in caught.value.message
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    assert find_images(tmp_path) == []
+
+
+# Decoding ahead
+
+
+def test_prefetch_keeps_the_order() -> None:
+    def slow_first(number: int) -> int:
+        time.sleep(0.02 if number % 4 == 0 else 0)
+        return number * number
+
+    results = list(prefetch(slow_first, range(20), workers=4, ahead=6))
+    assert results == [number * number for number in range(20)]
+    assert list(prefetch(slow_first, [], workers=4, ahead=6)) == []
+    assert list(prefetch(slow_first, [3], workers=4, ahead=6)) == [9]
+
+
+def test_prefetch_is_bounded() -> None:
+    drawn: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(100):
+            drawn.append(number)
+            yield number
+
+    results = prefetch(str, items(), workers=2, ahead=3)
+    assert drawn == []
+    for taken in range(1, 20):
+        next(results)
+        assert len(drawn) == taken + 3
+
+
+def test_prefetch_works_in_several_threads() -> None:
+    meeting = threading.Barrier(3, timeout=10)
+    assert len(list(prefetch(lambda _: meeting.wait(), range(3), workers=3, ahead=3))) == 3
+
+
+def test_prefetch_raises_in_place() -> None:
+    def inverse(number: int) -> float:
+        return 1 / number
+
+    results = prefetch(inverse, [1, 2, 0, 4], workers=2, ahead=3)
+    assert [next(results), next(results)] == [1.0, 0.5]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_prefetch_closed_early_stops() -> None:
+    started: list[int] = []
+
+    def work(number: int) -> int:
+        started.append(number)
+        time.sleep(0.01)
+        return number
+
+    results = prefetch(work, range(1000), workers=2, ahead=50)
+    next(results)
+    assert isinstance(results, Generator)
+    results.close()
+    count = len(started)
+    assert count < 20  # the 50 that waited were called off
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("decode")]
+    time.sleep(0.05)
+    assert len(started) == count
+
+
+def test_reading_in_threads_is_reading(tmp_path: Path) -> None:
+    paths = [draw(tmp_path / f"{number}.png", number, (400, 300)) for number in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        squares = list(prefetch(read_square, paths, workers=4, ahead=8))
+    for path, square in zip(paths, squares, strict=True):
+        assert (square == read_square(path)).all()

@@ -1,0 +1,317 @@
+"""Tokenizers for other languages, and a model that has one from training to scores."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+from example_layouts import chinese_captions, scenes_of, write_translated
+
+import caption
+import evaluate
+import finetune_joint
+import train_decoder
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.encoded_captions import encode_captions
+from pipeline.datasets.tokenizers import characters_of, join_characters, unspaced_share, words_of
+from pipeline.datasets.vocabulary import SPECIALS, TOKENIZERS, UNKNOWN, Vocabulary, tokenizer_of
+from pipeline.metrics.coco import Scorer
+from pipeline.models.checkpoint import load_checkpoint, load_ensemble, save_checkpoint
+from pipeline.utils.errors import UserError
+
+# All captions are made up.
+WORDS = {
+    # Vietnamese: composed syllables, whatever the form of the input.
+    "Một người phụ nữ đang đi xe đạp.": "một người phụ nữ đang đi xe đạp",
+    "Hai đứa trẻ chơi bóng đá, trên bãi cỏ!": "hai đứa trẻ chơi bóng đá trên bãi cỏ",
+    unicodedata.normalize("NFD", "Chú chó ở Đà Nẵng"): "chú chó ở đà nẵng",
+    # German: "ß" and its capital stay, hyphens inside words too.
+    "Zwei Mädchen im T-Shirt stehen auf der STRAẞE – lachend.": "zwei mädchen im t-shirt stehen "
+    "auf der straße lachend",
+    "„Größe: 1,80 m“, sagt's Schild um 10:30.": "größe 1,80 m sagt's schild um 10:30",
+    "Hunde- und Katzenfutter": "hunde und katzenfutter",
+    # French and Catalan: apostrophes and the dot inside words.
+    "L’homme boit de l'eau aujourd‘hui": "l'homme boit de l'eau aujourd'hui",
+    "una col·lecció d'estels": "una col·lecció d'estels",
+    # Greek with a final sigma, Hindi with vowel signs, Persian with a joiner, Hebrew, Korean.
+    "Ο ΣΚΥΛΟΣ": "ο σκυλος",
+    "लड़की किताब पढ़ रही है।": "लड़की किताब पढ़ रही है",
+    "سگ می\u200cدود.": "سگ می\u200cدود",
+    "הוא גר בצה״ל": "הוא גר בצה״ל",
+    "빨간 옷을 입은 여자": "빨간 옷을 입은 여자",
+    # What is no word vanishes.
+    "<start> -- ' : … 😀 ❤️ 1️⃣ $5 50%": "start 1 5 50",
+    "a--b 'a' a/b a_b #tag": "a b a a b a b tag",
+    "": "",
+    "\ufeff \u0301 \ufe0f <>": "",
+}
+CHARACTERS = {
+    "一只狗在草地上跑。": "一 只 狗 在 草 地 上 跑",
+    "两个人，穿着T恤，在London Bridge上！": "两 个 人 穿 着 t 恤 在 london bridge 上",
+    "３只猫和 3.5 米的蛇": "3 只 猫 和 3.5 米 的 蛇",
+    "犬がボールで遊んでいる。": "犬 が ボ ー ル で 遊 ん で い る",
+    "ﾊﾞｽと人々": "バ ス と 人 々",
+    unicodedata.normalize("NFD", "がっこう"): "が っ こ う",
+    "奥黛丽·赫本": "奥 黛 丽 赫 本",
+    "개와 고양이": "개 와 고 양 이",
+    "𠮷野家": "𠮷 野 家",
+    "T-shirt 和 rock'n'roll": "t-shirt 和 rock'n'roll",
+    "สุนัขวิ่ง": "สุ นั ข วิ่ ง",
+    "น้ำ": "น้ ำ",
+    "。！？ 😀": "",
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words(text: str) -> None:
+    tokens = words_of(text)
+    assert tokens == WORDS[text].split()
+    assert all(unicodedata.is_normalized("NFC", token) for token in tokens)
+
+
+@pytest.mark.parametrize("text", CHARACTERS)
+def test_characters(text: str) -> None:
+    assert characters_of(text) == CHARACTERS[text].split()
+
+
+@pytest.mark.parametrize(
+    "tokens, text",
+    [
+        ("一 只 狗", "一只狗"),
+        ("两 个 人 在 london bridge 上", "两个人在london bridge上"),
+        ("a red 狗", "a red狗"),
+        ("3 只 猫", "3只猫"),
+        ("สุ นั ข", "สุนัข"),
+        ("", ""),
+    ],
+)
+def test_characters_are_joined_without_spaces(tokens: str, text: str) -> None:
+    assert join_characters(tokens.split()) == text
+    assert characters_of(text) == tokens.split()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_text_survives_the_round_trip(name: str) -> None:
+    """Tokens are written so that they are found again; and no token is a special one."""
+    tokenizer = tokenizer_of(name)
+    alphabet = (
+        "aßẞéế'’-·.,:1９ \n\u0301\u200b\u200c\u200d中々"
+        "かガ\u3099ｶﾞー・가ก่ำ\u0e33Σİǅﬁ<>|_&$%😀\ufe0f\ud800"
+    )
+    chance = random.Random(0)
+    texts = ["".join(chance.choices(alphabet, k=chance.randint(1, 12))) for _ in range(20_000)]
+    texts += [*WORDS, *CHARACTERS, *SPECIALS]
+    texts += [f"{chr(code)}x {chr(code)}1" for code in range(0, 0x3200, 3)]
+    for text in texts:
+        tokens = tokenizer.tokenize(text)
+        assert tokenizer.tokenize(tokenizer.detokenize(tokens)) == tokens, repr(text)
+        assert not any(set(token) & set(" <>\n\u3000") or not token for token in tokens), repr(text)
+        if name != "english":
+            for token in tokens:
+                assert tokenizer.tokenize(token) == [token], repr(text)
+
+
+def test_long_texts_take_linear_time() -> None:
+    began = time.perf_counter()
+    assert characters_of("a-'" * 100_000 + "中่" * 100_000)[-1] == "中่"
+    assert len(words_of("ab-cd " * 100_000)) == 100_000
+    assert len(words_of("-'" * 300_000 + "1." * 300_000)) == 1
+    assert time.perf_counter() - began < 20
+
+
+def test_share_of_scripts_without_spaces() -> None:
+    assert unspaced_share("一只狗, 3.") == 1
+    assert unspaced_share("犬 dog") == 0.25
+    assert unspaced_share("빨간 옷") == unspaced_share("Straße") == unspaced_share("1!") == 0
+
+
+# The vocabulary
+
+
+def test_a_vocabulary_splits_and_writes_with_its_own_tokenizer() -> None:
+    chinese = Vocabulary.build([characters_of("一只狗")], 1, "characters")
+    assert chinese.detokenize(chinese.tokenize("一只 狗。")) == "一只狗"
+    assert Vocabulary.build([["a"]], 1).tokenize("A dog's") == ["a", "dog", "'s"]
+    again = Vocabulary.from_list(chinese.to_list(), "characters")
+    assert again == chinese and hash(again) == hash(chinese)
+    assert Vocabulary.from_list(chinese.to_list(), "words") != chinese
+
+
+def test_an_unknown_tokenizer_is_one_line() -> None:
+    with pytest.raises(UserError, match="no tokenizer 'klingon'; there are english, words, char"):
+        Vocabulary.from_list([*SPECIALS, "a"], "klingon")
+
+
+def test_long_captions_are_cut_later_where_characters_are_tokens() -> None:
+    for name, longest in (("english", 50), ("words", 50), ("characters", 100)):
+        vocabulary = Vocabulary.build([["a"]], 1, name)
+        assert int(encode_captions([[["a"] * 300]], vocabulary).lengths) == longest + 2
+
+
+# A model with another tokenizer
+
+
+def command(main: click.Command, *arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def chinese(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> DrawnRun:
+    """Train two epochs on drawn scenes with Chinese captions, through the commands."""
+    folder = tmp_path_factory.mktemp("chinese")
+    data = folder / "scenes"
+    write_translated(drawn_run.data, data, scenes_of(30, 0), chinese_captions)
+    made = DrawnRun(data, drawn_run.weights, drawn_run.features, folder / "run")
+    command(
+        *(train_decoder.main, "--data", data, "--features", made.features, "--run", made.run),
+        *"--tokenizer characters --epochs 2 --batch-size 16 --embed-size 48".split(),
+        *"--hidden-size 48 --min-count 1 --lr 0.02 --ema-decay 0.5 --precision fp32".split(),
+        *"--self-critical-epochs 1".split(),
+    )
+    return made
+
+
+def test_the_checkpoint_names_its_tokenizer(chinese: DrawnRun, drawn_run: DrawnRun) -> None:
+    vocabulary = load_checkpoint(chinese.run).vocabulary
+    assert vocabulary.tokenizer.name == "characters"
+    assert "狗" in vocabulary and all(len(word) == 1 for word in vocabulary.words[4:])
+    assert json.loads((chinese.run / "config.json").read_text())["tokenizer"] == "characters"
+    assert load_checkpoint(drawn_run.run).vocabulary.tokenizer.name == "english"
+
+
+def test_checkpoints_of_before_are_english(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    content = torch.load(drawn_run.run / "best.pt", weights_only=True)
+    del content["tokenizer"]
+    torch.save(content, tmp_path / "old.pt")
+    assert load_checkpoint(tmp_path / "old.pt").vocabulary.tokenizer.name == "english"
+    content["tokenizer"] = "syllables"
+    torch.save(content, tmp_path / "new.pt")
+    with pytest.raises(UserError, match=r"new.pt: made with the tokenizer 'syllables', which this"):
+        load_checkpoint(tmp_path / "new.pt")
+
+
+def test_a_run_begun_before_there_was_a_choice_goes_on(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(drawn_run.run, run)
+    settings = json.loads((run / "config.json").read_text())
+    assert settings.pop("tokenizer") == "english"
+    (run / "config.json").write_text(json.dumps(settings))
+    arguments = [
+        *("--data", drawn_run.data, "--features", drawn_run.features, "--run", run),
+        *"--epochs 12 --batch-size 16 --embed-size 48 --hidden-size 48 --min-count 2".split(),
+        *"--lr 0.01 --precision fp32".split(),
+    ]
+    command(train_decoder.main, *arguments)
+    (run / "config.json").write_text(json.dumps(settings))
+    refused = command(train_decoder.main, *arguments, "--tokenizer", "words", code=2)
+    assert "was started with tokenizer english, not words" in refused.stderr
+
+
+def test_captions_have_no_spaces(chinese: DrawnRun) -> None:
+    image = next((chinese.data / "Images").glob("*.jpg"))
+    said = command(
+        *(caption.main, image, "--model", chinese.run, "--weights", chinese.weights)
+    ).stdout.split("\t")[1]
+    assert said.strip() and " " not in said.strip() and UNKNOWN not in said
+    vocabulary = load_checkpoint(chinese.run).vocabulary
+    assert all(token in vocabulary for token in vocabulary.tokenize(said))
+
+
+def test_scores_are_of_characters_and_say_so(chinese: DrawnRun, tmp_path: Path) -> None:
+    output = tmp_path / "predictions.json"
+    result = command(evaluate.main, chinese.run, "--split", "train", "--output", output)
+    assert "tokenizer characters" in result.stdout
+    assert "METEOR and SPICE are left out: they are made for English" in result.stderr
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["tokenizer"] == "characters" and "characters" in saved["scorer"]
+    predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
+    table = read_captions(chinese.data)
+    expected = Scorer(
+        {i.name: [characters_of(c) for c in i.captions] for i in table.of_split("train")}
+    ).score({name: characters_of(text) for name, text in predictions.items()})
+    for name, value in expected.items():
+        assert saved["scores"][name] == pytest.approx(value)
+    # Split as English these captions would be single words, and not a four-gram among them.
+    assert saved["scores"]["mean_length"] > 1.5
+
+
+def test_comparing_takes_the_tokenizer_of_the_scores(chinese: DrawnRun, tmp_path: Path) -> None:
+    for name, split in (("a", "train"), ("b", "train")):
+        beam = "1" if name == "a" else "3"
+        command(
+            *(evaluate.main, chinese.run, "--split", split, "--beam-size", beam),
+            *("--output", tmp_path / name / "predictions.json"),
+        )
+    first, second = (tmp_path / name / "predictions.json" for name in "ab")
+    compare = ("--compare", first, second, "--data", chinese.data, "--split", "train")
+    own = command(evaluate.main, *compare).stdout
+    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
+    assert f"| CIDEr-D | {scores['CIDEr-D']:.1f} |" in own
+    assert command(evaluate.main, *compare, "--tokenizer", "characters").stdout == own
+    assert command(evaluate.main, *compare, "--tokenizer", "english").stdout != own
+    scores_file = tmp_path / "b" / "scores.json"
+    scores_file.write_text(json.dumps({"tokenizer": "words"}))
+    refused = command(evaluate.main, *compare, code=2)
+    assert "scored with different tokenizers; choose one with --tokenizer" in refused.stderr
+    scores_file.unlink()
+    assert command(evaluate.main, *compare).stdout == own
+    refused = command(evaluate.main, chinese.run, "--tokenizer", "words", code=2)
+    assert "--tokenizer is for --compare" in refused.stderr
+
+
+def test_models_of_different_tokenizers_do_not_caption_together(
+    chinese: DrawnRun, tmp_path: Path
+) -> None:
+    first = load_checkpoint(chinese.run)
+    words = first.vocabulary.to_list()
+    other = replace(first, vocabulary=Vocabulary.from_list(words, "words"))
+    save_checkpoint(tmp_path / "other.pt", other)
+    with pytest.raises(UserError, match=r"other.pt: has the tokenizer words, .* has characters"):
+        load_ensemble([chinese.run, tmp_path / "other.pt"])
+
+
+def test_stage_3_goes_on_with_the_tokenizer_and_flips_nothing(
+    chinese: DrawnRun, tmp_path: Path
+) -> None:
+    """Which words say left and right is known for English alone."""
+    result = command(
+        *(finetune_joint.main, "--start", chinese.run, "--weights", chinese.weights),
+        *("--run", tmp_path / "joint", "--data", chinese.data, "--epochs", 1),
+        *("--batch-size", 8, "--unfreeze-from", "Mixed_7c"),
+    )
+    assert "no image is flipped" in result.stderr
+    assert load_checkpoint(tmp_path / "joint").vocabulary.tokenizer.name == "characters"
+    assert "tokenizer characters" in result.stdout
+
+
+def test_stage_3_refuses_captions_of_another_language(
+    chinese: DrawnRun, drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    result = command(
+        *(finetune_joint.main, "--start", drawn_run.run, "--data", chinese.data),
+        *("--run", tmp_path / "joint", "--epochs", 1),
+        code=2,
+    )
+    assert f"100 % of its words are unknown to --start {drawn_run.run}" in result.stderr
+    assert not (tmp_path / "joint" / "best.pt").exists()
+
+
+def test_tokenizers_load_nothing_heavy() -> None:
+    heavy = "{'torch', 'nltk', 'numpy'}"
+    code = f"import sys, pipeline.datasets.tokenizers; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,140 @@
+"""The choice among a search's captions by second opinions, and its defaults."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.datasets.encoded_captions import encode_captions
+from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.reranking import Reranker, best_captions, search_config
+from pipeline.decoding.search import SearchConfig, search, token_log_probabilities
+from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.models.matcher import Matcher, MatcherConfig
+from pipeline.models.neighbours import choose_neighbours
+from pipeline.utils.errors import UserError
+
+WORDS = Vocabulary.build(["a b c d e f g h".split()], 1)
+GROUPS = [["a b c".split()] * 3, ["d e f".split()] * 3, ["g h".split()]]
+
+
+def make_decoder() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(len(WORDS), 6, 8, feature_size=3)).eval()
+
+
+def make_reranker(decoder: Decoder) -> Reranker:
+    captions = encode_captions(GROUPS, WORDS)
+    neighbours = choose_neighbours(decoder, torch.arange(3), [torch.eye(3)], captions)
+    matcher = Matcher(MatcherConfig(len(WORDS), size=4, feature_size=3)).eval()
+    return Reranker(Consensus(neighbours), matcher)
+
+
+def test_without_weight_or_second_opinion_the_search_stands() -> None:
+    decoder, features = make_decoder(), torch.randn(4, 3)
+    plain = search(decoder, features, SearchConfig(4))
+    assert best_captions(decoder, features, SearchConfig(4), make_reranker(decoder)) == plain
+    weighty = SearchConfig(4, consensus=2.0, matching=2.0)
+    assert best_captions(decoder, features, weighty, Reranker()) == plain
+
+
+@pytest.mark.parametrize("weights", [(2.0, 0.0), (0.0, 3.0), (2.0, 3.0)])
+def test_scores_are_the_weighted_sum(weights: tuple[float, float]) -> None:
+    decoder, features = make_decoder(), torch.randn(4, 3)
+    reranker = make_reranker(decoder)
+    consensus, matching = weights
+    plain = search(decoder, features, SearchConfig(4))
+    config = SearchConfig(4, consensus=consensus, matching=matching)
+    ranked = best_captions(decoder, features, config, reranker)
+    changed = False
+    assert reranker.matcher is not None and reranker.consensus is not None
+    for photo, before, after in zip(features, plain, ranked, strict=True):
+        assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
+        scores = [h.score for h in after]
+        assert scores == sorted(scores, reverse=True)
+        changed |= [h.tokens for h in before] != [h.tokens for h in after]
+        [cosines] = reranker.matcher.fit(photo.unsqueeze(0), [[h.tokens for h in before]])
+        with torch.no_grad():
+            image = decoder.embed_image(photo.unsqueeze(0))[0][:, 0]
+        for hypothesis, cosine in zip(before, cosines.tolist(), strict=True):
+            [[alone]] = reranker.consensus.rank(image, [[hypothesis]], consensus)
+            [same] = [h for h in after if h.tokens == hypothesis.tokens]
+            assert same.score == pytest.approx(alone.score + matching * cosine, abs=1e-5)
+            assert same.log_probability == hypothesis.log_probability
+    assert changed
+
+
+def test_defaults_depend_on_what_the_model_has() -> None:
+    both = make_reranker(make_decoder())
+    one = Reranker(consensus=both.consensus)
+    assert search_config(Reranker()) == SearchConfig(3)
+    assert search_config(one) == SearchConfig(10, consensus=2.0)
+    assert search_config(both) == SearchConfig(10, consensus=2.0, matching=2.0)
+    assert search_config(both, consensus=0.0) == SearchConfig(10, matching=2.0)
+    assert search_config(both, consensus=0.0, matching=0.0) == SearchConfig(3)
+    assert search_config(both, beam_size=7, matching=1.0) == SearchConfig(
+        7, consensus=2.0, matching=1.0
+    )
+    assert search_config(both, beam_size=1) == SearchConfig(1)
+    together = SearchConfig(20, consensus=2.0, matching=2.0)
+    assert search_config(both, decoders=3) == together
+    assert search_config(Reranker(), decoders=3) == SearchConfig(3)
+    assert search_config(both, least=12).beam_size == 12
+    assert search_config(Reranker(), least=2).beam_size == 3
+
+
+@pytest.mark.parametrize("option", ["consensus", "matching"])
+def test_what_the_model_lacks_cannot_be_asked_for(option: str) -> None:
+    with pytest.raises(UserError, match=f"--{option} 2: this model has not"):
+        search_config(Reranker(), **{option: 2.0})  # type: ignore[arg-type]
+    assert search_config(Reranker(), **{option: 0.0}) == SearchConfig(3)  # type: ignore[arg-type]
+
+
+def test_rounds_add_other_captions_to_choose_from() -> None:
+    decoder, features = make_decoder(), torch.randn(6, 3)
+    with torch.no_grad():  # so sharp that a later round finds some captions again
+        decoder.projection.weight *= 10
+    reranker = make_reranker(decoder)
+    one = SearchConfig(4, max_length=6, consensus=2.0, matching=3.0)
+    three = replace(one, rounds=3)
+    before = best_captions(decoder, features, one, reranker)
+    after = best_captions(decoder, features, three, reranker)
+    for first, all_rounds in zip(before, after, strict=True):
+        words = [tuple(h.tokens) for h in all_rounds]
+        assert len(set(words)) == len(words)
+        assert {tuple(h.tokens) for h in first} <= set(words)
+        assert all_rounds[0].score >= first[0].score
+        scores = [h.score for h in all_rounds]
+        assert scores == sorted(scores, reverse=True)
+    assert any(b[0].score > a[0].score for a, b in zip(before, after, strict=True))
+    assert sum(map(len, before)) < sum(map(len, after)) < 3 * sum(map(len, before))
+    found = [[h.tokens for h in group] for group in after]
+    chances = token_log_probabilities(decoder, features, found)
+    for group, each in zip(after, chances, strict=True):
+        assert [h.log_probability for h in group] == pytest.approx(list(map(sum, each)), abs=1e-3)
+    for image in (0, 5):
+        [alone] = best_captions(decoder, features[image : image + 1], three, reranker)
+        assert [h.tokens for h in alone] == found[image]
+
+
+def test_without_second_opinions_the_best_of_all_rounds_is_taken() -> None:
+    decoder, features = make_decoder(), torch.randn(6, 3)
+    plain = best_captions(decoder, features, SearchConfig(4), Reranker())
+    rounds = best_captions(decoder, features, SearchConfig(4, rounds=3), Reranker())
+    for more, few in zip(rounds, plain, strict=True):
+        assert {tuple(h.tokens) for h in few} <= {tuple(h.tokens) for h in more}
+        scores = [h.score for h in more]
+        assert scores == sorted(scores, reverse=True) and scores[0] >= few[0].score
+
+
+def test_rounds_have_weights_of_their_own_and_are_for_beams() -> None:
+    both = make_reranker(make_decoder())
+    config = search_config(both, rounds=5, decoders=3)
+    assert (config.beam_size, config.consensus, config.matching) == (10, 3.0, 4.0)
+    assert search_config(both, consensus=1.0, matching=0.0, rounds=5).consensus == 1.0
+    for wrong in ({"beam_size": 1}, {"sampling": True}):
+        with pytest.raises(UserError, match="--rounds 2"):
+            search_config(both, rounds=2, **wrong)

@@ -1,0 +1,604 @@
+"""A captioner as ONNX files: the same captions elsewhere, and nothing half-written here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+from PIL import Image
+
+from pipeline import Captioner
+from pipeline.cli import export as command
+from pipeline.datasets.images import read_square
+from pipeline.datasets.vocabulary import SPECIALS, Vocabulary, detokenize
+from pipeline.decoding.search import SearchConfig, search
+from pipeline.export import onnx as module
+from pipeline.export import onnx_graphs
+from pipeline.export.onnx import RUNNER, SETTINGS, is_export, writing_rules
+from pipeline.export.onnx_graphs import Graph, check, to_onnx
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.utils.errors import UserError
+
+try:
+    onnx_graphs.check_installed()
+except UserError as missing:
+    pytest.skip(missing.message, allow_module_level=True)
+from pipeline.export import onnx_runner
+
+FILES = {"encoder.onnx", "decoder_start.onnx", "decoder_step.onnx", SETTINGS, RUNNER}
+
+# Runs the runner where neither this project nor torch can be imported, and tells what was.
+ELSEWHERE = """
+import runpy, sys
+sys.modules["torch"] = sys.modules["pipeline"] = None
+script, *sys.argv = sys.argv[1], *sys.argv[1:]
+try:
+    runpy.run_path(script, run_name="__main__")
+finally:
+    heavy = [m for m in ("torchvision", "h5py", "nltk", "click") if m in sys.modules]
+    assert not heavy, heavy
+"""
+
+
+def export(*words: object) -> Result:
+    return CliRunner().invoke(command.main, [str(word) for word in words])
+
+
+def run_elsewhere(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run an export's runner, in another folder and with none of this project at hand."""
+    return subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, folder / RUNNER, *map(str, words)],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+@pytest.fixture(scope="module")
+def exported(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The drawn run's captioner, exported by the command."""
+    folder = tmp_path_factory.mktemp("export") / "captioner"
+    result = export(drawn_run.run, "--output", folder)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "", "the exporter's chatter"
+    assert [line.rpartition(": ")[0] for line in result.stderr.splitlines()] == [
+        str(folder / name)
+        for name in ("encoder.onnx", "decoder_start.onnx", "decoder_step.onnx", RUNNER, SETTINGS)
+    ]
+    return folder
+
+
+@pytest.fixture
+def quick(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the exporter's work where it would make the same files again."""
+
+    def known(graph: Graph) -> bytes:
+        name = type(graph.module).__name__
+        file = {"EncoderGraph": "encoder", "StartGraph": "decoder_start"}.get(name, "decoder_step")
+        return (exported / f"{file}.onnx").read_bytes()
+
+    monkeypatch.setattr(onnx_graphs, "to_onnx", known)
+    monkeypatch.setattr(onnx_graphs, "check", lambda *words: None)
+
+
+@pytest.fixture(scope="module")
+def captioner(drawn_run: DrawnRun) -> Captioner:
+    return Captioner.load(drawn_run.run, device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def runner(exported: Path) -> onnx_runner.Captioner:
+    return onnx_runner.Captioner(exported)
+
+
+# The same captions
+
+
+@pytest.mark.parametrize("beam_size", [None, 1])
+def test_the_runner_captions_as_the_captioner(
+    drawn_run: DrawnRun, exported: Path, captioner: Captioner, beam_size: int | None
+) -> None:
+    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:8]
+    config = captioner.search_config(beam_size or 3, consensus=0, matching=0)
+    wanted = [p.captions[0].text for p in captioner.stream(paths, config)]
+    more = ["--beam-size", beam_size] if beam_size else []
+    ended = run_elsewhere(exported, *paths, *more)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [f"{p}\t{t}" for p, t in zip(paths, wanted, strict=True)]
+    assert ended.stderr == ""
+    assert len(set(wanted)) > 3, "the captioner should not be constant"
+
+
+def test_numbers_are_those_of_pytorch(
+    drawn_run: DrawnRun, captioner: Captioner, runner: onnx_runner.Captioner
+) -> None:
+    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:3]
+    squares = [read_square(path) for path in paths]
+    wanted, found = captioner.encoder.encode(squares), runner.encode(squares)
+    assert found.dtype == numpy.float32 and found.shape == (3, 2048)
+    norms = numpy.linalg.norm(wanted, axis=1) * numpy.linalg.norm(found, axis=1)
+    assert ((wanted * found).sum(1) / norms > 0.99999).all()
+    assert numpy.abs(wanted - found).max() < 1e-4 * numpy.abs(wanted).max()
+    state = captioner.decoder.start(torch.from_numpy(wanted))
+    logits, _ = captioner.decoder.step(torch.tensor([1, 4, 5]), state)
+    hidden, cell = runner._run("decoder_start", features=wanted)
+    tokens = numpy.array([1, 4, 5])
+    there = runner._run("decoder_step", tokens=tokens, hidden=hidden, cell=cell)[0]
+    assert numpy.abs(logits.numpy() - there).max() < 1e-4
+
+
+def some_features(captioner: Captioner, count: int) -> torch.Tensor:
+    """More various than those of images of one kind, and so the captions."""
+    noise = torch.randn(count, 2048, generator=torch.Generator().manual_seed(5))
+    return captioner.decoder.feature_mean + 3 * noise / captioner.decoder.feature_scale
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SearchConfig(1),
+        SearchConfig(3),
+        SearchConfig(10),
+        SearchConfig(4, max_length=3),
+        SearchConfig(4, min_length=12, length_penalty=0.0),
+        SearchConfig(60, max_length=1),  # more than there are words
+    ],
+    ids=str,
+)
+def test_every_hypothesis_is_the_searchs(
+    captioner: Captioner,
+    runner: onnx_runner.Captioner,
+    config: SearchConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of the beam, in its order, with its log-probabilities and scores."""
+    settings = {
+        name: getattr(config, name) for name in runner.settings["search"] if name != "remark"
+    }
+    monkeypatch.setitem(runner.settings, "search", settings)
+    features = some_features(captioner, 20)
+    for row, hypotheses in zip(features, search(captioner.decoder, features, config), strict=True):
+        found = runner.search(row[None].numpy())
+        wanted = [detokenize(captioner.vocabulary.decode(h.tokens)) for h in hypotheses]
+        assert [caption.text for caption in found] == wanted
+        for caption, hypothesis in zip(found, hypotheses, strict=True):
+            assert caption.log_probability == pytest.approx(hypothesis.log_probability, abs=1e-4)
+            assert caption.score == pytest.approx(hypothesis.score, abs=1e-4)
+
+
+def test_several_decoders_are_one_graph(
+    drawn_run: DrawnRun, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(drawn_run.run)
+    torch.manual_seed(1)
+    for name, weights in checkpoint.decoder_weights.items():
+        if name not in ("feature_mean", "feature_scale"):
+            weights += 0.3 * weights.std() * torch.randn_like(weights)
+    save_checkpoint(tmp_path / "other.pt", checkpoint)
+
+    def encoder_known(graph: Graph) -> bytes:
+        if isinstance(graph.module, onnx_graphs.EncoderGraph):
+            return (exported / "encoder.onnx").read_bytes()
+        return to_onnx(graph)
+
+    monkeypatch.setattr(onnx_graphs, "to_onnx", encoder_known)
+    models = [drawn_run.run, tmp_path / "other.pt"]
+    result = export(models[0], "--model", models[1], "--output", tmp_path / "both")
+    assert result.exit_code == 0, result.output
+    both = onnx_runner.Captioner(tmp_path / "both")
+    assert both.settings["decoders"] == 2 and both.settings["state_size"] == 2 * 48
+    assert both.settings["models"][1].endswith("/other.pt")
+    together = Captioner.load(models, device="cpu", precision="fp32")
+    features = some_features(together, 20)
+    found = [[c.text for c in both.search(row[None].numpy())] for row in features]
+    assert found == [
+        [detokenize(together.vocabulary.decode(h.tokens)) for h in hypotheses]
+        for hypotheses in search(together.decoder, features, SearchConfig(3))
+    ]
+    alone = onnx_runner.Captioner(exported)
+    assert found != [[c.text for c in alone.search(row[None].numpy())] for row in features]
+
+
+def odd_images(folder: Path) -> list[Path]:
+    """Draw one image of every kind that is brought to RGB in a way of its own."""
+    values = numpy.random.default_rng(0).integers(0, 256, (90, 70, 4), numpy.uint8)
+    photo = Image.fromarray(values)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    colours = photo.convert("RGB")
+    grey_16 = Image.fromarray(values[..., 0].astype(numpy.uint16) * 257)
+    beyond = Image.fromarray(values[..., 0].astype(numpy.float32) * 3 - 90)
+    palette = colours.quantize(16)
+    large = colours.resize((1900, 1300))
+    files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "plain.png": (colours, {}),
+        "clear.png": (photo, {}),
+        "clear-grey.png": (photo.convert("LA"), {}),
+        "one-clear.png": (palette, {"transparency": 3}),
+        "palette.gif": (palette, {}),
+        "grey.jpg": (colours.convert("L"), {}),
+        "bits.png": (colours.convert("1"), {}),
+        "grey-16.png": (grey_16, {}),
+        "floats.tif": (beyond, {}),
+        "cmyk.jpg": (colours.convert("CMYK"), {}),
+        "turned.jpg": (colours, {"exif": turned}),
+        "large.jpg": (large, {"exif": turned}),
+        "square.png": (colours.resize((299, 299)), {}),
+    }
+    for name, (image, how) in files.items():
+        image.save(folder / name, **how)
+    return [folder / name for name in files]
+
+
+def test_the_runner_sees_images_as_the_pipeline(tmp_path: Path) -> None:
+    for path in odd_images(tmp_path):
+        assert numpy.array_equal(onnx_runner.read_square(path), read_square(path)), path.name
+
+
+def test_the_runner_writes_as_the_pipeline(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, runner: onnx_runner.Captioner
+) -> None:
+    words = (
+        "<pad> <start> <end> <unk> a dog can not gon na wan do n't 's 'm 'd 're 've 'll % # $ & 5 "
+        "1,000 3rd '90s 'n st. u.s. t-shirt ca wo he"
+    ).split()
+    vocabulary = Vocabulary.from_list(words)
+    rules = writing_rules(vocabulary)
+    assert rules["apart"] == ["'s", "'m", "'d", "'re", "'ve", "'ll", "'90s", "'n"]
+    assert ["can", "not"] in rules["pairs"] and ["#", "5"] in rules["pairs"]
+    monkeypatch.setattr(runner, "_words", words)
+    monkeypatch.setitem(runner.settings, "writing", rules)
+    chance = random.Random(0)
+    for _ in range(4000):  # of four, such as "#'ll've's", some differ: nobody says so
+        tokens = chance.choices(range(4, len(words)), k=chance.randint(0, 3))
+        assert runner.write(tokens) == detokenize(vocabulary.decode(tokens))
+
+
+@pytest.mark.parametrize("tokenizer", ["words", "characters"])
+def test_the_runner_writes_other_languages_as_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, runner: onnx_runner.Captioner, tokenizer: str
+) -> None:
+    words = [*SPECIALS, *"狗 在 T恤 london u-bahn 3 한 ไทย l'eau two 's".lower().split()]
+    vocabulary = Vocabulary(words, tokenizer)
+    monkeypatch.setattr(runner, "_words", words)
+    monkeypatch.setitem(runner.settings, "writing", writing_rules(vocabulary))
+    chance = random.Random(0)
+    for _ in range(500):
+        tokens = chance.choices(range(4, len(words)), k=chance.randint(0, 5))
+        assert runner.write(tokens) == vocabulary.detokenize(vocabulary.decode(tokens))
+
+
+# What the files are
+
+
+def test_tensors_are_as_documented(exported: Path, runner: onnx_runner.Captioner) -> None:
+    tensors = {
+        name: [
+            {t.name: (t.type, t.shape[0], *t.shape[1:]) for t in side}
+            for side in (session.get_inputs(), session.get_outputs())
+        ]
+        for name, session in runner._sessions.items()
+    }
+    floats, size = "tensor(float)", len(runner.settings["vocabulary"])
+    assert tensors == {
+        "encoder": [
+            {"pixels": ("tensor(uint8)", "batch", 299, 299, 3)},
+            {"features": (floats, "batch", 2048)},
+        ],
+        "decoder_start": [
+            {"features": (floats, "batch", 2048)},
+            {"hidden": (floats, "batch", 48), "cell": (floats, "batch", 48)},
+        ],
+        "decoder_step": [
+            {
+                "tokens": ("tensor(int64)", "batch"),
+                "hidden": (floats, "batch", 48),
+                "cell": (floats, "batch", 48),
+            },
+            {
+                "logits": (floats, "batch", size),
+                "next_hidden": (floats, "batch", 48),
+                "next_cell": (floats, "batch", 48),
+            },
+        ],
+    }
+
+
+def test_the_files_tell_no_paths(drawn_run: DrawnRun, exported: Path) -> None:
+    assert {path.name for path in exported.iterdir()} == FILES
+    for path in exported.iterdir():
+        content = path.read_bytes()
+        for told in (str(drawn_run.run.parent), str(Path(torch.__file__).parents[1])):
+            assert told.encode() not in content, f"{told} in {path.name}"
+        assert b"site-packages" not in content and b"stack_trace" not in content
+
+
+def test_the_settings_say_what_they_are(drawn_run: DrawnRun, exported: Path) -> None:
+    settings = json.loads((exported / SETTINGS).read_text(encoding="utf-8"))
+    checkpoint = load_checkpoint(drawn_run.run)
+    assert settings["encoder"]["weights_sha256"] == checkpoint.encoder.weights_sha256
+    assert settings["encoder"]["weights_source"] == "weights.pth"
+    assert settings["vocabulary"] == checkpoint.vocabulary.to_list()
+    assert settings["search"]["beam_size"] == 3
+    assert "second opinions" in settings["search"]["remark"]
+    assert "Flickr8k" not in settings["licence"]
+
+
+def test_of_the_model_in_the_box_the_licence_is_told(drawn_run: DrawnRun) -> None:
+    checkpoint = load_checkpoint(drawn_run.run)
+    for models, start in ([["pretrained"], ()], [["runs/joint"], ("pretrained",)]):
+        checkpoint.settings["start"] = start
+        settings = module.captioner_settings(checkpoint, [Path(model) for model in models])
+        assert "research and education only" in settings["licence"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_beam_size_is_kept(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    result = export(drawn_run.run, "--output", tmp_path / "five", "--beam-size", 5)
+    assert result.exit_code == 0, result.output
+    five = onnx_runner.Captioner(tmp_path / "five")
+    image = next((drawn_run.data / "Images").glob("*.jpg"))
+    assert len(five.captions(image)) == 5 and len(five.captions(image, 2)) == 2
+
+
+def test_an_export_that_computes_something_else_is_refused(exported: Path) -> None:
+    """Weights that were lost on the way, as a broken exporter would."""
+    import onnx
+
+    torch.manual_seed(0)
+    graph = Graph(torch.nn.Linear(4, 3), {"features": torch.randn(2, 4)}, ("logits",))
+    content = to_onnx(graph)
+    check("linear", graph, content)
+    model = onnx.load_from_string(content)
+    for tensor in model.graph.initializer:
+        if tensor.dims == [3]:
+            tensor.raw_data = numpy.frombuffer(tensor.raw_data, numpy.float32)[::-1].tobytes()
+    with pytest.raises(UserError, match=r"linear\.onnx gives other numbers than PyTorch"):
+        check("linear", graph, model.SerializeToString())
+
+
+# Nothing half-written
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("before", [False, True], ids=["new", "again"])
+def test_a_failed_export_leaves_what_was_there(
+    drawn_run: DrawnRun,
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: bool,
+) -> None:
+    output = tmp_path / "captioner"
+    if before:
+        shutil.copytree(exported, output)
+    known = onnx_graphs.to_onnx
+
+    def failing(graph: Graph) -> bytes:
+        if isinstance(graph.module, onnx_graphs.StepGraph):
+            raise RuntimeError("the exporter broke")
+        return known(graph)
+
+    monkeypatch.setattr(onnx_graphs, "to_onnx", failing)
+    result = export(drawn_run.run, "--output", output, "--beam-size", 7)
+    assert isinstance(result.exception, RuntimeError)
+    assert [path.name for path in tmp_path.iterdir()] == (["captioner"] if before else [])
+    if before:
+        assert contents(output) == contents(exported)
+
+
+KILLED = """
+import os, signal, sys
+from pipeline.export import onnx_graphs
+import pipeline.cli.export as commands_export
+def killed(graph):
+    if isinstance(graph.module, onnx_graphs.StepGraph):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return b"half"
+onnx_graphs.to_onnx, onnx_graphs.check = killed, lambda *words: None
+commands_export.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("before", [False, True], ids=["new", "again"])
+def test_a_killed_export_leaves_what_was_there_and_the_next_cleans_up(
+    drawn_run: DrawnRun, exported: Path, tmp_path: Path, before: bool
+) -> None:
+    output = tmp_path / "captioner"
+    if before:
+        shutil.copytree(exported, output)
+    words = [str(drawn_run.run), "--output", str(output)]
+    root = Path(module.__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *words], env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert ended.returncode == -signal.SIGKILL
+    if before:
+        kept = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+        assert kept == contents(exported)
+    else:
+        assert not output.exists()
+    result = export(*words)
+    assert result.exit_code == 0, result.output
+    assert contents(output) == contents(exported)
+    assert [path.name for path in tmp_path.iterdir()] == ["captioner"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_files_of_two_exports_are_never_taken_for_one(
+    drawn_run: DrawnRun, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the new files take the old ones' places: the runner says so."""
+    output = tmp_path / "captioner"
+    shutil.copytree(exported, output)
+    replace = Path.replace
+
+    def failing(source: Path, target: Path) -> Path:
+        if target == output / "decoder_step.onnx":
+            raise OSError(28, "No space left on device")
+        return replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", failing)
+        result = export(drawn_run.run, "--output", output)
+    assert result.exit_code == 2
+    assert result.stderr.endswith("captioner: cannot be written (No space left on device)\n")
+    ended = run_elsewhere(output, "a.jpg")
+    assert ended.returncode == 2 and "captioner.json: No such file" in ended.stderr
+    result = export(drawn_run.run, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert contents(output) == contents(exported)
+
+
+# Errors
+
+
+def test_a_missing_extra_is_one_line(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, package=None: None if name == "onnxscript" else find(name, package),
+    )
+    result = export(drawn_run.run, "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: onnxscript is not installed: pip install onnx onnxscript onnxruntime\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    with pytest.raises(UserError, match=r"needs torch 2\.6 or newer, not 2\.5\.1\+cpu"):
+        onnx_graphs.check_installed()
+    monkeypatch.setattr(torch, "__version__", "2.10.0a0+git")
+    onnx_graphs.check_installed()
+
+
+@pytest.mark.usefixtures("quick")
+def test_other_things_are_not_written_among_unless_forced(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    letters = tmp_path / "letters"
+    letters.mkdir()
+    (letters / "mother.txt").write_text("dear")
+    (letters / SETTINGS).write_text("[1]")
+    result = export(drawn_run.run, "--output", letters)
+    assert result.exit_code == 2 and "has other things in it" in result.stderr
+    result = export(drawn_run.run, "--output", letters / "mother.txt")
+    assert result.exit_code == 2 and "is a file" in result.stderr
+    assert sorted(contents(letters)) == [SETTINGS, "mother.txt"]
+    result = export(drawn_run.run, "--output", letters, "--force")
+    assert result.exit_code == 0, result.output
+    assert set(contents(letters)) == {*FILES, "mother.txt"}
+    # An export stays one, whatever is laid beside it.
+    assert is_export(letters)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = export(tmp_path / "nothing", "--output", tmp_path / "out")
+    assert result.exit_code == 2 and "no such checkpoint" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_it_is_cheap() -> None:
+    code = "import sys, pipeline.export.onnx; print('torch' in sys.modules, 'PIL' in sys.modules)"
+    root = Path(module.__file__).parents[2]
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.strip() == "False False"
+
+
+# The runner's errors
+
+
+def test_unreadable_images_are_named(drawn_run: DrawnRun, exported: Path, tmp_path: Path) -> None:
+    good = next((drawn_run.data / "Images").glob("*.jpg"))
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(good.read_bytes()[:2000])
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    ended = run_elsewhere(exported, broken, good, tmp_path / "none.jpg", text)
+    assert ended.returncode == 1
+    assert len(ended.stdout.splitlines()) == 1 and ended.stdout.startswith(f"{good}\t")
+    lines = ended.stderr.splitlines()
+    assert lines[0].startswith(f"failed: {broken}: ") and "truncated" in lines[0]
+    assert lines[1:] == [
+        f"failed: {tmp_path / 'none.jpg'}: no such file",
+        f"failed: {text}: not an image that Pillow reads",
+        "3 of 4 images could not be read",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (SETTINGS, None, "captioner.json: No such file or directory; export the captioner again"),
+        (SETTINGS, "{", "captioner.json: damaged; export the captioner again"),
+        (SETTINGS, "{}", "captioner.json: not that of an exported captioner"),
+        (
+            SETTINGS,
+            json.dumps({"format": module.FORMAT, "format_version": 2}),
+            "captioner.json: of version 2, and this program reads 1",
+        ),
+        ("decoder_step.onnx", None, "decoder_step.onnx: no such file"),
+        ("encoder.onnx", "weights", "encoder.onnx: ONNX Runtime cannot load it"),
+    ],
+)
+def test_files_that_are_not_those_of_an_export(
+    exported: Path, tmp_path: Path, name: str, content: str | None, reason: str
+) -> None:
+    folder = tmp_path / "captioner"
+    shutil.copytree(exported, folder)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(onnx_runner.ExportError) as raised:
+        onnx_runner.Captioner(folder)
+    assert str(raised.value).startswith(f"{folder}{os.sep}{reason}")
+
+
+def test_a_beam_of_none_is_a_wrong_command(exported: Path) -> None:
+    for size in ("0", "-1", "many"):
+        ended = run_elsewhere(exported, "a.jpg", "--beam-size", size)
+        assert ended.returncode == 2 and "--beam-size" in ended.stderr
+
+
+@pytest.mark.slow
+def test_the_model_in_the_box_captions_photographs_as_here(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        pytest.skip("scikit-image, which has the photographs, is not installed")
+    found = (Path(package.origin).parent / "data").iterdir()
+    photographs = sorted(path for path in found if path.suffix in (".png", ".jpg"))
+    assert len(photographs) > 3
+    result = export("pretrained", "--output", tmp_path / "boxed")
+    assert result.exit_code == 0, result.output
+    boxed = Captioner.load(device="cpu", precision="fp32")
+    config = boxed.search_config(3, consensus=0, matching=0)
+    wanted = [f"{p.path}\t{p.captions[0].text}" for p in boxed.stream(photographs, config)]
+    assert run_elsewhere(tmp_path / "boxed", *photographs).stdout.splitlines() == wanted

@@ -1,0 +1,187 @@
+"""Commands in processes forked from this one, which are there at once: to kill and interrupt them.
+
+Their encoder is of InceptionV3's form, but tiny; all else is as people run it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from draw_scenes import draw_scenes
+from torch import nn
+
+import caption
+import extract_features
+import finetune_joint
+import pipeline.captioner
+import pipeline.models.encoder
+import train_decoder
+from pipeline.datasets.tokenizers import ENGLISH
+from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.models.encoder import TRUNK_LAYERS
+from pipeline.models.encoder_identity import FEATURE_SIZE
+
+# What commands import only when they need it, and a process that is forked then has already.
+for module in (
+    *("captioning", "decoder_training", "extraction", "final_scores", "joint_training"),
+    *("templating", "torchrun"),
+):
+    importlib.import_module(f"pipeline.{module}")
+tokenizer_of(ENGLISH).tokenize("it's")
+
+# What a command may take to end, in seconds, even where others keep the machine busy.
+PATIENCE = 120.0
+
+
+class TinyInception(nn.Module):
+    """Layers of torchvision's names, of which two do something."""
+
+    def __init__(self, **_: bool) -> None:
+        super().__init__()
+        for name in TRUNK_LAYERS:
+            setattr(self, name, nn.Identity())
+        self.Conv2d_1a_3x3 = nn.Conv2d(3, 16, 32, stride=32, bias=False)
+        self.Mixed_7c = nn.Conv2d(16, FEATURE_SIZE, 1, bias=False)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+
+
+@dataclass
+class Command:
+    """A command, to be run in a folder of its own.
+
+    Attributes:
+        main: which one.
+        options: its options; ``{world}`` is where the data are.
+        output: what it makes in the folder.
+    """
+
+    main: click.Command
+    options: str
+    output: str
+
+
+COMMANDS = {
+    "extract": Command(
+        extract_features.main,
+        "--data {world}/scenes --weights random --output x.h5 --batch-size 2 --workers 2 "
+        "--precision fp32 --engine torch",
+        "x.h5",
+    ),
+    "train": Command(
+        train_decoder.main,
+        "--data {world}/scenes --features {world}/x.h5 --run run --epochs 3 --batch-size 16 "
+        "--embed-size 16 --hidden-size 16 --min-count 1 --lr 0.01 --precision fp32",
+        "run",
+    ),
+    "finetune": Command(
+        finetune_joint.main,
+        "--start {world}/run --weights random --run joint --epochs 2 --batch-size 8 --workers 2 "
+        "--unfreeze-from Mixed_7c --precision fp32",
+        "joint",
+    ),
+    "caption": Command(
+        caption.main,
+        "{world}/scenes/Images --model {world}/run --weights random --output x.jsonl --words "
+        "--batch-size 1",
+        "x.jsonl",
+    ),
+}
+
+
+@dataclass
+class World:
+    """A small data set, and what each command makes when nothing disturbs it.
+
+    Attributes:
+        folder: holds the data, and the results of the first two commands, for the others.
+        results: by command, its undisturbed folder.
+        seconds: by command, how long that took.
+    """
+
+    folder: Path
+    results: dict[str, Path] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def start(self, name: str, folder: Path, prepare: Callable[[], Any] = lambda: None) -> int:
+        """Start a command in a folder; gives the number of its process.
+
+        ``prepare`` is called there first. What the command says is in ``FOLDER.log``.
+        """
+        folder.with_suffix(".log").touch()
+        process = os.fork()
+        if process:
+            return process
+        ended = 70
+        try:
+            with folder.with_suffix(".log").open("ab") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+            sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)  # the others were left behind
+            pipeline.models.encoder.Inception3 = TinyInception
+            pipeline.captioner.SEARCHED_AT_ONCE = 4
+            folder.mkdir(exist_ok=True)
+            os.chdir(folder)
+            prepare()
+            command = COMMANDS[name]
+            command.main.main(
+                [*command.options.format(world=self.folder).split(), "--device", "cpu"]
+            )
+        except SystemExit as error:
+            ended = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended)
+
+    def run(self, name: str, folder: Path) -> None:
+        """Run a command to its end, which must be a good one."""
+        assert ended(self.start(name, folder)) == 0, said(folder)
+
+
+def ended(process: int, patience: float = PATIENCE) -> int:
+    """Wait for a process; gives its exit code, or minus the signal that ended it."""
+    deadline = time.monotonic() + patience
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise AssertionError(f"it did not end within {patience} s")
+        time.sleep(0.005)
+
+
+def said(folder: Path) -> str:
+    return folder.with_suffix(".log").read_text(encoding="utf-8")
+
+
+def make_world(folder: Path) -> World:
+    """Draw scenes and run every command on them."""
+    world = World(folder)
+    draw_scenes(folder / "scenes", images=20, seed=0)
+    for name in COMMANDS:
+        world.results[name] = folder / f"{name}-undisturbed"
+        began = time.monotonic()
+        world.run(name, world.results[name])
+        world.seconds[name] = time.monotonic() - began
+        if name in ("extract", "train"):
+            output = COMMANDS[name].output
+            (folder / output).symlink_to(world.results[name] / output)
+    return world

@@ -1,0 +1,204 @@
+"""Several decoders that caption together: their probabilities, their files, the commands."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from drawn_run import DrawnRun
+
+import caption
+import evaluate
+import finetune_joint
+from pipeline.datasets.vocabulary import END_ID, START_ID
+from pipeline.decoding.search import SearchConfig, search
+from pipeline.models.checkpoint import load_checkpoint, load_ensemble, save_checkpoint
+from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.models.encoder_identity import EncoderIdentity
+from pipeline.models.ensemble import Ensemble, make_decoder
+from pipeline.utils.errors import UserError
+
+CONFIG = DecoderConfig(
+    30,
+    embed_size=8,
+    hidden_size=12,
+    feature_size=6,
+    init_state_from_image=True,
+    tie_embeddings=True,
+    members=3,
+)
+
+SAME = ["--device", "cpu", "--beam-size", "10"]  # several decoders have more beams by default
+
+
+def make_ensemble(same: bool = False) -> Ensemble:
+    torch.manual_seed(0)
+    ensemble = make_decoder(CONFIG).eval()
+    assert isinstance(ensemble, Ensemble)
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            parameter.mul_(3.0)  # surer of what they say
+    if same:
+        for member in ensemble.members[1:]:
+            member.load_state_dict(ensemble.members[0].state_dict())
+    return ensemble
+
+
+def members_of(ensemble: Ensemble) -> list[Decoder]:
+    return [member for member in ensemble.members if isinstance(member, Decoder)]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_alike_members_caption_as_one_of_them(beams: int) -> None:
+    ensemble = make_ensemble(same=True)
+    features, config = torch.randn(5, 6), SearchConfig(beams, max_length=8)
+    together = search(ensemble, features, config)
+    alone = search(members_of(ensemble)[0], features, config)
+    for several, one in zip(together, alone, strict=True):
+        assert [h.tokens for h in several] == [h.tokens for h in one]
+        scores = [h.log_probability for h in one]
+        assert [h.log_probability for h in several] == pytest.approx(scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_probabilities_are_the_members_geometric_mean(beams: int) -> None:
+    """Teacher-forced, member by member: another path to the same log-probability."""
+    ensemble = make_ensemble()
+    features = torch.randn(4, 6)
+    found = search(ensemble, features, SearchConfig(beams, max_length=8))
+    differs = False
+    for image, hypotheses in zip(features, found, strict=True):
+        for hypothesis in hypotheses:
+            tokens = torch.tensor([[START_ID, *hypothesis.tokens]])
+            told = torch.tensor([*hypothesis.tokens, END_ID]).unsqueeze(1)
+            logs = []
+            for member in members_of(ensemble):
+                logits = member.project(member(image.unsqueeze(0), tokens))[0]
+                logs.append(logits.log_softmax(-1))
+            mean = torch.stack(logs).mean(0).log_softmax(-1).gather(1, told).sum().item()
+            assert hypothesis.log_probability == pytest.approx(mean, abs=1e-3)
+            differs |= abs(mean - logs[0].gather(1, told).sum().item()) > 0.1
+    assert differs  # or the test could not fail
+
+
+def test_batched_equals_single() -> None:
+    ensemble, features = make_ensemble(), torch.randn(6, 6)
+    config = SearchConfig(3, max_length=8)
+    batched = search(ensemble, features, config)
+    single = [search(ensemble, row.unsqueeze(0), config)[0] for row in features]
+    assert [[h.tokens for h in s] for s in batched] == [[h.tokens for h in s] for s in single]
+
+
+def test_every_member_learns_as_if_alone() -> None:
+    """The gradient is each member's own, over their number."""
+    ensemble = make_ensemble().train(False)
+    features = torch.randn(2, 6)
+    captions = torch.tensor([[START_ID, 5, 6, END_ID], [START_ID, 7, END_ID, 0]])
+    loss, tokens = ensemble.loss(features, captions)
+    loss.backward()
+    assert tokens == 5
+    for member in members_of(ensemble):
+        got = [parameter.grad for parameter in member.parameters()]
+        member.zero_grad()
+        member.loss(features, captions)[0].backward()
+        for gradient, parameter in zip(got, member.parameters(), strict=True):
+            assert gradient is not None and parameter.grad is not None
+            assert torch.allclose(3 * gradient, parameter.grad, atol=1e-5)
+
+
+def test_models_of_one_recipe_become_one_file(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    first = load_checkpoint(drawn_run.run)
+    with torch.no_grad():
+        noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
+    noisy["projection.weight"] = noisy["word_embedding.weight"]  # as they are tied
+    save_checkpoint(tmp_path / "other.pt", replace(first, decoder_weights=noisy))
+    two = load_ensemble([drawn_run.run, tmp_path / "other.pt"])
+    save_checkpoint(tmp_path / "two.pt", two)
+    three = load_ensemble([tmp_path / "two.pt", drawn_run.run])
+    assert (two.decoder_config.members, three.decoder_config.members) == (2, 3)
+    members = members_of(three.build_decoder())  # type: ignore[arg-type]
+    for member, weights in zip(members, (first.decoder_weights, noisy), strict=False):
+        for name, tensor in member.state_dict().items():
+            assert torch.equal(tensor, weights[name]), name
+    assert three.neighbours is not None and first.neighbours is not None
+    width = first.decoder_config.embed_size
+    assert three.neighbours.directions.shape[1] == 3 * width == len(three.neighbours.mean)
+    assert torch.allclose(three.neighbours.directions.float().norm(dim=1), torch.ones(1), atol=1e-2)
+    assert three.settings["seeds"] == [0, 0]
+
+
+def test_models_that_do_not_belong_together_are_refused(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    first = load_checkpoint(drawn_run.run)
+    path = tmp_path / "other.pt"
+    words = first.vocabulary.to_list()
+    unlike = {
+        "not of the same encoder": {
+            "encoder": EncoderIdentity(**{**vars(first.encoder), "weights_sha256": "1" * 64})
+        },
+        "has not the vocabulary": {
+            "vocabulary": type(first.vocabulary).from_list([*words[:-2], words[-1], words[-2]])
+        },
+    }
+    for message, change in unlike.items():
+        save_checkpoint(path, replace(first, **change))  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
+            load_ensemble([drawn_run.run, path])
+    config = replace(first.decoder_config, hidden_size=8)
+    weights = Decoder(config).state_dict()
+    save_checkpoint(path, replace(first, decoder_config=config, decoder_weights=weights))
+    with pytest.raises(UserError, match="not of the sizes"):
+        load_ensemble([drawn_run.run, path])
+
+
+def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    """A model together with itself says what it says alone."""
+    run = str(drawn_run.run)
+    image = str(next((drawn_run.data / "Images").glob("*.jpg")))
+    lines = [
+        CliRunner().invoke(caption.main, [image, *SAME, *models]).stdout
+        for models in (["--model", run], ["--model", run, "--model", run])
+    ]
+    assert lines[0] and lines[0] == lines[1]
+    outputs = [tmp_path / "one" / "p.json", tmp_path / "two" / "p.json"]
+    for output, more in zip(outputs, ([], [run, "--together"]), strict=True):
+        words = [run, *more, "--output", str(output), "--no-java", *SAME]
+        output.parent.mkdir()
+        result = CliRunner().invoke(evaluate.main, words)
+        assert result.exit_code == 0, result.output
+    assert outputs[0].read_text() == outputs[1].read_text()
+    facts = [json.loads((output.parent / "scores.json").read_text()) for output in outputs]
+    assert [fact["decoders"] for fact in facts] == [1, 2]
+    assert [fact["seed"] for fact in facts] == [0, [0, 0]]
+
+
+def test_stage_3_trains_all_members_on_one_encoder(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    first = load_checkpoint(drawn_run.run)
+    with torch.no_grad():
+        noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
+    noisy["projection.weight"] = noisy["word_embedding.weight"]
+    save_checkpoint(tmp_path / "other.pt", replace(first, decoder_weights=noisy))
+    starts = ["--start", str(drawn_run.run), "--start", str(tmp_path / "other.pt")]
+    options = ["--run", str(tmp_path / "joint"), "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
+    words = [*starts, *options, "--batch-size", "8", "--epochs", "1"]
+    result = CliRunner().invoke(finetune_joint.main, words)
+    assert result.exit_code == 0, result.output
+    last = load_checkpoint(tmp_path / "joint" / "last.pt")
+    assert last.decoder_config.members == 2 and last.encoder_weights is not None
+    for number, before in enumerate((first.decoder_weights, noisy)):
+        for name in ("lstm.weight_hh_l0", "image_embedding.weight"):
+            after = last.decoder_weights[f"members.{number}.{name}"]
+            assert 0 < (after - before[name]).abs().max() < 0.1, name
+    # The same command finds that all is done; the model captions by itself.
+    again = CliRunner().invoke(finetune_joint.main, words)
+    assert again.exit_code == 0 and "going on after epoch 1" in again.stderr, again.output
+    image = str(next((drawn_run.data / "Images").glob("*.jpg")))
+    result = CliRunner().invoke(
+        caption.main, [image, "--model", str(tmp_path / "joint"), "--device", "cpu"]
+    )
+    assert result.exit_code == 0 and result.stdout.startswith(f"{image}\t"), result.output

@@ -1,0 +1,294 @@
+"""The captioner in the box: its compression, its file, and who falls back on it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner
+from draw_scenes import draw_scenes
+from drawn_run import DrawnRun
+
+import caption
+import evaluate
+import extract_features
+import finetune_joint
+from pipeline import Captioner
+from pipeline.cli import compress as command
+from pipeline.datasets.images import read_square
+from pipeline.features.cache import FeatureCache
+from pipeline.models import encoder
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.models.encoder import load_encoder
+from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
+from pipeline.models.quantization import dequantize, quantize
+from pipeline.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
+
+
+def test_filters_lose_at_most_half_a_step_and_the_rest_nothing() -> None:
+    torch.manual_seed(0)
+    weights = {
+        "conv.weight": torch.randn(5, 4, 3, 3) * torch.logspace(-4, 2, 5)[:, None, None, None],
+        "bn.weight": torch.rand(5),
+    }
+    rounded, scales = quantize(weights)
+    assert rounded["conv.weight"].dtype == torch.int8 and scales.keys() == {"conv.weight"}
+    assert rounded["conv.weight"].abs().amax(dim=(1, 2, 3)).tolist() == [127] * 5
+    back = dequantize(rounded, scales)
+    assert torch.equal(back["bn.weight"], weights["bn.weight"])
+    error = (back["conv.weight"] - weights["conv.weight"]).abs().amax(dim=(1, 2, 3))
+    assert (error <= scales["conv.weight"] * 0.5001).all()
+    assert (error > 0).all()
+
+
+def test_a_filter_of_zeros_stays_one() -> None:
+    assert not dequantize(*quantize({"conv.weight": torch.zeros(2, 1, 3, 3)}))["conv.weight"].any()
+
+
+@pytest.fixture(scope="module")
+def small_model(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A fine-tuned model, and its compressed form."""
+    folder = tmp_path_factory.mktemp("compressed")
+    words = f"--start {drawn_run.run} --run {folder / 'joint'} --epochs 1 --batch-size 8"
+    more = "--unfreeze-from Mixed_7c --device cpu"
+    result = CliRunner().invoke(finetune_joint.main, [*words.split(), *more.split()])
+    assert result.exit_code == 0, result.output
+    small = folder / "small.pt"
+    result = CliRunner().invoke(command.main, [str(folder / "joint"), "--output", str(small)])
+    assert result.exit_code == 0, result.output
+    assert f"{small.stat().st_size / 1e6:.1f} MB" in result.stderr
+    return folder / "joint", small
+
+
+def test_a_compressed_model_captions_as_the_whole_one(
+    drawn_run: DrawnRun, small_model: tuple[Path, Path]
+) -> None:
+    joint, small = small_model
+    assert small.stat().st_size < 0.3 * (joint / "best.pt").stat().st_size
+    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))
+    whole, compressed = (Captioner.load(model, device="cpu") for model in small_model)
+    squares = [read_square(path) for path in paths[:4]]
+    for a, b in zip(whole.encoder.encode(squares), compressed.encoder.encode(squares), strict=True):
+        assert float(a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b)) > 0.9
+    # An untrained network, as here, is far touchier than a trained one: see below.
+    pairs = zip(whole.caption(paths), compressed.caption(paths), strict=True)
+    assert sum(a == b for a, b in pairs) >= 0.5 * len(paths)
+
+
+def test_a_compressed_model_is_its_own_encoder_and_tells_no_paths(
+    drawn_run: DrawnRun, small_model: tuple[Path, Path]
+) -> None:
+    """Its encoder, taken out of the file, is the one that its decoder wants."""
+    joint, small = small_model
+    checkpoint = load_checkpoint(small)
+    assert checkpoint.encoder.mismatch(load_encoder(str(small)).identity) is None
+    assert checkpoint.encoder.mismatch(load_checkpoint(joint).encoder) is not None
+    assert all(v.dtype == torch.float32 for v in checkpoint.decoder_weights.values())
+    content = torch.load(small, weights_only=True)
+    told = str({k: content[k] for k in ("settings", "encoder", "scores")})
+    assert str(drawn_run.data.parent) not in told and str(joint) not in told
+
+
+def test_a_run_of_stage_2_takes_its_encoder_along(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    """Two decoders, together with the encoder whose features they were trained on."""
+    runs = [str(drawn_run.run)] * 2
+    result = CliRunner().invoke(command.main, [*runs, "--output", str(tmp_path / "small.pt")])
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(tmp_path / "small.pt")
+    assert checkpoint.decoder_config.members == 2 and checkpoint.matcher is not None
+    image = next((drawn_run.data / "Images").glob("*.jpg"))
+    assert len(Captioner.load(tmp_path / "small.pt", device="cpu").caption([image])[0]) > 5
+    words = [*runs, "--weights", "imagenet.pth", "--output", str(tmp_path / "none.pt")]
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 2 and "imagenet.pth" in result.stderr
+    assert not (tmp_path / "none.pt").exists()
+
+
+def test_compressing_again_makes_it_no_larger(
+    small_model: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A matrix with two names, as of tied embeddings, is in the file once."""
+    again, whole = tmp_path / "again.pt", tmp_path / "whole.pt"
+    result = CliRunner().invoke(command.main, [str(small_model[1]), "--output", str(again)])
+    assert result.exit_code == 0, result.output
+    assert again.stat().st_size == pytest.approx(small_model[1].stat().st_size, rel=0.001)
+    save_checkpoint(whole, load_checkpoint(small_model[1]))
+    for path in (small_model[1], again, whole):
+        weights = torch.load(path, weights_only=True)["decoder_weights"]
+        names = ("word_embedding.weight", "projection.weight")
+        assert len({weights[name].data_ptr() for name in names}) == 1, path
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that fails halfway, as torch reports it: not as an OSError."""
+
+    def full(content: object, handle: IO[bytes]) -> None:
+        handle.write(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0") from OSError(28, "No space left on device")
+
+    checkpoint = load_checkpoint(drawn_run.run)
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"the one before")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"best\.pt: cannot be written \(is the disk full\?\)"):
+        save_checkpoint(path, checkpoint)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+    assert path.read_bytes() == b"the one before"
+
+
+@pytest.mark.parametrize("change", ["scale of another shape", "scale of no filter"])
+def test_a_damaged_compressed_model_is_named(
+    small_model: tuple[Path, Path], tmp_path: Path, change: str
+) -> None:
+    content = torch.load(small_model[1], weights_only=True)
+    name = next(iter(content["encoder_scales"]))
+    scale = content["encoder_scales"].pop(name)
+    if change == "scale of another shape":
+        content["encoder_scales"][name] = scale[:-1]
+    else:
+        content["encoder_scales"]["nothing"] = scale
+    damaged = tmp_path / "damaged.pt"
+    torch.save(content, damaged)
+    for load in (load_checkpoint, lambda path: load_encoder(str(path))):
+        with pytest.raises(UserError, match=r"damaged\.pt: .*damaged"):
+            load(damaged)
+
+
+# The model itself
+
+
+@pytest.fixture(scope="module")
+def boxed() -> Captioner:
+    return Captioner.load(device="cpu", precision="fp32")
+
+
+def test_the_model_in_the_box_is_small_and_its_name_is_found() -> None:
+    files = [path for path in (ROOT / "data/pretrained").rglob("*") if path.is_file()]
+    assert pretrained_path() in files
+    assert sum(path.stat().st_size for path in files) <= 60e6
+    checkpoint = load_checkpoint(Path(PRETRAINED))
+    assert checkpoint.encoder.mismatch(load_encoder(PRETRAINED).identity) is None
+    assert checkpoint.neighbours is not None and len(checkpoint.vocabulary) > 2000
+
+
+def test_a_folder_of_that_name_is_preferred(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_pretrained(Path(PRETRAINED))
+    (tmp_path / PRETRAINED).mkdir()
+    assert is_pretrained(Path(PRETRAINED))  # an empty folder is no model
+    (tmp_path / PRETRAINED / "best.pt").touch()
+    assert not is_pretrained(Path(PRETRAINED))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("chelsea.png", "a brown and white dog is looking at the camera"),
+        ("motorcycle_left.png", "a group of people are riding on a motorcycle"),
+    ],
+)
+def test_a_fixed_photograph_gives_a_fixed_caption(boxed: Captioner, name: str, text: str) -> None:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        pytest.skip("scikit-image, which has the photographs, is not installed")
+    assert boxed.caption([Path(package.origin).parent / "data" / name]) == [text]
+
+
+def test_a_fixed_drawing_gives_fixed_features(boxed: Captioner, tmp_path: Path) -> None:
+    """On any machine, whatever is installed: the drawing is made by the project itself."""
+    draw_scenes(tmp_path, images=1, seed=0)
+    image = next((tmp_path / "Images").glob("*.jpg"))
+    features = boxed.encoder.encode([read_square(image)])[0]
+    assert features.mean() == pytest.approx(0.0505896, rel=1e-3)
+
+
+def test_compression_keeps_the_features(boxed: Captioner) -> None:
+    weights = SHARED / "weights/inception_v3_standin.pth"
+    images = sorted((SHARED / "flickr8k_fullres").rglob("*.jpg"))[:4]
+    if not weights.is_file() or not images:
+        pytest.skip(f"{SHARED} is missing: no weights to compare with")
+    squares = [read_square(image) for image in images]
+    whole = load_encoder(str(weights)).for_inference()
+    for a, b in zip(whole.encode(squares), boxed.encoder.encode(squares), strict=True):
+        assert float(a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b)) > 0.999
+
+
+@pytest.mark.slow
+def test_the_model_scores_what_its_card_says(tmp_path: Path) -> None:
+    if not (SHARED / "flickr8k").is_dir():
+        pytest.skip(f"{SHARED} is missing: no Flickr8k to score on")
+    words = f"pretrained --data {SHARED / 'flickr8k'} --output {tmp_path / 'p.json'} --no-java"
+    result = CliRunner().invoke(evaluate.main, words.split())
+    assert result.exit_code == 0, result.output
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["split_sha256"] == "51c9cff8a4e3"
+    card = (ROOT / "data/pretrained/MODEL_CARD.md").read_text(encoding="utf-8")
+    [row] = [line for line in card.splitlines() if line.startswith("| `captioner.pt`")]
+    names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
+    for name, cell in zip(names, row.split("|")[2:], strict=False):
+        if name in scores["scores"]:  # bf16 and other processors differ a little
+            assert scores["scores"][name] == pytest.approx(float(cell), abs=0.4), name
+
+
+def test_caption_uses_it_and_says_so(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    image = str(next((drawn_run.data / "Images").glob("*.jpg")))
+    result = CliRunner().invoke(caption.main, [image, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "comes with the program" in result.stderr and "MODEL_CARD.md" in result.stderr
+    assert result.stdout.startswith(f"{image}\t") and len(result.stdout.split("\t")[1]) > 5
+
+
+def test_extraction_falls_back_on_its_encoder_and_keeps_to_it(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable() -> dict[str, torch.Tensor]:
+        raise UserError("the ImageNet weights of InceptionV3 cannot be had (no network)")
+
+    def never() -> dict[str, torch.Tensor]:
+        raise AssertionError("the cache was begun with other weights")
+
+    monkeypatch.setattr(encoder, "_imagenet_state", unreachable)
+    output = tmp_path / "features.h5"
+    words = ["--data", str(drawn_run.data), "--output", str(output), "--device", "cpu"]
+    result = CliRunner().invoke(extract_features.main, words)
+    assert result.exit_code == 0, result.output
+    assert "cannot be had (no network)" in result.stderr
+    assert "(--weights pretrained)" in result.stderr
+    identity = FeatureCache(output).identity
+    assert identity.weights_source == PRETRAINED
+    assert identity.mismatch(load_checkpoint(Path(PRETRAINED)).encoder) is None
+    monkeypatch.setattr(encoder, "_imagenet_state", never)
+    result = CliRunner().invoke(extract_features.main, words)
+    assert result.exit_code == 0 and "complete" in result.stderr, result.output
+
+
+def test_importing_it_is_cheap() -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pipeline.models.pretrained; print('torch' in sys.modules)",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout.strip() == "False"

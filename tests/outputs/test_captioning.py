@@ -1,0 +1,487 @@
+"""Where captions go: one file, text files, metadata, a page; interrupted, resumed, added to."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+
+import caption as command
+from pipeline import Captioner
+from pipeline.captioner import Prediction
+from pipeline.decoding.captions import Caption, Word
+from pipeline.outputs.formats import WRITERS, read_predictions
+from pipeline.outputs.gallery import write_gallery
+from pipeline.outputs.resume import Journal, journal_path
+from pipeline.utils.errors import UserError
+from pipeline.utils.progress import PlainLines
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def album(drawn_run: DrawnRun, tmp_path: Path) -> Path:
+    folder = tmp_path / "album"
+    (folder / "sub").mkdir(parents=True)
+    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:6]
+    for name, image in zip("abcde", images, strict=False):
+        shutil.copy(image, folder / f"{name}.jpg")
+    shutil.copy(images[5], folder / "sub" / "f.jpg")
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the images that a captioner was asked for."""
+    names: list[str] = []
+    stream = Captioner.stream
+
+    def spy(self: Captioner, images: Any, *arguments: Any, **options: Any) -> Iterator[Prediction]:
+        names.extend(Path(image).name for image in images)
+        return stream(self, images, *arguments, **options)
+
+    monkeypatch.setattr(Captioner, "stream", spy)
+    return names
+
+
+def caption(run: DrawnRun, *arguments: object, stdin: bytes | None = None) -> Result:
+    words = ["--model", str(run.run), "--device", "cpu", *map(str, arguments)]
+    return CliRunner().invoke(command.main, words, input=stdin)
+
+
+NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
+
+
+# One file
+
+
+def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
+    drawn_run: DrawnRun, album: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, output = album.parent / "whole.jsonl", album.parent / "out.jsonl"
+    assert caption(drawn_run, album, "--output", whole, "--words").exit_code == 0
+    asked.clear()
+    add = Journal.add
+
+    def interrupted(self: Journal, prediction: Prediction) -> None:
+        add(self, prediction)
+        if prediction.path.endswith("c.jpg"):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", interrupted)
+        result = caption(drawn_run, album, "--output", output, "--words")
+    assert result.exit_code == 130
+    assert "interrupted; the same command goes on" in result.stderr
+    assert not output.exists() and journal_path(output).exists()
+
+    asked.clear()
+    result = caption(drawn_run, album, "--output", output, "--words")
+    assert result.exit_code == 0, result.output
+    assert "3 were captioned before the interruption" in result.stderr
+    assert asked == ["d.jpg", "e.jpg", "f.jpg"]
+    assert output.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in album.parent.iterdir()) == ["album", "out.jsonl", "whole.jsonl"]
+
+
+def test_an_interruption_promises_to_go_on_only_where_something_is_kept(
+    drawn_run: DrawnRun, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Captioner, "stream", interrupted)
+    result = caption(drawn_run, album)
+    assert result.exit_code == 130 and result.stderr == "interrupted\n"
+    result = caption(drawn_run, album, "--sidecar")
+    assert result.stderr == "interrupted; the same command goes on\n"
+
+
+def test_what_changed_since_the_interruption_is_captioned_again(
+    drawn_run: DrawnRun, album: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = album.parent / "out.csv"
+
+    def fail(*arguments: object) -> None:
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.utils.files.os.fsync", fail)
+        assert caption(drawn_run, album, "--output", output).exit_code == 2
+    assert not output.exists()
+    shutil.copy(album / "a.jpg", album / "b.jpg")
+    (album / "c.jpg").unlink()
+    asked.clear()
+    assert caption(drawn_run, album, "--output", output).exit_code == 0
+    assert asked == ["b.jpg"]
+    rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
+    captions = {Path(row["image"]).name: row["caption"] for row in rows}
+    assert list(captions) == ["a.jpg", "b.jpg", "d.jpg", "e.jpg", "f.jpg"]
+    assert captions["a.jpg"] == captions["b.jpg"]
+
+
+@pytest.mark.parametrize("change", [("--beam-size", 2), ("--num-captions", 2), ("--words",)])
+def test_another_search_does_not_go_on_with_the_captions_of_the_first(
+    drawn_run: DrawnRun,
+    album: Path,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: tuple[object, ...],
+) -> None:
+    output = album.parent / "out.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish", lambda self: None)  # as if killed at the very end
+        caption(drawn_run, album, "--output", output)
+    asked.clear()
+    assert caption(drawn_run, album, "--output", output, *change).exit_code == 0
+    assert asked == NAMES
+
+
+def test_a_killed_process_leaves_a_journal_that_is_gone_on_with(
+    drawn_run: DrawnRun, album: Path
+) -> None:
+    output = album.parent / "out.txt"
+    program = (
+        "import sys, time, caption\n"
+        "from pipeline.outputs.resume import Journal\n"
+        "add = Journal.add\n"
+        "def slow(self, prediction):\n"
+        "    add(self, prediction)\n"
+        "    time.sleep(1000 if prediction.path.endswith('b.jpg') else 0)\n"
+        "Journal.add = slow\n"
+        "caption.main()\n"
+    )
+    words = [str(album), "--model", str(drawn_run.run), "--device", "cpu", "--output", str(output)]
+    process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
+    journal = journal_path(output)
+    deadline = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b"\n") == 3):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
+    process.wait()
+    with journal.open("a", encoding="utf-8") as handle:
+        handle.write('["c.jpg", [12')  # a line that the kill cut off
+    result = caption(drawn_run, album, "--output", output)
+    assert result.exit_code == 0
+    assert "2 were captioned before the interruption" in result.stderr
+    lines = output.read_text(encoding="utf-8").splitlines()
+    assert [Path(line.split("\t")[0]).name for line in lines] == NAMES
+
+
+@pytest.mark.parametrize("layout", list(WRITERS))
+def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
+    drawn_run: DrawnRun, album: Path, asked: list[str], layout: str
+) -> None:
+    whole, output = album.parent / "whole", album.parent / "out"
+    assert caption(drawn_run, album, "--format", layout, "--output", whole).exit_code == 0
+    some = [album / "b.jpg", album / "e.jpg"]
+    assert caption(drawn_run, *some, "--format", layout, "--output", output).exit_code == 0
+    asked.clear()
+    result = caption(drawn_run, album, "--format", layout, "--output", output, "--skip-existing")
+    assert result.exit_code == 0, result.output
+    assert asked == ["a.jpg", "c.jpg", "d.jpg", "f.jpg"]
+    assert "2 have captions already: passed over" in result.stderr
+    assert output.read_bytes() == whole.read_bytes()
+
+    # What the file has of other images stays, before the rest.
+    def add(name: str) -> list[str]:
+        asked.clear()
+        words = ["--format", layout, "--output", output, "--skip-existing"]
+        assert caption(drawn_run, album / name, *words).exit_code == 0
+        return asked
+
+    assert add("a.jpg") == [] and output.read_bytes() == whole.read_bytes()
+    shutil.copy(album / "a.jpg", album / "g.jpg")
+    assert add("g.jpg") == ["g.jpg"]
+    before, after = read_predictions(whole, layout), read_predictions(output, layout)
+    assert [p.path for p in after] == [*(p.path for p in before), str(album / "g.jpg")]
+    assert [p.captions[0].text for p in after[:6]] == [p.captions[0].text for p in before]
+
+
+def test_skip_existing_names_a_file_of_another_format(drawn_run: DrawnRun, album: Path) -> None:
+    output = album.parent / "out.csv"
+    output.write_text("photo,text\na,b\n", encoding="utf-8")
+    result = caption(drawn_run, album, "--output", output, "--skip-existing")
+    assert result.exit_code == 2
+    assert "out.csv: not in --format csv" in result.stderr
+    assert output.read_text(encoding="utf-8") == "photo,text\na,b\n"
+
+
+@pytest.mark.parametrize("layout", list(WRITERS))
+def test_every_format_can_be_read_again(tmp_path: Path, layout: str) -> None:
+    words = (Word("a", 0.5), Word('"b"', 0.25))
+    predictions = [
+        Prediction('x, "y"\n.jpg' if layout != "text" else 'x, "y".jpg', [Caption("a b", -1.25)]),
+        Prediction("z\u2028.jpg", [Caption("a", -0.5, words), Caption("c,\u2028d", -2.0)]),
+        Prediction("broken.jpg", [], "empty file"),
+    ]
+    buffer = io.StringIO()
+    WRITERS[layout](iter(predictions), buffer)
+    file = tmp_path / "file"
+    file.write_text(buffer.getvalue(), encoding="utf-8", newline="")
+    found = read_predictions(file, layout)
+    good = [p for p in found if p.error is None]
+    assert [p.path for p in good] == [p.path for p in predictions[:2]]
+    assert [[c.text for c in p.captions] for p in good] == [["a b"], ["a", "c,\u2028d"]]
+    if layout in ("json", "jsonl"):
+        assert found == predictions
+    if layout == "csv":
+        assert [c.log_probability for p in good for c in p.captions] == [-1.25, -0.5, -2.0]
+        assert found[2].error == "empty file"
+
+
+def test_the_format_follows_the_name_of_the_output(drawn_run: DrawnRun, album: Path) -> None:
+    for name, layout in (("o.csv", "csv"), ("o.JSON", "json"), ("o.jsonl", "jsonl"), ("o", "text")):
+        output = album.parent / name
+        assert caption(drawn_run, album / "a.jpg", "--output", output).exit_code == 0
+        assert len(read_predictions(output, layout)) == 1
+
+
+# Text files and metadata
+
+
+def test_sidecars_are_written_beside_and_never_replaced_unasked(
+    drawn_run: DrawnRun, album: Path, asked: list[str]
+) -> None:
+    (album / "b.txt").write_text("my own words\n", encoding="utf-8")
+    (album / "c.txt").write_text("")  # nothing in it: no caption
+    result = caption(drawn_run, album, "--sidecar")
+    assert result.exit_code == 0, result.output
+    assert asked == ["a.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
+    assert "1 have captions already: passed over" in result.stderr
+    shown = dict(line.split("\t") for line in result.stdout.splitlines())
+    for name in asked:
+        image = next(album.rglob(name))
+        assert image.with_suffix(".txt").read_text(encoding="utf-8") == f"{shown[str(image)]}\n"
+    assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
+
+    asked.clear()
+    assert caption(drawn_run, album, "--sidecar").exit_code == 0
+    assert asked == []
+    result = caption(drawn_run, album, "--sidecar", "--overwrite", "--num-captions", 2)
+    assert result.exit_code == 0 and asked == NAMES
+    assert len((album / "b.txt").read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_with_an_output_all_are_captioned_and_sidecars_stay(
+    drawn_run: DrawnRun, album: Path, asked: list[str]
+) -> None:
+    (album / "b.txt").write_text("my own words\n", encoding="utf-8")
+    output = album.parent / "out.json"
+    assert caption(drawn_run, album, "--sidecar", "--output", output).exit_code == 0
+    assert asked == NAMES and len(json.loads(output.read_text(encoding="utf-8"))) == 6
+    assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
+
+
+def test_two_images_do_not_share_a_sidecar(drawn_run: DrawnRun, album: Path) -> None:
+    shutil.copy(album / "a.jpg", album / "a.png")
+    result = caption(drawn_run, album, "--sidecar")
+    assert result.exit_code == 1
+    assert f"failed: {album / 'a.png'}: a.txt belongs to a.jpg" in result.stderr
+    assert len(result.stdout.splitlines()) == 7
+
+
+def test_a_sidecar_that_cannot_be_written_is_named_and_the_rest_goes_on(
+    drawn_run: DrawnRun, album: Path
+) -> None:
+    (album / "b.txt").mkdir()
+    result = caption(drawn_run, album, "--sidecar", "--overwrite")
+    assert result.exit_code == 1
+    assert f"failed: {album / 'b.jpg'}: " in result.stderr and "is a folder" in result.stderr
+    assert len(list(album.rglob("*.txt"))) == 6
+
+
+def test_metadata_get_the_caption_once(drawn_run: DrawnRun, album: Path, asked: list[str]) -> None:
+    pytest.importorskip("pyexiv2", reason="pyexiv2 is not installed")
+    from pipeline.outputs.metadata import read_description
+
+    before = {path: path.stat().st_mtime_ns for path in album.rglob("*.jpg")}
+    result = caption(drawn_run, album, "--write-metadata")
+    assert result.exit_code == 0, result.output
+    shown = dict(line.split("\t") for line in result.stdout.splitlines())
+    assert {str(path): read_description(path) for path in before} == shown
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    asked.clear()
+    assert caption(drawn_run, album, "--write-metadata").exit_code == 0
+    assert asked == []
+
+
+def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, album: Path) -> None:
+    (album / "broken.jpg").write_bytes(b"no image")
+    page = album.parent / "page.html"
+    result = caption(drawn_run, album, "--html", page, "--sidecar", "--format", "jsonl")
+    assert result.exit_code == 1 and f"page: {page}" in result.stderr
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [len(r.get("captions", [])) for r in records] == [1, 1, 0, 1, 1, 1, 1]
+    assert '"words"' not in result.stdout
+    assert len((album / "a.txt").read_text(encoding="utf-8").splitlines()) == 1
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/webp") == 6 and "not an image" in text
+    scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
+    items = [item for item in map(json.loads, scripts) if item.get("captions")]
+    assert [len(item["captions"]) for item in items] == [5] * 6
+    for item in items:
+        for found in item["captions"]:
+            assert [word for word, _ in found["words"]] == found["text"].split()
+    assert not journal_path(page).exists()
+
+
+def test_captions_do_not_gather_in_memory_for_a_page(
+    drawn_run: DrawnRun, album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Prediction]] = []
+    kept: list[int] = []
+    stream = Captioner.stream
+
+    def watched(self: Captioner, *arguments: Any, **options: Any) -> Iterator[Prediction]:
+        for prediction in stream(self, *arguments, **options):
+            made.append(weakref.ref(prediction))
+            yield prediction
+
+    def counted(*arguments: Any) -> None:
+        kept.append(sum(reference() is not None for reference in made))
+        write_gallery(*arguments)
+
+    monkeypatch.setattr(Captioner, "stream", watched)
+    monkeypatch.setattr("pipeline.outputs.caption_folder.write_gallery", counted)
+    assert caption(drawn_run, album, "--html", album.parent / "page.html").exit_code == 0
+    assert len(made) == 6
+    assert kept[0] <= 1, "but for the last, which is still in hand"
+
+
+# Which images
+
+
+@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
+def test_paths_are_read_from_standard_input(
+    drawn_run: DrawnRun, album: Path, separator: bytes
+) -> None:
+    odd = album / "an odd  name é.jpg"
+    shutil.copy(album / "a.jpg", odd)
+    paths = [odd, album / "b.jpg", album / "missing.jpg", album / "sub", album / "b.jpg"]
+    listed = separator.join(os.fsencode(path) for path in paths) + separator
+    result = caption(drawn_run, "-", stdin=listed)
+    assert result.exit_code == 1
+    shown = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert shown == [str(odd), str(album / "b.jpg"), str(album / "sub" / "f.jpg")]
+    assert f"failed: {album / 'missing.jpg'}: no such file" in result.stderr
+
+
+def test_an_empty_list_is_one_line(drawn_run: DrawnRun) -> None:
+    result = caption(drawn_run, "-", stdin=b"\n")
+    assert result.exit_code == 2 and "standard input: no images there" in result.stderr
+
+
+def test_symbolic_link_loops_end(drawn_run: DrawnRun, album: Path) -> None:
+    try:
+        (album / "sub" / "up").symlink_to(album, target_is_directory=True)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    result = caption(drawn_run, album)
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) == 6
+
+
+# What captions
+
+
+def test_prefix_lengths_and_draws(drawn_run: DrawnRun, album: Path) -> None:
+    def texts(*arguments: object) -> list[str]:
+        result = caption(drawn_run, album, *arguments)
+        assert result.exit_code == 0, result.output
+        return [line.split("\t")[1] for line in result.stdout.splitlines()]
+
+    assert all(text.startswith("two red ") for text in texts("--prefix", "Two red"))
+    assert all(len(text.split()) >= 9 for text in texts("--min-length", 9))
+    assert all(len(text.split()) <= 3 for text in texts("--max-length", 3))
+    drawn = texts("--temperature", 3, "--seed", 1)
+    assert drawn == texts("--temperature", 3, "--seed", 1, "--batch-size", 1)
+    assert drawn != texts("--temperature", 3, "--seed", 2)
+    several = texts("--num-captions", 4, "--diverse")
+    assert len(several) == 24
+    assert all(len(set(several[i : i + 4])) == 4 for i in range(0, 24, 4))
+
+
+def test_words_have_probabilities_that_make_up_the_caption(
+    drawn_run: DrawnRun, album: Path
+) -> None:
+    result = caption(drawn_run, album, "--words", "--format", "json", "--num-captions", 2)
+    for record in json.loads(result.stdout):
+        for found in record["captions"]:
+            assert " ".join(word["text"] for word in found["words"]) == found["caption"]
+            assert all(0 <= word["probability"] <= 1 for word in found["words"])
+    plain = caption(drawn_run, album, "--format", "json", "--num-captions", 2)
+    assert '"words":' in result.stdout and '"words":' not in plain.stdout
+
+
+def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
+    for arguments, message in (
+        ((), "name images or a folder of them"),
+        ((album, "--serve"), "--serve takes no images"),
+        ((album, "--skip-existing"), "--skip-existing: needs the --output"),
+        ((album, "--diverse"), "--diverse: is for several captions"),
+        ((album, "--diverse", "--num-captions", 2, "--top-p", 0.5), "--diverse: drawn captions"),
+        ((album, "--prefix", "a xyzzy"), "--prefix: the model does not know 'xyzzy'"),
+        ((album, "--prefix", "a dog runs", "--max-length", 2), "--prefix: "),
+        ((album, "--min-length", 9, "--max-length", 3), "--min-length 9: must not be above"),
+        ((album, "--temperature", 0), "--temperature"),
+        ((album, "--html", album), "is a folder"),
+    ):
+        result = caption(drawn_run, *arguments)
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr and "Traceback" not in result.output
+        assert result.stdout == ""
+
+
+# The journal, and progress
+
+
+def test_a_journal_of_garbage_is_begun_anew(tmp_path: Path) -> None:
+    target = tmp_path / "x.csv"
+    journal_path(target).write_bytes(b"\xff\xfe garbage\n[1, 2")
+    journal = Journal(target, {"a": 1})
+    assert dict(journal) == {}
+    image = tmp_path / "p.jpg"
+    image.write_bytes(b"1")
+    journal.add(Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))]))
+    again = Journal(target, {"a": 1})
+    assert dict(again) == {
+        str(image): Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))])
+    }
+    assert dict(Journal(target, {"a": 2})) == {}
+
+
+def test_a_image_that_is_gone_before_it_is_noted_stops_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.csv", {})
+    journal.add(Prediction(str(tmp_path / "gone.jpg"), [Caption("a", -1.0)]))
+    assert len(journal) == 1, "a page shows its captions"
+    assert dict(Journal(tmp_path / "x.csv", {})) == {}
+
+
+def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".x.csv.journal").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        Journal(tmp_path / "x.csv", {})
+
+
+def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = PlainLines()
+    for drawn in ("\r", "\rcaptioning: 5 of 30 images   ", "", "\n"):
+        lines.write(drawn)
+    assert capsys.readouterr().err == "captioning: 5 of 30 images\n"

@@ -1,0 +1,599 @@
+"""The page of captioned images: what is written, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+import pytest
+from browser import browser_page
+from click.testing import CliRunner, Result
+from conftest import draw
+from drawn_run import DrawnRun
+from PIL import Image
+
+import evaluate as command
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.vocabulary import tokenize
+from pipeline.decoding.captions import Caption, Word
+from pipeline.evaluation import Evaluation
+from pipeline.metrics.coco import Scorer
+from pipeline.outputs import gallery
+from pipeline.outputs.gallery import GalleryItem, Thumbnail, confidence, write_gallery
+from pipeline.reports.evaluation_page import write_page
+from pipeline.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+HOSTILE = (
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 2</script>",
+    "<img src=x onerror='window.hacked = 3'>",
+    '"\'><b onclick="hacked">`${hacked}`&amp;&lt;',
+    "{{ 7 * 7 }}{% raw %}<!-- <script> ]]>",
+    "\u202egpj.elif\u202c \u2028\u2029 \u2066left open",
+)
+ODD_NAMES = (
+    *("a b.png", "a#b.png", "a?b=c&d.png", "100%.png", "%41.png", "c:d.png", 'it\'s "so".png'),
+    *("é ü 図.png", "[1]{2}^~|.png", "back\\slash.png", "new\nline.png", " lead.png"),
+)
+
+
+class Parsed(HTMLParser):
+    """The parts of a page: its records, and the text and attributes of the rest."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.records: list[dict[str, Any]] = []
+        self.scripts = 0
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.text = ""
+        self._in = ""
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in = "json" if ("type", "application/json") in attrs else tag
+        self.scripts += tag == "script"
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "json":
+            self.records.append(json.loads(data))
+        elif self._in not in ("script", "style"):
+            self.text += data
+
+
+def item(path: Path, text: str = "a dog runs", **more: Any) -> GalleryItem:
+    captions = more.pop("captions", [Caption(text, -2.0), Caption(f"{text} away", -4.0)])
+    return GalleryItem(path, more.pop("name", path.name), captions, **more)
+
+
+def written(tmp_path: Path, *items: GalleryItem, **options: Any) -> Parsed:
+    page = tmp_path / "page.html"
+    write_gallery(items, page, "Images", {"Model": "m"}, **options)
+    return Parsed(page)
+
+
+# What is written
+
+
+def test_thumbnails_inside_the_page_are_small_images(tmp_path: Path) -> None:
+    wide = draw(tmp_path / "wide.jpg", size=(1600, 400))
+    thin = draw(tmp_path / "thin.png", size=(3, 2000))
+    small = draw(tmp_path / "small.png", size=(64, 48))
+    records = written(tmp_path, item(wide), item(thin), item(small)).records
+    assert [(r["width"], r["height"]) for r in records] == [(320, 80), (1, 320), (64, 48)]
+    for record in records:
+        head, content = record["thumbnail"].split(",")
+        assert head == "data:image/webp;base64"
+        with Image.open(io.BytesIO(base64.b64decode(content))) as image:
+            image.load()
+            assert image.format == "WEBP" and image.size == (record["width"], record["height"])
+    assert not (tmp_path / "page_files").exists()
+
+
+def test_thumbnails_beside_the_page_are_replaced_by_the_next_run(tmp_path: Path) -> None:
+    first, second = (draw(tmp_path / f"{n}.png", n) for n in (1, 2))
+    folder = tmp_path / "page_files"
+    page = written(tmp_path, item(first), item(first), thumbnails="beside")
+    addresses = [record["thumbnail"] for record in page.records]
+    assert addresses[0] == addresses[1] and addresses[0].startswith("page_files/")
+    with Image.open(tmp_path / addresses[0]) as image:
+        assert image.size == (64, 48)
+    (folder / "mine.webp").write_text("somebody's own")
+
+    written(tmp_path, item(second), thumbnails="beside")
+    assert not (tmp_path / addresses[0]).exists()
+    assert len(list(folder.iterdir())) == 2
+    written(tmp_path, item(second))
+    assert [path.name for path in folder.iterdir()] == ["mine.webp"]
+
+    odd = tmp_path / "a b#%.html"
+    write_gallery([item(first)], odd, "t", {}, thumbnails="beside")
+    (record,) = Parsed(odd).records
+    assert (tmp_path / os.fsdecode(unquote_to_bytes(record["thumbnail"]))).is_file()
+
+
+@pytest.mark.parametrize("thumbnails", ["inside", "beside"])
+def test_a_stream_that_breaks_leaves_the_earlier_page_whole(
+    tmp_path: Path, thumbnails: str
+) -> None:
+    images = [draw(tmp_path / f"{n}.png", n) for n in range(60)]
+    before = written(tmp_path, item(images[0]), thumbnails="beside")
+    files = sorted(tmp_path.rglob("*"))
+
+    def broken() -> Iterator[GalleryItem]:
+        yield from map(item, images)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_gallery(broken(), tmp_path / "page.html", "t", {}, thumbnails)
+    assert sorted(tmp_path.rglob("*")) == files
+    assert Parsed(tmp_path / "page.html").records == before.records
+
+
+def test_items_are_taken_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, done, ahead = 0, 0, 0
+    record = gallery._record
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        nonlocal done
+        done += 1
+        return record(*arguments)
+
+    def items() -> Iterator[GalleryItem]:
+        nonlocal taken, ahead
+        for _ in range(300):
+            taken += 1
+            ahead = max(ahead, taken - done)
+            yield item(tmp_path / "none.jpg")
+
+    monkeypatch.setattr(gallery, "_record", counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    write_gallery(items(), tmp_path / "page.html", "t", {})
+    assert done == 300 and 0 < ahead <= 12
+
+
+def test_images_that_cannot_be_read_keep_their_captions_or_their_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 no image")
+    good = draw(tmp_path / "good.png")
+    records = written(
+        tmp_path,
+        item(tmp_path / "gone.jpg"),
+        item(broken),
+        item(good, captions=[], error="not an image"),
+        item(good, captions=[]),
+    ).records
+    assert [r["missing"] for r in records] == [
+        "no such file",
+        "not an image that Pillow reads",
+        None,
+        None,
+    ]
+    assert [r["thumbnail"] is None for r in records] == [True, True, True, False]
+    assert [r["original"] is None for r in records] == [True, True, True, False]
+    assert records[2]["error"] == "not an image" and records[0]["error"] is None
+    assert [len(r["captions"]) for r in records] == [2, 2, 0, 0]
+
+
+def test_the_original_is_shown_where_browsers_know_its_format(tmp_path: Path) -> None:
+    tiff, png = draw(tmp_path / "a.tif"), draw(tmp_path / "b.png")
+    disguised = Path(shutil.copy(png, tmp_path / "c.tif"))
+    items = [item(path) for path in (tiff, png, disguised)]
+    originals = [record["original"] for record in written(tmp_path, *items).records]
+    assert originals == [None, "b.png", "c.tif"]
+    alone = written(tmp_path, *items, full_size=False).records
+    assert [record["original"] for record in alone] == [None] * 3
+    above = draw(tmp_path / "a b" / "d.png")
+    page = tmp_path / "pages" / "page.html"
+    write_gallery([item(above)], page, "t", {})
+    assert Parsed(page).records[0]["original"] == "../a%20b/d.png"
+
+
+def odd_images(folder: Path) -> list[Path]:
+    names = [os.fsencode(name) for name in ODD_NAMES]
+    if sys.platform == "linux":
+        names.append(b"bytes \xff\xfe.png")
+    else:
+        names = [name for name in names if not set(name) & set(b'?:"\\|\n')]
+    return [draw(folder / os.fsdecode(name), seed) for seed, name in enumerate(names)]
+
+
+def test_addresses_of_odd_names_lead_to_the_files(tmp_path: Path) -> None:
+    paths = odd_images(tmp_path)
+    records = written(tmp_path, *map(item, paths)).records
+    for path, record in zip(paths, records, strict=True):
+        assert unquote_to_bytes(record["original"]) == os.fsencode(path.name)
+        assert not set(record["original"]) & set(" #?:\"'&\\\n<>")
+        assert record["name"].isprintable() or "\n" in record["name"]
+
+
+def test_hostile_text_is_data(tmp_path: Path) -> None:
+    image = draw(tmp_path / "a.png")
+    page = tmp_path / "page.html"
+    items = [
+        item(image, text, name=text, references=[text], error=error)
+        for text in HOSTILE
+        for error in (None, text)
+    ]
+    write_gallery(items, page, HOSTILE[1], {text: text for text in HOSTILE})
+    parsed = Parsed(page)
+    assert parsed.scripts == len(items) + 1
+    assert not [a for a in parsed.attributes if a[1].startswith("on") or a[1] == "style"]
+    assert not [a for a in parsed.attributes if a[0] == "b" or a[2] == "x"]
+    for text in HOSTILE:
+        assert parsed.text.count(text) >= 2
+    for record, given in zip(parsed.records, items, strict=True):
+        assert record["name"] == record["references"][0] == given.name
+        assert record["captions"][0]["text"] == given.captions[0].text
+        assert record["error"] == given.error
+    data = page.read_text(encoding="utf-8").split('<div id="records"')[1]
+    assert "\u2028" not in data and "hacked = 1</" not in data
+
+
+def test_confidence_is_the_mean_probability_of_a_token(tmp_path: Path) -> None:
+    probabilities = (0.5, 0.25, 0.9)
+    caption = Caption(
+        "a man's",
+        math.log(math.prod(probabilities) * 0.8),
+        tuple(Word(w, p) for w, p in zip(("a", "man", "'s"), probabilities, strict=True)),
+    )
+    assert confidence(caption) == pytest.approx((math.prod(probabilities) * 0.8) ** 0.25)
+    assert confidence(Caption("a dog", -6.0)) == pytest.approx(math.exp(-2))
+    assert confidence(Caption("a dog", -math.inf)) is None
+    image = draw(tmp_path / "a.png")
+    endless = Caption("a", math.nan, (Word("a", math.nan),))
+    records = written(tmp_path, item(image, captions=[caption, endless], score=math.inf)).records
+    assert records[0]["captions"][0]["words"] == [["a", 0.5], ["man", 0.25], ["'s", 0.9]]
+    assert records[0]["captions"][1]["logProbability"] is None
+    assert records[0]["captions"][1]["words"] == [["a", None]]
+    assert records[0]["score"] is None
+
+
+def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="above"):
+        write_gallery([], tmp_path / "page.html", "t", {}, thumbnails="above")
+    with pytest.raises(UserError, match="is a folder"):
+        write_gallery([], tmp_path, "t", {})
+    (tmp_path / "page_files").write_text("a file")
+    with pytest.raises(UserError, match=r"page_files.*cannot be written"):
+        written(tmp_path, item(draw(tmp_path / "a.png")), thumbnails="beside")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "page_files"]
+
+
+def test_importing_is_quick() -> None:
+    code = "import sys, pipeline.outputs.gallery; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(gallery.__file__).parents[2],
+    ).stdout.split()
+    assert not {"torch", "jinja2", "PIL", "numpy"} & set(modules)
+
+
+# evaluate.py --html
+
+
+def evaluate(*arguments: object) -> Result:
+    words = [str(argument) for argument in (*arguments, "--no-java", "--device", "cpu")]
+    return CliRunner().invoke(command.main, words)
+
+
+def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    page, output = tmp_path / "page.html", tmp_path / "predictions.json"
+    split = ("--split", "train")
+    result = evaluate(drawn_run.run, *split, "--html", page, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert f"page: {page}" in result.stderr
+    parsed = Parsed(page)
+    table = read_captions(drawn_run.data)
+    images = table.of_split("train")
+    predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
+    cider = Scorer({i.name: [tokenize(c) for c in i.captions] for i in images}).per_image_cider(
+        {name: tokenize(text) for name, text in predictions.items()}
+    )
+    assert [r["name"] for r in parsed.records] == [i.name for i in images]
+    for record, image in zip(parsed.records, images, strict=True):
+        assert record["references"] == list(image.captions)
+        assert record["captions"][0]["text"] == predictions[image.name]
+        assert len(record["captions"]) == 5
+        assert record["score"] == pytest.approx(cider[image.name], rel=1e-4)
+        assert record["missing"] is None
+        assert (tmp_path / record["original"]).resolve().is_file()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for text in (
+        f"{scores['scores']['CIDEr-D']:.1f} (95 %: ",
+        f"train ({table.split_hash('train')})",
+        "24 images, 120 references",
+        "beam 10, consensus 2, matching 2",
+    ):
+        assert text in parsed.text
+
+
+def test_evaluate_needs_no_image_files(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    data, page = tmp_path / "scenes", tmp_path / "page.html"
+    data.mkdir()
+    shutil.copy(drawn_run.data / "captions.csv", data)
+    options = ("--data", data, "--features", drawn_run.features, "--output", tmp_path / "p.json")
+    result = evaluate(drawn_run.run, *options, "--html", page)
+    assert result.exit_code == 0, result.output
+    records = Parsed(page).records
+    assert [r["missing"] for r in records] == ["no such file"] * 3
+    assert all(r["captions"] and r["references"] and r["score"] is not None for r in records)
+
+
+def test_images_that_evaluate_left_out_are_named(tmp_path: Path) -> None:
+    facts = {
+        **{"split": "val", "split_sha256": "0", "images": 0, "references": 0, "features": "f"},
+        "search": {"beam_size": 1, "consensus": 0, "matching": 0},
+    }
+    left_out = {Path("x/broken.jpg"): "empty file"}
+    result = Evaluation({}, {"distinct_captions": 0}, [], {}, facts, [], left_out)
+    write_page(result, "run", tmp_path / "page.html")
+    (record,) = Parsed(tmp_path / "page.html").records
+    assert (record["name"], record["error"]) == (str(Path("x/broken.jpg")), "empty file")
+
+
+def test_a_page_of_several_runs_is_refused_at_once(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for arguments, message in (
+        ((drawn_run.run, drawn_run.run, "--html", page), "--html is for one run"),
+        (("--compare", "a.json", "b.json", "--html", page), "--html is for one run"),
+        ((drawn_run.run, "--html", tmp_path), "is a folder"),
+    ):
+        result = evaluate(*arguments)
+        assert result.exit_code == 2 and message in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+        assert not page.exists()
+
+
+# In a browser
+
+
+def captions_shown(page: Page) -> list[str]:
+    return page.locator("#grid .caption").all_text_contents()
+
+
+def test_hostile_text_is_shown_as_text_and_odd_files_open(tmp_path: Path) -> None:
+    odd = odd_images(tmp_path / "album #1")
+    texts = [*HOSTILE, *[f"odd {number}" for number in range(len(odd))]]
+    items = [item(odd[0], text, name=text, references=[text]) for text in HOSTILE]
+    items += [item(path, f"odd {number}") for number, path in enumerate(odd)]
+    items += [item(odd[0], name=text, captions=[], error=text) for text in HOSTILE]
+    target = tmp_path / "page.html"
+    write_gallery(items, target, HOSTILE[0], dict.fromkeys(HOSTILE, HOSTILE[1]), "beside")
+    with browser_page(own=tmp_path.as_uri()) as (page, problems):
+        page.goto(target.as_uri())
+        assert page.title() == HOSTILE[0]
+        page.locator("#failures summary").click()
+        assert sorted(captions_shown(page)) == sorted(texts)
+        failed = page.locator("#failures li").all_text_contents()
+        assert failed == [f"{text}: {text}" for text in HOSTILE]
+        alternatives = page.locator("#grid img").evaluate_all("all => all.map(e => e.alt)")
+        assert sorted(alternatives) == sorted(texts)
+        page.locator("#grid .open").first.click()
+        for _ in texts:
+            # The file itself, not the thumbnail: the same address as the record's.
+            page.wait_for_selector('#stage img[src^="album%20%231/"]')
+            assert page.locator("#stage img").evaluate("e => e.decode().then(() => e.naturalWidth)")
+            page.keyboard.press("ArrowRight")
+        assert page.evaluate("window.hacked === undefined")
+        assert page.locator("b, #grid script").count() == 0
+        assert problems == []
+
+
+def test_search_and_sort(tmp_path: Path) -> None:
+    image = draw(tmp_path / "a.png")
+    rows = [
+        ("10.png", "a red dog", 30.0, -8.0),
+        ("9.png", "a blue dog", 10.0, -1.0),
+        ("Éva.png", "two red cars", 20.0, -4.0),
+    ]
+    items = [
+        item(image, name=name, captions=[Caption(text, p)], references=["seen"], score=score)
+        for name, text, score, p in rows
+    ]
+    items[2] = GalleryItem(image, "Éva.png", [Caption("two red cars", -4.0)], None, ["ONE"], 20.0)
+    target = tmp_path / "page.html"
+    write_gallery(items, target, "t", {})
+    with browser_page(own=target.as_uri()) as (page, problems):
+        page.goto(target.as_uri())
+        assert captions_shown(page) == ["a blue dog", "two red cars", "a red dog"]  # worst first
+        for label, first in (
+            ("CIDEr-D, best first", "a red dog"),
+            ("Name", "a blue dog"),
+            ("Surest first", "a blue dog"),
+            ("Least sure first", "a red dog"),
+        ):
+            page.get_by_label("Sort").select_option(label)
+            assert captions_shown(page)[0] == first
+        page.get_by_label("Sort").select_option("Name")
+        names = page.locator("#grid .name").all_text_contents()
+        assert names == ["9.png", "10.png", "Éva.png"]
+        search = page.get_by_label("Search", exact=True)
+        for words, found in (
+            ("dog", ["a blue dog", "a red dog"]),
+            ("DOG re", ["a red dog"]),
+            ("eva", ["two red cars"]),
+            ("one", ["two red cars"]),
+            ("seen red", ["a red dog"]),
+            ("dog cars", []),
+        ):
+            search.fill(words)
+            assert captions_shown(page) == found
+            assert page.get_by_role("status").first.inner_text() == f"{len(found)} of 3 images"
+        page.get_by_role("button", name="Clear the search").click()
+        assert len(captions_shown(page)) == 3
+        assert page.get_by_role("status").first.inner_text() == "3 images"
+        assert problems == []
+
+
+def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
+    images = [draw(tmp_path / f"{n}.png", n, (640, 480)) for n in range(3)]
+    words = (Word("a", 0.9), Word("man", 0.5), Word("'s", 0.004), Word("dog", 1.0))
+    items = [
+        item(p, captions=[Caption("a man's dog", -4.0, words), Caption(f"number {n}", -5.0)])
+        for n, p in enumerate(images)
+    ]
+    items[2] = item(tmp_path / "gone.png", "gone", references=["it was <here>"], score=12.34)
+    target = tmp_path / "page.html"
+    write_gallery(items, target, "t", {})
+    options = {"permissions": ["clipboard-read", "clipboard-write"]}
+    with browser_page(own=tmp_path.as_uri(), **options) as (page, problems):
+        page.goto(target.as_uri())
+        page.get_by_label("Sort").select_option("Name")
+        page.get_by_role("button", name="Dark colours").focus()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.className") == "open"
+        page.keyboard.press("Enter")
+        dialog = page.get_by_role("dialog", name="0.png")
+        page.wait_for_selector('#stage img[src="0.png"]')
+        assert dialog.locator(".caption").all_text_contents() == ["a man's dog", "number 0"]
+        assert dialog.locator(".probabilities").first.text_content() == (
+            "Word by word: a 90 %, man 50 %, 's < 1 %, dog 100 %"
+        )
+        shades = dialog.locator(".word").evaluate_all(
+            "all => all.map(e => getComputedStyle(e).backgroundColor)"
+        )
+        assert len(set(shades)) == 4
+        assert dialog.locator(".word").nth(1).get_attribute("title") == "50 %"
+        page.keyboard.press("ArrowLeft")  # there is none before the first
+        assert page.get_by_role("dialog", name="0.png").is_visible()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_selector('#stage img[src="1.png"]')
+        assert page.locator("#viewer-place").inner_text() == "2 of 3"
+        assert "2 of 3: a man's dog" in page.locator("#announcement").inner_text()
+        page.get_by_role("dialog").get_by_role("button", name="Copy").nth(1).press("Enter")
+        page.wait_for_selector(".copy.done")
+        assert page.evaluate("navigator.clipboard.readText()") == "number 1"
+        page.keyboard.press("ArrowRight")
+        dialog = page.get_by_role("dialog", name="gone.png")
+        assert "no such file" in page.locator("#stage").inner_text()
+        assert dialog.locator(".references li").all_inner_texts() == ["it was <here>"]
+        assert "12.3" in page.locator("#viewer-score").inner_text()
+        page.keyboard.press("Escape")
+        assert not page.locator("#viewer").is_visible()
+        focused = "document.activeElement.closest('.card').querySelector('.name').textContent"
+        page.wait_for_function(f"{focused} === 'gone.png'")
+        assert problems == []
+
+
+CONTRAST = """() => {
+  const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const luminance = (colour) => {
+    context.fillStyle = colour;
+    context.fillRect(0, 0, 1, 1);
+    const parts = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
+      const share = value / 255;
+      return share <= 0.04045 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = getComputedStyle(e).backgroundColor;
+      if (colour !== 'rgba(0, 0, 0, 0)') return colour;
+    }
+  };
+  const texts = 'h1, summary, dt, dd, .count, .caption, .name, .figure, .frame *, .place, h3, li';
+  return [...document.querySelectorAll(texts)].map((element) => {
+    const pair = [getComputedStyle(element).color, behind(element)].map(luminance);
+    return [element.className || element.tagName, (Math.max(...pair) + 0.05) /
+      (Math.min(...pair) + 0.05)];
+  });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_on_a_phone_in_both_colours(tmp_path: Path, scheme: str) -> None:
+    image = draw(tmp_path / "a.png")
+    target = tmp_path / "page.html"
+    items = [item(image, "a dog " * 30, name="x" * 300, references=["a dog"], score=1.0)]
+    items.append(item(tmp_path / "gone.png"))
+    write_gallery(items, target, "title", {"Model": "y" * 300})
+    viewport = {"width": 390, "height": 844}
+    with browser_page(tmp_path.as_uri(), viewport=viewport, color_scheme=scheme) as (
+        page,
+        problems,
+    ):
+        page.goto(target.as_uri())
+        page.locator(".facts summary").click()
+        page.locator(".open").first.click()
+        backgrounds = []
+        for _ in range(2):
+            ratios = page.evaluate(CONTRAST)
+            assert len(ratios) > 12
+            assert [pair for pair in ratios if pair[1] < 4.5] == []
+            assert page.evaluate("document.documentElement.scrollWidth") == 390
+            backgrounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            page.evaluate("document.getElementById('viewer').close()")
+            page.get_by_role("button", name="Dark colours").click()
+        assert len(set(backgrounds)) == 2
+        pressed = page.get_by_role("button", name="Dark colours").get_attribute("aria-pressed")
+        assert pressed == ("true" if scheme == "dark" else "false")
+        assert problems == []
+
+
+def test_five_thousand_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = draw(tmp_path / "a.png", size=(320, 240))
+    content = gallery.make_thumbnail(image).content
+    monkeypatch.setattr(
+        gallery,
+        "make_thumbnail",
+        lambda path: Thumbnail(content + os.urandom(9000), 320, 240, True),
+    )
+    words = "a man woman dog cat red blue shirt runs sits on the grass street ball".split()
+    texts = [" ".join(words[(n * k) % len(words)] for k in range(9)) for n in range(1, 51)]
+    items = (
+        item(image, texts[n % 50], name=f"{n}.jpg", references=texts[:5], score=float(n))
+        for n in range(5000)
+    )
+    target = tmp_path / "page.html"
+    write_gallery(items, target, "t", {})
+    assert target.stat().st_size > 60_000_000
+    with browser_page(own=tmp_path.as_uri()) as (page, problems):
+        start = time.monotonic()
+        page.goto(target.as_uri())
+        page.wait_for_selector(".card img")
+        assert time.monotonic() - start < 20
+        assert page.get_by_role("status").first.inner_text() == "5,000 images"
+        assert 20 <= page.locator(".card").count() < 400
+        search = """(text) => {
+          const field = document.getElementById('search');
+          const start = performance.now();
+          field.value = text;
+          field.dispatchEvent(new Event('input'));
+          document.body.offsetHeight; // laid out
+          return performance.now() - start;
+        }"""
+        times = sorted(page.evaluate(search, text) for text in ("d", "do", "dog", "1 d", "499"))
+        assert times[2] < 100  # milliseconds, in the middle: other work may run beside
+        assert page.locator(".card").count() == 15
+        assert page.get_by_role("status").first.inner_text() == "15 of 5,000 images"
+        page.evaluate(search, "")
+        for drawn in range(60, 360, 60):  # more is drawn as one comes near the end
+            page.wait_for_selector(f".card:nth-of-type({drawn})", state="attached")
+            page.keyboard.press("End")
+        assert page.locator(".card").count() < 1000
+        assert problems == []

@@ -1,0 +1,417 @@
+"""train_decoder.py --check: what it finds in good and in broken data, and how it ends."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from conftest import draw
+from drawn_run import DrawnRun
+from small_data import IDENTITY, make_small_data
+
+import train_decoder
+from pipeline.datasets.caption_table import CaptionedImage
+from pipeline.features.cache_writer import open_cache_writer
+from pipeline.models.encoder_identity import FEATURE_SIZE
+from pipeline.reports import caption_statistics, data_check
+from pipeline.reports import cost_estimate as check_estimates
+from pipeline.reports.caption_statistics import (
+    Spread,
+    better_tokenizer,
+    coverage,
+    hardly_spaced,
+    identical_files,
+    repetitions,
+)
+
+SMALL = "--embed-size 16 --hidden-size 16 --device cpu --precision fp32".split()
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time as little as there can be; the captioner in the box and the encoder are not loaded."""
+    monkeypatch.setattr(check_estimates, "STEP_SECONDS", 0.0)
+    monkeypatch.setattr(data_check, "_known_to_pretrained", lambda table: 95.0)
+    monkeypatch.setattr(data_check, "extraction_seconds", lambda *arguments: 42.0)
+
+
+def check(data: Path, *arguments: object, code: int = 0) -> Result:
+    words = ["--data", str(data), "--check", *SMALL, *map(str, arguments)]
+    result = CliRunner().invoke(train_decoder.main, words)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def data_set(folder: Path, captions: Sequence[tuple[str, str]], images: Sequence[str] = ()) -> Path:
+    """Write captions.csv, and a different image for each of its names or of ``images``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as handle:
+        csv.writer(handle).writerows([("image", "caption"), *captions])
+    for number, name in enumerate(images or sorted({name for name, _ in captions})):
+        draw(folder / name, number, (16, 12 + number))
+    return folder
+
+
+def many(count: int = 30, text: str = "a dog runs") -> list[tuple[str, str]]:
+    return [(f"{number:03d}.png", f"{text} {number % 3}") for number in range(count)]
+
+
+# Good data
+
+
+def test_data_with_features_can_start(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    for number in range(60):
+        draw(data / f"{number:04d}.jpg", number)
+    before = sorted(tmp_path.rglob("*"))
+    run = tmp_path / "my run"
+    result = check(data, "--features", features, "--run", run, "--min-count", 2)
+    assert sorted(tmp_path.rglob("*")) == before, "a check writes nothing"
+    lines = result.stdout.splitlines()
+    assert lines[:4] == [
+        f"captions: {data}/captions.csv (CSV)",
+        "  120 captions of 60 images; an image has 2 in the median, 2 at least, 2 at most",
+        f"images: 60 in {data}, 60 of them with captions",
+        "split: 36 train, 12 val, 12 test (the file's own split column)",
+    ]
+    assert "tokens (english): 3 a caption in the median, 7 at 95 %, 7 at most" in lines
+    # a, there, is, it, four colours, three things
+    assert "vocabulary: 11 words that train has 2 times or more (--min-count), of 11" in lines
+    assert "  val has no other words" in lines
+    assert f"features: {features}, of 60 captioned images" in result.stdout
+    assert re.search(
+        r"training: about \d+ s an epoch, .* for 50 epochs on cpu in fp32", result.stdout
+    )
+    assert lines[-2:] == [
+        "next: training can start",
+        f"  python train_decoder.py --data {data} --features {features} --run '{run}' "
+        "--embed-size 16 --hidden-size 16 --min-count 2 --device cpu --precision fp32",
+    ]
+    assert result.stderr == ""
+
+
+def test_the_command_that_it_names_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, features = make_small_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--features", features, "--epochs", 1, "--no-tied", "--no-init-state-from-image")
+    command = check(data, *arguments).stdout.splitlines()[-1].split()
+    assert command[:2] == ["python", "train_decoder.py"] and "--no-tied" in command
+    assert "--check" not in command
+    done = CliRunner().invoke(train_decoder.main, command[2:])
+    assert done.exit_code == 0, done.output
+    # The run is there now: a check says that it is finished, or that it is another.
+    again = check(data, *arguments)
+    assert "run: runs/decoder goes on after epoch 1 of 1" in again.stdout
+    refused = check(data, *arguments, "--seed", 1, code=2)
+    assert "runs/decoder was started with seed 0, not 1" in refused.stderr
+    assert "started over" in check(data, *arguments, "--seed", 1, "--force").stdout
+
+
+def test_without_features_it_names_the_command_that_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data_set(tmp_path / "photos", many())
+    result = check(Path("photos"), "--run", "runs/photos", code=1)
+    assert "features: data/features/photos.h5 is not there yet" in result.stdout
+    assert result.stdout.endswith(
+        "next: extract features, in about 42 s (1 MB of disk)\n"
+        "  python extract_features.py --data photos --device cpu\n"
+        "then:\n"
+        "  python train_decoder.py --data photos --run runs/photos --embed-size 16 --hidden-size "
+        "16 --device cpu --precision fp32\n"
+    )
+    (tmp_path / "data/features").mkdir(parents=True)
+    (tmp_path / "data/features/photos.h5.partial").touch()
+    assert "is not finished" in check(Path("photos"), code=1).stdout
+
+
+def test_extraction_is_timed_on_real_images(drawn_run: DrawnRun) -> None:
+    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:5]
+    seconds = check_estimates.extraction_seconds(paths, 1000, torch.device("cpu"))
+    assert 0.5 < seconds < 5000, "an image takes more than half a millisecond, and less than 5 s"
+
+
+def test_a_drawn_run_is_found_finished_and_cheap(drawn_run: DrawnRun) -> None:
+    options = "--epochs 12 --batch-size 16 --embed-size 48 --hidden-size 48 --min-count 2 --lr 0.01"
+    result = CliRunner().invoke(
+        train_decoder.main,
+        [
+            *("--data", str(drawn_run.data), "--features", str(drawn_run.features)),
+            *("--run", str(drawn_run.run), "--check", *options.split()),
+            *("--device", "cpu", "--precision", "fp32"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    assert "goes on after epoch 12 of 12" in result.stdout
+    disk = re.search(r"(\d+) MB of disk", result.stdout)
+    real = sum(f.stat().st_size for f in drawn_run.run.glob("*.pt")) / 1e6
+    assert disk is not None and 0.7 * real < int(disk[1]) < 1.4 * real
+
+
+# Broken and doubtful data
+
+
+def test_missing_images_are_named_and_so_are_those_without_captions(tmp_path: Path) -> None:
+    data = data_set(tmp_path, [*many(), ("lost.png", "a cat"), ("gone.png", "a cat")])
+    (data / "lost.png").unlink()
+    (data / "gone.png").unlink()
+    for number in range(5):
+        draw(data / f"bare{number}.png", 100 + number)
+    text = check(data, code=1).stdout
+    assert "captioned images without an image, left out: 2 (gone.png, lost.png)" in text
+    assert "images without captions, left out: 5 (bare0.png, bare1.png, bare2.png ...)" in text
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        ("no folder", "no such folder"),
+        ("no captions", "no captions file; looked for"),
+        ("empty", "the file is empty"),
+        ("no header", "no header with an image and a caption column"),
+        ("other names", "none of its images is among those of --data"),
+        ("no images", "no images there, and no features of them"),
+        ("one image", "no image is in the train split"),
+        ("rare words", "no word occurs 5 times or more"),
+        ("broken cache", "not a readable feature cache"),
+        ("strange cache", "none of its images is among those"),
+        ("damaged row", "rows are damaged"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line_and_exit_code_2(
+    tmp_path: Path, spoil: str, words: str
+) -> None:
+    data = data_set(tmp_path / "data", many())
+    features = tmp_path / "features.h5"
+    captions = data / "captions.csv"
+    if spoil == "no folder":
+        shutil.rmtree(data)
+    elif spoil == "no captions":
+        captions.unlink()
+    elif spoil == "empty":
+        captions.write_text("")
+    elif spoil == "no header":
+        captions.write_text("000.png,a dog\n")
+    elif spoil == "other names":
+        captions.write_text("image,caption\nx.png,a dog\ny.png,a dog\n")
+    elif spoil == "no images":
+        for image in data.glob("*.png"):
+            image.unlink()
+    elif spoil == "one image":
+        captions.write_text("image,caption\n000.png,a dog\n")
+    elif spoil == "rare words":
+        captions.write_text("image,caption\n000.png,one\n001.png,two\n002.png,three\n")
+    elif spoil == "broken cache":
+        features.write_bytes(b"no HDF5")
+    elif spoil == "strange cache":
+        make_cache(features, ["other.png"])
+    elif spoil == "damaged row":
+        make_cache(features, [name for name, _ in many()])
+        content = features.read_bytes()
+        features.write_bytes(content.replace(b"\x00\x3c" * 64, b"\x00\x3d" * 64, 1))
+    result = check(data, "--features", features, code=2)
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
+
+
+def make_cache(path: Path, names: list[str], failures: dict[int, str] | None = None) -> None:
+    failures = failures or {}
+    writer = open_cache_writer(path, names, IDENTITY, force=True, retry_failed=False)
+    assert writer is not None
+    rows = [row for row in range(len(names)) if row not in failures]
+    writer.write(rows, numpy.ones((len(rows), FEATURE_SIZE), dtype=numpy.float32), failures)
+    writer.finish()
+
+
+def test_features_that_failed_or_were_never_made(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", many())
+    features = tmp_path / "f.h5"
+    names = [name for name, _ in many()]
+    make_cache(features, names[:28], {3: "truncated file"})
+    text = check(data, "--features", features).stdout
+    assert "of 27 captioned images" in text
+    assert "could not be read, left out: 1 (003.png: truncated file)" in text
+    assert "not extracted, left out: 2 (028.png, 029.png)" in text
+    assert (
+        f"advice: extract the 2 images that were added: python extract_features.py --data {data}"
+        in text
+    )
+    assert "untrained encoder" in text
+
+
+def test_images_that_are_gone_since_extraction_are_not_missed(tmp_path: Path) -> None:
+    data = data_set(tmp_path / "data", [*many(), ("lost.png", "a cat")])
+    features = tmp_path / "f.h5"
+    make_cache(features, [name for name, _ in many()])
+    (data / "000.png").unlink()
+    (data / "lost.png").unlink()
+    text = check(data, "--features", features).stdout
+    assert "captioned images without an image, left out: 1 (lost.png)" in text
+    for image in data.glob("*.png"):
+        image.unlink()
+    text = check(data, "--features", features).stdout
+    assert f"images: none in {data}, which training does not need" in text
+    assert "of 30 captioned images" in text and "left out" not in text
+
+
+def test_doubles_within_an_image_across_images_and_across_splits(tmp_path: Path) -> None:
+    rows = [(name, text) for name, text in many(40)]
+    rows += [("000.png", "a dog runs 0"), ("001.png", "a dog runs 1")]
+    data = data_set(tmp_path, rows)
+    with (data / "captions.csv").open("w", newline="") as handle:
+        split = {"030.png": "val", "031.png": "val"}
+        csv.writer(handle).writerows(
+            [("image", "caption", "split"), *((n, t, split.get(n, "train")) for n, t in rows)]
+        )
+    shutil.copy(data / "000.png", data / "030.png")
+    shutil.copy(data / "001.png", data / "002.png")
+    (data / "003.png").write_bytes(b"")
+    text = check(data, code=1).stdout
+    assert "  captions given twice to one image: 2" in text
+    assert '  captions of several images: 3 (most often "a dog runs 0", of 14 images)' in text
+    assert "  images under several names: 2 (such as 000.png = 030.png)" in text
+    assert "of these in two splits: 1 (such as 000.png (train), 030.png (val))" in text
+    assert "advice: 1 images are in two splits under two names" in text
+    assert "advice: 1 images are empty files (003.png)" in text
+    assert 'advice: 14 of 40 images share the caption "a dog runs 0"' in text
+
+
+def test_words_that_only_val_has_and_another_min_count(tmp_path: Path) -> None:
+    rows = [(f"{number:02d}.png", "a red dog") for number in range(20)]
+    rows[0] = ("00.png", "a zebra runs")
+    rows[1] = ("01.png", "a zebra walks")
+    data = data_set(tmp_path, rows)
+    with (data / "captions.csv").open("w", newline="") as handle:
+        val = [("18.png", "a zebra and a zebra", "val"), ("19.png", "a dog", "val")]
+        csv.writer(handle).writerows(
+            [("image", "caption", "split"), *((n, t, "train") for n, t in rows[:18]), *val]
+        )
+    text = check(data, code=1).stdout
+    assert "vocabulary: 3 words that train has 5 times or more (--min-count), of 6" in text
+    assert "val has 3 other tokens (42.9 %) in 1 of its 2 captions: zebra 2, and 1" in text
+    assert "with another --min-count: 1: 6 words, 14.3 %; 2: 4 words, 14.3 %; 3: 3" in text
+    assert "advice: --min-count 2 leaves 14.3 % of val's tokens unknown instead of 42.9 %" in text
+    assert "advice: --min-count" not in check(data, "--min-count", 2, code=1).stdout
+
+
+def test_long_captions(tmp_path: Path) -> None:
+    rows = [
+        (name, "a dog " * (40 if number < 3 else 11)) for number, (name, _) in enumerate(many())
+    ]
+    text = check(data_set(tmp_path, rows), code=1).stdout
+    long = re.search(r"(\d+) captions \(100.0 %\) have more than the 20 tokens", text)
+    assert long is not None and int(long[1]) >= 20
+    assert re.search(r"\d are cut after 50 tokens in training", text)
+    text = check(tmp_path, "--tokenizer", "characters", code=1).stdout
+    assert "have more than the 40 tokens" in text and "advice: --tokenizer english" in text
+
+
+@pytest.mark.parametrize(
+    "text, chosen, words",
+    [
+        ("一只狗在草地上跑", "english", "advice: --tokenizer characters: 100 % of the letters"),
+        ("một con chó chạy trên cỏ", "english", "advice: --tokenizer words: "),
+        ("a dog runs on the grass", "characters", "advice: --tokenizer english: only 0.0 %"),
+        ("Zwei große Mädchen", "characters", "advice: --tokenizer words: only 0.0 %"),
+        ("a_dog_runs_over_the_grass_at_noon", "english", "advice: most captions have no space"),
+    ],
+)
+def test_a_better_tokenizer_is_named_even_where_training_cannot_start(
+    tmp_path: Path, text: str, chosen: str, words: str
+) -> None:
+    rows = [(name, text) for name, _ in many()]
+    data = data_set(tmp_path, rows)
+    assert words in check(data, "--tokenizer", chosen, code=1).stdout
+    rows = [(name, f"{text[number % len(text)]}{number}") for number, (name, _) in enumerate(rows)]
+    if chosen == "english" and text[0] == "一":
+        result = check(data_set(tmp_path, rows), code=2)
+        assert words in result.stdout and "no word occurs 5 times" in result.stderr
+
+
+def test_few_images_are_said_to_be_few(tmp_path: Path) -> None:
+    data = data_set(tmp_path, many())
+    text = check(data, "--run", "runs/x", code=1).stdout
+    assert re.search(r"advice: 2\d images to train on are few", text)
+    assert (
+        "knows 95 % of their words, start from it: python finetune_joint.py --data "
+        f"{data} --device cpu --start pretrained --run runs/x-joint" in text
+    )
+    assert re.search(r"advice: \d val images are few: scores will depend on chance", text)
+    assert "in the box" not in check(data, "--tokenizer", "words", code=1).stdout
+
+
+def test_notes_on_the_captions_are_in_the_report(tmp_path: Path) -> None:
+    data = data_set(tmp_path, many())
+    with (data / "captions.csv").open("a") as handle:
+        handle.write("000.png, \nbroken\n")
+    text = check(data, code=1).stdout
+    assert "  empty captions dropped (first: line 32): 1" in text
+    assert "  malformed lines or entries dropped (first: line 33): 1" in text
+
+
+# The parts
+
+
+def test_spread() -> None:
+    assert Spread.of([3]) == Spread(3, 3, 3, 3)
+    assert Spread.of(range(101)) == Spread(50, 95, 0, 100)
+    assert Spread.of([9, 1, 5, 5]) == Spread(5, 9, 1, 9)
+
+
+def test_coverage_counts_no_special_token_as_known() -> None:
+    counts = {"a": 5, "dog": 1, "<unk>": 9}
+    found = coverage(counts, [["a", "dog"], ["a"], ["<unk>"]], 2)
+    assert (found.known, found.tokens, found.captions, found.touched) == (1, 4, 3, 2)
+    assert found.unknown == {"dog": 1, "<unk>": 1} and found.percent == 50
+    assert coverage({}, [], 1).percent == 0
+
+
+def images(*captions: tuple[str, ...]) -> list[CaptionedImage]:
+    return [CaptionedImage(f"{number}.jpg", "train", own) for number, own in enumerate(captions)]
+
+
+def test_repetitions() -> None:
+    found = repetitions(images(("a", "a", "a", "b"), ("b",), ("c",)))
+    assert (found.within, found.across, found.commonest, found.images) == (2, 1, ("b", 2), 3)
+    assert repetitions([]).commonest == ("", 0)
+
+
+def test_only_files_of_one_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"a": b"12", "b": b"12", "c": b"34", "d": b"123", "e": b"", "f": b"12"}
+    paths = {name: tmp_path / name for name in (*contents, "missing")}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    assert identical_files(paths) == ([["a", "b", "f"]], ["e"], True)
+    read: list[str] = []
+    original = Path.read_bytes
+
+    def remembered(path: Path) -> bytes:
+        read.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(Path, "read_bytes", remembered)
+    identical_files(paths)
+    assert sorted(read) == ["a", "b", "c", "f"]
+    monkeypatch.setattr(caption_statistics, "MOST_HASHED", 7)
+    assert identical_files(paths) == ([], ["e"], False)
+
+
+def test_english_with_a_few_foreign_words_stays_english() -> None:
+    captions = images(
+        *[("a man sits in a café on the street",), *[("a dog runs on the grass",)] * 20]
+    )
+    assert better_tokenizer(captions, "english") is None
+    assert better_tokenizer(images(("1, 2",)), "english") is None
+    assert better_tokenizer(images(("빨간 옷을 입은 여자",)), "english") == (
+        "words",
+        "100.0 % of the letters are not those of English",
+    )
+    assert hardly_spaced(images(("a dog runs over there",))) is None

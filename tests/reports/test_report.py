@@ -1,0 +1,452 @@
+"""What shows a training: sample captions, curves, the report; and that none of it slows it down."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import draw
+from drawn_run import DrawnRun
+from small_data import make_small_data
+
+import finetune_joint
+import train_decoder
+from pipeline.cli.report import main
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.encoded_captions import tokenized
+from pipeline.datasets.vocabulary import Vocabulary, tokenize
+from pipeline.metrics.coco import Scorer
+from pipeline.models.checkpoint import load_checkpoint
+from pipeline.reports.curves import draw_curves, round_ticks
+from pipeline.reports.report_data import read_data
+from pipeline.reports.training_report import (
+    describe_settings,
+    epoch_reporter,
+    thumbnail,
+    write_report,
+)
+from pipeline.training.run_folder import append_epoch, open_run, read_epochs, trim_epochs
+from pipeline.training.validation import Validator, sample_names
+
+ROOT = Path(__file__).resolve().parents[2]
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = "<script>alert(1)</script>.jpg"
+
+
+class Page(HTMLParser):
+    """A report as a browser sees it: its elements with their attributes, and its text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str, of_class: str = "") -> list[dict[str, str | None]]:
+        return [
+            attributes
+            for name, attributes in self.elements
+            if name == tag and (not of_class or of_class in (attributes.get("class") or "").split())
+        ]
+
+    @property
+    def headings(self) -> list[str]:
+        return [attributes["id"] or "" for attributes in self.all("h2")]
+
+
+def record(epoch: int, **values: float) -> dict[str, float]:
+    scores = {"BLEU-4": 10.0, "CIDEr-D": 20.0, "val_loss": 3.0, "validation_seconds": 1.0}
+    return {"epoch": epoch, **scores, **values}
+
+
+def polylines(svg: str) -> list[list[tuple[float, float]]]:
+    lines = ElementTree.fromstring(svg).iter(f"{SVG}polyline")
+    pairs = [[point.split(",") for point in line.attrib["points"].split()] for line in lines]
+    return [[(float(x), float(y)) for x, y in points] for points in pairs]
+
+
+# The samples
+
+
+def test_samples_are_spread_over_the_sorted_names_whatever_their_order() -> None:
+    names = [f"{number:03d}.jpg" for number in range(100)]
+    chosen = sample_names(reversed(names))
+    assert chosen == sample_names(names) == sorted(chosen)
+    numbers = [names.index(name) for name in chosen]
+    assert len(numbers) == 8
+    assert {b - a for a, b in itertools.pairwise(numbers)} <= {12, 13}
+    assert sample_names(["b", "a"]) == ["a", "b"] and sample_names([]) == []
+
+
+def test_samples_are_the_captions_that_are_scored(drawn_run: DrawnRun) -> None:
+    """The last line agrees with a validation of the last epoch's weights, made anew."""
+    table = read_captions(drawn_run.data)
+    val = tokenized(table.of_split("val"))
+    samples = read_epochs(drawn_run.run / "samples.jsonl")
+    assert [line["epoch"] for line in samples] == list(range(1, 13))
+    assert all(list(line["captions"]) == sample_names(val) for line in samples)
+    last = load_checkpoint(drawn_run.run / "last.pt")
+    from pipeline.features.cache import FeatureCache
+
+    cache = FeatureCache(drawn_run.features)
+    rows = cache.rows([f"Images/{Path(name).name}" for name in val])
+    found = Validator(val, last.vocabulary).validate(
+        last.build_decoder(), torch.from_numpy(cache.read(rows))
+    )
+    assert found.samples == samples[-1]["captions"]
+    assert found.scores["CIDEr-D"] == pytest.approx(last.scores["CIDEr-D"])
+
+
+def test_epochs_are_added_and_dropped_whole(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for epoch in range(3):
+        append_epoch(path, {"epoch": epoch, "captions": {"ä.jpg": "a line\u2028b"}})
+    assert [line["epoch"] for line in read_epochs(path)] == [0, 1, 2]
+    trim_epochs(path, 1)
+    assert [line["epoch"] for line in read_epochs(path)] == [0, 1]
+    trim_epochs(path, -1)
+    assert read_epochs(path) == []
+
+
+def test_force_takes_all_of_the_old_run_away(tmp_path: Path) -> None:
+    names = ("samples.jsonl", "curves.svg", "report.html", "log.jsonl", "last.pt", "scores.json")
+    for name in (*names, "tensorboard/events"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    open_run(tmp_path, {"seed": 1}, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# The curves
+
+
+def test_curves_have_a_point_for_every_value_at_its_place() -> None:
+    log = [
+        record(epoch, train_loss=5.0 - epoch, learning_rate=0.1 * epoch) for epoch in range(1, 5)
+    ]
+    log[2]["CIDEr-D"] = 40.0
+    drawn = draw_curves(log)
+    lines = polylines(drawn)
+    assert [len(points) for points in lines] == [4] * 5  # train, val, CIDEr-D, BLEU-4, rate
+    train, val, cider, _, rate = lines
+    assert [x for x, _ in train] == [x for x, _ in cider]
+    assert [y for _, y in train] == sorted(y for _, y in train), "it falls, so y grows"
+    assert rate[0][1] > rate[-1][1]
+    assert len({y for _, y in val}) == 1
+    marks = ElementTree.fromstring(drawn).iter(f"{SVG}line")
+    at = {float(line.attrib["x1"]) for line in marks if line.attrib["class"] == "best"}
+    assert at == {cider[2][0]} and "epoch 3, CIDEr-D 40.0" in drawn
+
+
+def test_curves_of_one_epoch_and_of_epochs_with_gaps() -> None:
+    """Stage 3 has no train loss before its first epoch; a self-critical one has a reward."""
+    one = draw_curves([record(1, train_loss=5.0, learning_rate=0.1)])
+    assert [len(points) for points in polylines(one)] == [1] * 5
+    start = draw_curves([record(0)])
+    assert [len(points) for points in polylines(start)] == [1] * 3
+    gaps = [
+        record(0),
+        record(1, train_loss=4.0),
+        record(2, train_loss=float("nan"), val_loss=float("inf")),
+        record(3, train_loss=2.0),
+        record(4, train_loss=-7.0, reward=60.0),
+    ]
+    drawn = draw_curves(gaps)
+    train_1, train_3, val_before, val_after, *_, reward = polylines(drawn)
+    assert [len(points) for points in (train_1, train_3, reward)] == [1, 1, 1]
+    assert (len(val_before), len(val_after)) == (2, 2)
+    assert not re.search(r"\b(nan|inf)\b", drawn)
+    heights = [y for points in polylines(drawn) for _, y in points]
+    assert min(heights) > 0 and max(heights) < 600
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole"),
+    [
+        (0, 1, False),
+        (3, 3, False),
+        (0, 0, False),
+        (1, 50, True),
+        (1, 1, True),
+        (-2.5e-5, 7e3, False),
+    ],
+)
+def test_ticks_are_round_and_span_the_range(low: float, high: float, whole: bool) -> None:
+    ticks = round_ticks(low, high, 5, whole)
+    steps = {round(b - a, 12) for a, b in itertools.pairwise(ticks)}
+    assert len(steps) == 1 and 2 <= len(ticks) <= 12
+    assert ticks[0] <= low and ticks[-1] >= high
+    mantissa = float(f"{steps.pop():e}".split("e")[0])
+    assert mantissa in (1, 2, 5)
+    assert not whole or all(tick == int(tick) for tick in ticks)
+
+
+# The report
+
+
+def test_the_report_of_a_training_has_every_part(drawn_run: DrawnRun) -> None:
+    page = Page(drawn_run.run / "report.html")
+    assert page.headings == [
+        *("curves", "scores", "captions", "predictions", "words", "data", "time", "settings")
+    ]
+    log = read_epochs(drawn_run.run / "log.jsonl")
+    best = max(log, key=lambda line: line["CIDEr-D"])
+    assert f"best: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.1f}" in page.text
+    scores = json.loads((drawn_run.run / "scores.json").read_text())
+    for name, (low, high) in scores["intervals_95_percent"].items():
+        assert f"{low:.1f} to {high:.1f}" in page.text, name
+    for score in scores["scores"]["ROUGE-L"], best["ROUGE-L"]:
+        assert f"{score:.1f}" in page.text
+    for line in read_epochs(drawn_run.run / "samples.jsonl")[-1:]:
+        for name, caption in line["captions"].items():
+            assert name in page.text and caption in page.text
+    references = next(i.captions for i in read_captions(drawn_run.data).of_split("val"))
+    assert all(reference in page.text for reference in references)
+    settings = json.loads((drawn_run.run / "config.json").read_text())
+    assert settings["val_images"] in page.text and settings["train_images"] in page.text
+    changed = [a["title"] for a in page.all("li", "changed")]
+    assert any("Width of the LSTM" in (title or "") for title in changed)
+
+
+def test_worst_and_best_are_those_of_the_lowest_and_highest_scores(drawn_run: DrawnRun) -> None:
+    val = tokenized(read_captions(drawn_run.data).of_split("val"))
+    captions = {
+        p["image_id"]: p["caption"]
+        for p in json.loads((drawn_run.run / "predictions.json").read_text())
+    }
+    found = Scorer(val).per_image_cider({n: tokenize(text) for n, text in captions.items()})
+    text = Page(drawn_run.run / "report.html").text
+    shown = {
+        title: [float(value) for value in re.findall(r"CIDEr-D (\d+\.\d)", part)]
+        for title, part in re.findall(
+            r"\n(Worst|Best)\n(.*?)(?=\nBest\n|\nWords\n)", text, re.DOTALL
+        )
+    }
+    ordered = [round(value, 1) for value in sorted(found.values())]
+    half = len(ordered) // 2
+    assert half and shown == {"Worst": ordered[:half], "Best": ordered[::-1][:half]}
+
+
+def test_the_page_loads_nothing_and_runs_nothing(drawn_run: DrawnRun) -> None:
+    page = Page(drawn_run.run / "report.html")
+    policy = next(a["content"] or "" for a in page.all("meta") if a.get("http-equiv"))
+    assert policy.startswith("default-src 'none'") and "script-src" not in policy
+    assert not page.all("script") and not page.all("link")
+    sources = [a["src"] or "" for a in page.all("img")]
+    assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert all((a["href"] or "").startswith("#") for a in page.all("a"))
+    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    anchors = {(a["href"] or "")[1:] for a in page.all("a")}
+    assert anchors == set(page.headings)
+
+
+def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    run = tmp_path / "joint"
+    options = f"--start {drawn_run.run} --run {run} --epochs 1 --batch-size 8 --device cpu"
+    result = CliRunner().invoke(
+        finetune_joint.main, [*options.split(), "--unfreeze-from", "Mixed_7c"]
+    )
+    assert result.exit_code == 0, result.output
+    assert f"report: {run / 'report.html'}" in result.stderr
+    assert re.search(
+        r"^epoch 0/1  before training +val loss [^,]* s  best so far$", result.stderr, re.M
+    )
+    assert [line["epoch"] for line in read_epochs(run / "samples.jsonl")] == [0, 1]
+    assert [len(p) for p in polylines((run / "curves.svg").read_text())] == [1, 2, 2, 2, 1]
+    page = Page(run / "report.html")
+    assert "Stage 3" in page.text and "epoch 0, before training" in page.text
+    assert page.headings[2:4] == ["captions", "predictions"]
+
+
+def test_an_older_run_and_data_that_are_gone(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    run = tmp_path / "older"
+    shutil.copytree(drawn_run.run, run)
+    for name in ("samples.jsonl", "report.html", "curves.svg"):
+        (run / name).unlink()
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
+    result = CliRunner().invoke(main, [str(run)])
+    assert result.exit_code == 0, result.output
+    assert "without images and references" in result.stderr and "gone" in result.stderr
+    page = Page(run / "report.html")
+    assert page.headings == ["curves", "scores", "data", "time", "settings"]
+    assert not page.all("img")
+    assert (run / "curves.svg").read_bytes() == (drawn_run.run / "curves.svg").read_bytes()
+    moved = CliRunner().invoke(main, [str(run), "--data", str(drawn_run.data)])
+    assert moved.exit_code == 0 and "without" not in moved.stderr
+    assert "words" in Page(run / "report.html").headings
+
+
+def test_other_captions_than_those_of_the_training_are_not_shown(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(drawn_run.run, run)
+    shutil.copytree(drawn_run.data, data)
+    lines = (data / "captions.csv").read_text().splitlines()
+    (data / "captions.csv").write_text("\n".join(lines[:-40]))
+    result = CliRunner().invoke(main, [str(run), "--data", str(data)])
+    assert "not the captions and images that the run was trained with" in result.stderr
+    assert "data" in Page(run / "report.html").headings
+
+
+def hostile_run(tmp_path: Path) -> Path:
+    """Train for two epochs with an image whose name, and captions that are markup."""
+    data, features = make_small_data(tmp_path)
+    text = (data / "captions.csv").read_text()
+    marked = text.replace("A red dog.", "A </bdi><img src=x onerror=alert(1)> red & dog")
+    (data / "captions.csv").write_text(marked)
+    run = tmp_path / 'a"<b>run'
+    options = ["--data", data, "--features", features, "--run", run, "--epochs", 2, "--min-count"]
+    options += [1, "--embed-size", 8, "--hidden-size", 8, "--device", "cpu"]
+    result = CliRunner().invoke(train_decoder.main, [str(option) for option in options])
+    assert result.exit_code == 0, result.output
+    return run
+
+
+def test_hostile_names_and_captions_are_text(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path)
+    samples = read_epochs(run / "samples.jsonl")
+    for line in samples:
+        _first, *others = line["captions"]
+        line["captions"] = {HOSTILE: "<b onclick='x'>&amp;", **dict.fromkeys(others, "")}
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    write_report(run)
+    page = Page(run / "report.html")
+    assert HOSTILE in page.text and "<b onclick='x'>&amp;" in page.text
+    assert "A </bdi><img src=x onerror=alert(1)> red & dog" in page.text
+    assert 'a"<b>run' in page.text
+    assert not page.all("img"), "there are no images"
+    assert not page.all("script")
+    attributes = {name for _, found in page.elements for name in found}
+    assert not attributes & {"onclick", "onerror"}
+    assert page.text.count("(no word)") >= len(others)
+
+
+def test_unchanged_captions_are_one_line_and_many_changes_are_folded(tmp_path: Path) -> None:
+    run = hostile_run(tmp_path)
+    log = [record(epoch, train_loss=1.0, seconds=2.0) for epoch in range(1, 41)]
+    log[19]["CIDEr-D"] = 50.0
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    samples = [
+        {"epoch": epoch, "captions": {"calm.jpg": "same", "wild.jpg": f"caption {epoch}"}}
+        for epoch in range(1, 41)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+    write_report(run)
+    page = Page(run / "report.html")
+    assert "1–40 same" in " ".join(page.text.split())
+    assert len(page.all("details")) == 2, "before and after the best epoch"
+    assert "14 more, epochs 6 to 19" in page.text and "15 more, epochs 21 to 35" in page.text
+    assert len(page.all("li", "best")) == 2
+    assert "80 s of training and 40 s of validation" in page.text
+
+
+def test_words_that_the_vocabulary_misses_are_counted(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    settings = {"data": str(data), "features": str(features)}
+    table = read_captions(data)
+    words = ["a", "there", "is", "it", "red", "dog", "blue", "green", "white", "car"]
+    described, val = read_data(settings, None, Vocabulary.build([words], min_count=1))
+    assert list(val) == [image.name for image in table.of_split("val")]
+    houses = sum("house" in caption for i in table.of_split("val") for caption in i.captions)
+    facts = described.splits["val"]
+    assert described.missed == [("house", houses)] and facts.unknown_words == houses
+    assert facts.unknown_captions == houses and facts.captions == 2 * facts.images == 24
+    assert facts.lengths == (5.0, 5.0, 7), "three words, and seven"
+    assert (described.vocabulary, described.train_words) == (10, 11)
+
+
+def test_settings_stand_beside_their_defaults() -> None:
+    train = describe_settings(
+        {"hidden_size": 64, "lr": 1e-3, "tie_embeddings": False, "precision": "fp32"}
+    )
+    assert [(s.name, s.value, s.default) for s in train] == [
+        ("--hidden-size", "64", "512"),
+        ("--tie-embeddings", "no", "yes"),
+        ("--lr", "0.001", ""),
+        ("--precision", "fp32", ""),
+    ]
+    joint = describe_settings({"unfreeze_from": "Mixed_6a", "lr": 1, "start": ["pretrained"]})
+    assert [(s.name, s.value, s.default) for s in joint] == [
+        ("--start", "pretrained", "runs/decoder"),
+        ("--unfreeze-from", "Mixed_6a", ""),
+    ]
+
+
+def test_thumbnails_are_small_jpegs_or_nothing(tmp_path: Path) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    photo = draw(tmp_path / "wide.png", size=(900, 300))
+    content = base64.b64decode(thumbnail(photo).partition("base64,")[2])
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.format == "JPEG" and image.size == (224, 75)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    assert thumbnail(tmp_path / "broken.jpg") == thumbnail(tmp_path / "none.jpg") == ""
+
+
+def test_reports_of_epochs_take_no_more_than_their_share(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.reports.training_report
+
+    now, written = 0.0, []
+
+    def write(*arguments: Any) -> None:
+        nonlocal now
+        now += 2.0
+        written.append(now)
+
+    report = pipeline.reports.training_report
+    monkeypatch.setattr(report, "_write", write)
+    monkeypatch.setattr(report, "write_curves", lambda run: None)
+    monkeypatch.setattr(report, "_read_run_data", lambda run: None)
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    watch = epoch_reporter(tmp_path)
+    for _ in range(100):
+        now += 10.0
+        watch({}, {})
+    assert 4 <= len(written) <= 6, "2 s each of about 1,000 s"
+
+
+def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 2 and f"{tmp_path}: no run of" in result.stderr
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "log.jsonl").write_text("[]\n")
+    result = CliRunner().invoke(main, [str(tmp_path)])
+    assert result.exit_code == 2 and "log.jsonl: not a file of one JSON object" in result.stderr
+
+
+def imported(statement: str) -> Sequence[str]:
+    code = f"{statement}\nimport sys; print('\\n'.join(sys.modules))"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split()
+
+
+def test_nothing_slow_is_imported_before_it_is_wanted() -> None:
+    assert not {"torch", "jinja2", "PIL"} & set(imported("import pipeline.cli.report"))
+    loaded = imported("import pipeline.training.decoder_stage, pipeline.cli.train")
+    assert not [name for name in loaded if name.startswith("tensorboard")]

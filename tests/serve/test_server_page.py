@@ -1,0 +1,295 @@
+"""The page of caption.py --serve, in Chromium: images in, captions out, also by keyboard."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from browser import browser_page
+from drawn_run import DrawnRun
+
+from pipeline import Captioner
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+pytest.importorskip("python_multipart", reason="the extra 'serve' is not installed")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from running_server import running  # noqa: E402
+
+from pipeline.serve import app as server  # noqa: E402
+
+HOSTILE = "<img src=x onerror=alert(1)>.jpg"
+# Makes files of base64, and gives them to the page as the browser would.
+GIVE = """([kind, images]) => {
+  const transfer = new DataTransfer();
+  for (const [name, content] of images) {
+    const bytes = Uint8Array.from(atob(content), (letter) => letter.charCodeAt(0));
+    transfer.items.add(new File([bytes], name, { type: "image/jpeg" }));
+  }
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { ...options, clipboardData: transfer })
+    : new DragEvent(kind, { ...options, dataTransfer: transfer });
+  document.querySelector("main").dispatchEvent(event);
+  return event.defaultPrevented;
+}"""
+
+
+@pytest.fixture(scope="module")
+def captioner(drawn_run: DrawnRun) -> Captioner:
+    return Captioner.load(drawn_run.run, device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def address(captioner: Captioner) -> Iterator[str]:
+    with running(captioner) as port:
+        yield f"http://127.0.0.1:{port}/"
+
+
+@pytest.fixture
+def page(address: str) -> Iterator[Page]:
+    """The page, open; nothing may be complained of at the end."""
+    with browser_page(permissions=["clipboard-read", "clipboard-write"]) as (page, complaints):
+        page.goto(address)
+        yield page
+        assert complaints == []
+
+
+@pytest.fixture
+def scenes(drawn_run: DrawnRun) -> list[Path]:
+    return sorted((drawn_run.data / "Images").glob("*.jpg"))
+
+
+def give(page: Page, kind: str, *images: tuple[str, bytes]) -> bool:
+    encoded = [[name, base64.b64encode(content).decode()] for name, content in images]
+    return bool(page.evaluate(GIVE, [kind, encoded]))
+
+
+def wait(page: Page, cards: int) -> None:
+    """Wait until so many cards are there and none is at work."""
+    sync_api.expect(page.locator(".card")).to_have_count(cards)
+    sync_api.expect(page.locator(".card[aria-busy=false]")).to_have_count(cards, timeout=30_000)
+
+
+def captions(page: Page) -> list[list[str]]:
+    return [card.locator(".whole").all_text_contents() for card in page.locator(".card").all()]
+
+
+def direct(
+    captioner: Captioner, paths: list[Path], beam_size: int | None, count: int
+) -> list[list[str]]:
+    config = captioner.search_config(beam_size, least=count)
+    predictions = captioner.stream(paths, config, count)
+    return [[caption.text for caption in prediction.captions] for prediction in predictions]
+
+
+def test_chosen_images_are_captioned_and_other_settings_caption_them_anew(
+    page: Page, captioner: Captioner, scenes: list[Path]
+) -> None:
+    page.set_input_files("#files", scenes[:3])
+    wait(page, 3)
+    assert captions(page) == direct(captioner, scenes[:3], None, 3)
+    assert page.locator(".card h2").all_text_contents() == [path.name for path in scenes[:3]]
+    assert page.locator("#status").inner_text() == "3 images"
+    for card in page.locator(".card").all():
+        assert card.locator("img").evaluate(
+            "image => image.decode().then(() => image.naturalWidth)"
+        )
+        # What is seen is the caption, with the words' numbers in the tooltips and for the ear.
+        for sentence in card.locator(".captions > li").all():
+            whole = sentence.locator(".whole").inner_text()
+            assert sentence.locator(".words").inner_text() == whole
+            words = sentence.locator(".word").evaluate_all(
+                "words => words.map((word) => [word.innerText, word.title])"
+            )
+            assert [text for text, _ in words] == whole.split()
+            assert all(re.fullmatch(r"(<1|\d+) %", number) for _, number in words)
+            spoken = [f"{text}: {number}" for text, number in words]
+            assert sentence.locator("ul li").all_text_contents() == spoken
+            assert sentence.locator(".score").inner_text().startswith("log p −")
+
+    page.get_by_label("Beam size").fill("2")
+    sync_api.expect(page.get_by_role("alert")).to_contain_text("At most the beam size, 2")
+    page.get_by_label("Captions an image").fill("1")
+    sync_api.expect(page.locator(".whole")).to_have_count(3)
+    sync_api.expect(page.get_by_role("alert")).to_be_empty()
+    wait(page, 3)
+    assert captions(page) == direct(captioner, scenes[:3], 2, 1)
+
+
+def test_draws_differ_by_their_seed_and_come_back_with_it(page: Page, scenes: list[Path]) -> None:
+    assert not page.get_by_label("Temperature").is_visible()
+    page.get_by_label("Draw at random").check()
+    assert not page.get_by_label("Beam size").is_visible()
+    page.get_by_label("Temperature").fill("1.5")
+    page.set_input_files("#files", scenes[:2])
+    wait(page, 2)
+    page.wait_for_timeout(500)  # the settings are heeded a moment after the last key
+    wait(page, 2)
+    first = captions(page)
+    page.get_by_role("button", name="Draw again").click()
+    assert page.get_by_label("Seed").input_value() == "1"
+    wait(page, 2)
+    assert captions(page) != first
+    page.get_by_label("Seed").fill("0")
+    sync_api.expect(page.locator(".whole").first).to_have_text(first[0][0])
+    wait(page, 2)
+    assert captions(page) == first
+
+
+def test_dropped_and_pasted_images_and_hostile_names(page: Page, scenes: list[Path]) -> None:
+    image = scenes[0].read_bytes()
+    for kind in ("dragenter", "dragover"):
+        give(page, kind, ("a.jpg", image))
+    assert page.locator("#veil").is_visible()
+    assert give(page, "drop", *[(f"{number}.jpg", image) for number in range(20)])
+    wait(page, 20)
+    assert not page.locator("#veil").is_visible()
+    assert give(page, "paste", (HOSTILE, image))
+    wait(page, 21)
+    last = page.locator(".card").last
+    assert last.locator("h2").inner_text() == HOSTILE
+    assert last.locator("img").count() == 1
+    assert captions(page) == 21 * captions(page)[:1]
+    assert give(page, "drop", ("broken.jpg", image[:900]), ("notes.jpg", b"no image"))
+    wait(page, 23)
+    broken, other = page.locator(".failed .note").all_text_contents()
+    assert broken.startswith("Cannot be captioned: image file is truncated")
+    assert other == "Cannot be captioned: not an image that Pillow reads."
+    assert page.locator("#status").inner_text() == "23 images, 2 not captioned"
+    assert not give(page, "paste"), "text goes into the field as ever"
+
+
+def test_what_is_too_large_is_not_sent(page: Page, scenes: list[Path]) -> None:
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.evaluate(
+        """() => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([new Uint8Array(20000001)], "large.jpg"));
+          const field = document.getElementById("files");
+          field.files = transfer.files;
+          field.dispatchEvent(new Event("change"));
+        }"""
+    )
+    wait(page, 1)
+    assert page.locator(".note").inner_text().startswith("Larger than 20 MB")
+    assert not page.get_by_role("button", name="Try again").is_visible()
+    assert [url for url in requests if url.endswith("caption")] == []
+
+
+def test_captions_are_copied_one_by_one_and_as_a_table(page: Page, scenes: list[Path]) -> None:
+    page.set_input_files("#files", scenes[:2])
+    wait(page, 2)
+    found = captions(page)
+    page.locator(".copy").nth(1).click()
+    assert page.evaluate("navigator.clipboard.readText()") == found[0][1]
+    page.get_by_role("button", name="Copy all").click()
+    sync_api.expect(page.locator("#status")).to_have_text("6 captions copied")
+    header, *rows = page.evaluate("navigator.clipboard.readText()").rstrip("\n").split("\n")
+    assert header == "image\tcaption\tlog_probability"
+    cells = [row.split("\t") for row in rows]
+    assert [cell[:2] for cell in cells] == [
+        [path.name, text] for path, texts in zip(scenes[:2], found, strict=True) for text in texts
+    ]
+    assert all(float(cell[2]) < 0 for cell in cells)
+
+
+def test_the_keyboard_is_enough(page: Page, scenes: list[Path]) -> None:
+    with page.expect_file_chooser() as chosen:
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+    chosen.value.set_files(scenes[:2])
+    wait(page, 2)
+    names = []
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        names.append(
+            page.evaluate(
+                "(document.activeElement.getAttribute('aria-label')"
+                " ?? document.activeElement.labels?.[0]?.textContent"
+                " ?? document.activeElement.textContent).trim()"
+            )
+        )
+        if names[-1] == f"Remove {scenes[1].name}":
+            break
+    assert names[:3] == ["Captions an image", "Beam size", "Draw at random"]
+    assert {"Show numbers", "Copy all", "Clear", f"Copy: {captions(page)[0][0]}"} <= set(names)
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".card")).to_have_count(1)
+    assert page.evaluate("document.activeElement.ariaLabel") == f"Remove {scenes[0].name}"
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator(".card")).to_have_count(0)
+    assert page.evaluate("document.activeElement.id") == "files"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_telephone_and_can_be_read(address: str, scenes: list[Path], scheme: str) -> None:
+    with browser_page(viewport={"width": 390, "height": 844}, color_scheme=scheme) as (page, seen):
+        page.goto(address)
+        page.set_input_files("#files", scenes[:1])
+        wait(page, 1)
+        page.get_by_label("Draw at random").check()
+        page.get_by_label("Show numbers").check()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        for selector in ("#status", ".score", ".copy", "h2", "label strong", ".word", "#legend"):
+            assert contrast(page, selector) >= 4.5, selector
+        assert seen == []
+
+
+def contrast(page: Page, selector: str) -> float:
+    """Give the contrast of a text to what the page is made of, as WCAG 2 counts it."""
+    colours = page.evaluate(
+        """(selector) => {
+          const options = { willReadFrequently: true };
+          const canvas = document.createElement("canvas").getContext("2d", options);
+          const numbers = (colour) => {
+            canvas.fillStyle = colour;
+            canvas.fillRect(0, 0, 1, 1);
+            return Array.from(canvas.getImageData(0, 0, 1, 1).data.slice(0, 3));
+          };
+          const style = getComputedStyle(document.querySelector(selector));
+          const root = getComputedStyle(document.documentElement);
+          const under = selector === ".word" ? root.getPropertyValue("--tint")
+            : getComputedStyle(document.body).backgroundColor;
+          return [numbers(style.color), numbers(under)];
+        }""",
+        selector,
+    )
+
+    def luminance(colour: list[int]) -> float:
+        linear = [
+            value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+            for value in (part / 255 for part in colour)
+        ]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted(map(luminance, colours))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_busy_server_is_asked_again_and_a_dead_one_is_said(
+    captioner: Captioner, scenes: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with browser_page() as (page, _):  # the browser itself complains of both
+        with running(captioner) as port:
+            page.goto(f"http://127.0.0.1:{port}/")
+            monkeypatch.setattr(server, "MAX_WAITING", -1)
+            with page.expect_response("**/caption") as response:
+                page.set_input_files("#files", scenes[:1])
+            assert response.value.status == 503
+            monkeypatch.undo()
+            wait(page, 1)
+            assert captions(page) == direct(captioner, scenes[:1], None, 3)
+        page.get_by_label("Captions an image").fill("2")
+        note = page.locator(".failed .note")
+        sync_api.expect(note).to_contain_text("No answer. The captioner may have been stopped")
+        assert page.get_by_role("button", name="Try again").is_visible()

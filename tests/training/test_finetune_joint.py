@@ -1,0 +1,201 @@
+"""Stage 3: what learns and what does not, augmentation, resuming, the model it leaves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from drawn_run import DrawnRun
+
+import caption
+import evaluate
+import extract_features
+import finetune_joint as command
+from pipeline import Captioner
+from pipeline.datasets.caption_table import read_captions
+from pipeline.datasets.images import read_square
+from pipeline.features.cache import FeatureCache
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.training.finetune import may_flip
+
+FAST = ["--batch-size", "8", "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
+
+
+def finetune(drawn_run: DrawnRun, run: Path, *arguments: str) -> Result:
+    options = ["--start", str(drawn_run.run), "--run", str(run), *FAST, *arguments]
+    return CliRunner().invoke(command.main, options)
+
+
+@pytest.fixture(scope="module")
+def joint_run(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs of fine-tuning of the last block."""
+    run = tmp_path_factory.mktemp("joint") / "run"
+    result = finetune(drawn_run, run, "--epochs", "3")
+    assert result.exit_code == 0, result.output
+    return run
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_only_the_unfrozen_block_learns_and_statistics_stay(
+    drawn_run: DrawnRun, joint_run: Path
+) -> None:
+    before = torch.load(drawn_run.weights, weights_only=True)
+    after = load_checkpoint(joint_run / "last.pt").encoder_weights
+    before = {name: value for name, value in before.items() if "num_batches" not in name}
+    assert after is not None and after.keys() == before.keys()
+    for name, value in before.items():
+        changed = not torch.equal(value, after[name])
+        frozen = not name.startswith("Mixed_7c") or "running_" in name
+        assert changed != frozen, name
+
+
+def test_log_begins_with_the_scores_of_the_start(drawn_run: DrawnRun, joint_run: Path) -> None:
+    log = log_of(joint_run)
+    assert [line["epoch"] for line in log] == [0, 1, 2, 3]
+    start = load_checkpoint(drawn_run.run).scores
+    assert log[0]["val_loss"] == pytest.approx(start["val_loss"], abs=0.02)
+    best = load_checkpoint(joint_run)
+    assert best.scores["CIDEr-D"] == max(line["CIDEr-D"] for line in log)
+
+
+def test_the_result_captions_by_itself(
+    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
+) -> None:
+    """No data set, no weights file, another folder."""
+    model = tmp_path / "model.pt"
+    shutil.copy(joint_run / "last.pt", model)
+    image = shutil.copy(next((drawn_run.data / "Images").glob("*.jpg")), tmp_path)
+    result = CliRunner().invoke(caption.main, ["--model", str(model), str(image)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{image}\t")
+
+
+def test_second_opinions_are_of_the_encoder_that_was_chosen(
+    drawn_run: DrawnRun, joint_run: Path
+) -> None:
+    """Neighbours and matcher are made of features as the model's own encoder gives them."""
+    before, after = load_checkpoint(drawn_run.run), load_checkpoint(joint_run)
+    assert before.neighbours is not None and after.neighbours is not None
+    assert torch.equal(after.neighbours.captions.tokens, before.neighbours.captions.tokens)
+    table = read_captions(drawn_run.data)
+    paths = [drawn_run.data / "Images" / Path(i.name).name for i in table.of_split("train")]
+    captioner = Captioner.load(joint_run, device="cpu", precision="fp32")
+    features = torch.from_numpy(captioner.encoder.encode([read_square(path) for path in paths]))
+    with torch.no_grad():
+        images = captioner.decoder.embed_image(features)[0][:, 0]
+    directions = torch.nn.functional.normalize(images - after.neighbours.mean, dim=1)
+    assert (after.neighbours.directions.float() * directions).sum(1).min() > 0.999
+    assert after.matcher is not None
+    assert torch.equal(after.matcher.feature_mean, captioner.decoder.feature_mean)
+
+
+def test_a_kill_before_the_second_opinions_is_made_good(
+    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(joint_run, tmp_path / "run")
+    whole = load_checkpoint(run)
+    save_checkpoint(run / "best.pt", replace(whole, neighbours=None, matcher=None))
+    result = finetune(drawn_run, run, "--epochs", "3")
+    assert result.exit_code == 0 and "going on after epoch 3" in result.stderr, result.output
+    again = load_checkpoint(run)
+    assert whole.matcher is not None and again.matcher is not None
+    for name, tensor in whole.matcher.state_dict().items():
+        assert torch.equal(tensor, again.matcher.state_dict()[name]), name
+    assert whole.neighbours is not None and again.neighbours is not None
+    assert torch.equal(whole.neighbours.directions, again.neighbours.directions)
+
+
+def test_evaluate_encodes_with_the_model_or_reads_its_own_cache(
+    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
+) -> None:
+    """Scores from images equal those from a cache that the tuned encoder made."""
+    last = str(joint_run / "last.pt")
+    features = tmp_path / "tuned.h5"
+    common = ["--weights", last, "--output", str(features), "--device", "cpu"]
+    result = CliRunner().invoke(extract_features.main, ["--data", str(drawn_run.data), *common])
+    assert result.exit_code == 0, result.output
+    assert FeatureCache(features).identity.mismatch(load_checkpoint(Path(last)).encoder) is None
+    scores: list[dict[str, float]] = []
+    for more in ([], ["--features", str(features)]):
+        output = tmp_path / str(len(scores)) / "predictions.json"
+        result = CliRunner().invoke(
+            evaluate.main, [last, "--output", str(output), "--device", "cpu", "--no-java", *more]
+        )
+        assert result.exit_code == 0, result.output
+        scores.append(json.loads((output.parent / "scores.json").read_text())["scores"])
+    assert scores[0]["CIDEr-D"] == pytest.approx(scores[1]["CIDEr-D"], abs=0.5)
+
+
+def test_stopped_and_resumed_equals_undisturbed(
+    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.training.joint_stage as joint
+
+    run = tmp_path / "run"
+    original = joint.JointStage.loss
+    calls = 0
+
+    def failing(self: Any, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # in the second epoch of three batches
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    options = ["--epochs", "3"]
+    monkeypatch.setattr(joint.JointStage, "loss", failing)
+    assert finetune(drawn_run, run, *options).exit_code != 0
+    assert load_checkpoint(run / "last.pt").epoch == 1
+    monkeypatch.setattr(joint.JointStage, "loss", original)
+    result = finetune(drawn_run, run, *options)
+    assert result.exit_code == 0, result.output
+    for name in ("last.pt", "best.pt"):
+        whole, resumed = load_checkpoint(joint_run / name), load_checkpoint(run / name)
+        assert whole.encoder_weights is not None and resumed.encoder_weights is not None
+        for key, value in whole.encoder_weights.items():
+            assert torch.equal(value, resumed.encoder_weights[key]), key
+        for key, value in whole.decoder_weights.items():
+            assert torch.equal(value, resumed.decoder_weights[key]), key
+
+
+@pytest.mark.parametrize("number", [0, 8])
+def test_a_broken_image_is_left_out_and_named(
+    drawn_run: DrawnRun, tmp_path: Path, number: int
+) -> None:
+    """Number 0 is in train, number 8 in val."""
+    data = tmp_path / "scenes"
+    shutil.copytree(drawn_run.data, data)
+    broken = data / "Images" / sorted(p.name for p in (data / "Images").iterdir())[number]
+    broken.write_bytes(broken.read_bytes()[:500])
+    result = finetune(drawn_run, tmp_path / "run", "--epochs", "1", "--data", str(data))
+    assert result.exit_code == 1
+    assert f"failed: {broken}: " in result.stderr
+
+
+def test_wrong_commands(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    for arguments, message in (
+        (["--unfreeze-from", "Mixed_9z"], "Mixed_7a"),
+        (["--data", str(tmp_path)], "caption"),
+        (["--start", str(tmp_path / "none")], "no such checkpoint"),
+        (["--run", str(drawn_run.run), "--force"], "give another folder"),
+    ):
+        result = finetune(drawn_run, tmp_path / "run", *arguments)
+        assert result.exit_code == 2 and message in result.stderr, result.output
+    assert not (tmp_path / "run").exists()
+    assert (drawn_run.run / "best.pt").is_file()
+
+
+def test_a_image_whose_captions_tell_sides_is_not_flipped() -> None:
+    assert may_flip(["a dog runs", "brightly coloured birds"])
+    assert not may_flip(["a dog runs", "A dog on the LEFT of a man"])
+    assert not may_flip(["the man right of the car"])
+    assert not may_flip(["a right-handed pitcher", "a man"])

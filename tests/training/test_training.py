@@ -1,0 +1,490 @@
+"""The training loop: schedule, saving, resuming to the bit, and the whole command."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from small_data import IDENTITY, make_small_data
+from torch import Tensor
+
+import train_decoder as command
+from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.models.checkpoint import Checkpoint, load_checkpoint
+from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.reports.tensorboard import tensorboard_writer
+from pipeline.training.epoch_lines import epoch_line
+from pipeline.training.loop import learning_rate_factor, train
+from pipeline.training.run_folder import open_run
+from pipeline.training.stage import Phase, TrainingConfig
+from pipeline.training.validation import Validation
+from pipeline.utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = Vocabulary.build([["a", "b", "c"]], min_count=1)
+
+
+@dataclass
+class ScriptedStage:
+    """A stage with a tiny decoder, given batches and scripted CIDEr-D scores."""
+
+    ciders: list[float]
+    batch_sizes: tuple[int, ...] = (4, 4)
+    fail_in_epoch: int | None = None
+    spoil_loss: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.decoder = Decoder(DecoderConfig(len(WORDS), 4, 4, dropout=0.3, feature_size=3))
+        self.rates: list[float] = []
+        self.validations = 0
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.decoder.parameters()), "lr": 0.1, "weight_decay": 0.01}]
+
+    def batches_per_epoch(self, epoch: int) -> int:
+        return len(self.batch_sizes)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(epoch)
+        for number, size in enumerate(self.batch_sizes):
+            if epoch == self.fail_in_epoch and number == 1:
+                raise KeyboardInterrupt
+            features = torch.randn(size, 3, generator=generator)
+            yield features, torch.tensor([[1, 4, 5, 2]] * size)
+
+    def set_training(self, training: bool) -> None:
+        self.decoder.train(training)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        loss, tokens = self.decoder.loss(*batch)
+        return loss * float("nan") if self.spoil_loss else loss, tokens
+
+    def facts(self) -> dict[str, float]:
+        return {}
+
+    def validate(self) -> Validation:
+        self.validations += 1
+        samples = {name: f"{name} in {self.validations}" for name in ("a.jpg", "b.jpg")}
+        return Validation({"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}, samples)
+
+    def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
+        return Checkpoint(
+            self.decoder.config,
+            {k: v.clone() for k, v in self.decoder.state_dict().items()},
+            WORDS,
+            IDENTITY,
+            epoch=epoch,
+            scores=scores,
+        )
+
+
+class ScoringStage(ScriptedStage):
+    """Gives the scripted scores in turn."""
+
+    def validate(self) -> Validation:
+        score = self.ciders[self.validations]
+        found = super().validate()
+        return replace(found, scores={**found.scores, "CIDEr-D": score})
+
+
+def config(epochs: int, patience: int = 0, grad_accum_steps: int = 1) -> TrainingConfig:
+    return TrainingConfig(
+        (Phase(epochs),), patience, seed=0, precision="fp32", grad_accum_steps=grad_accum_steps
+    )
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_checkpoint(path).decoder_weights
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9] == factors[10] == 1.0
+    assert factors[55] == pytest.approx(0.5)
+    assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
+    assert 0 < factors[-1] < 0.001
+
+
+def test_every_phase_has_its_own_rise_and_fall(tmp_path: Path) -> None:
+    class Watched(ScriptedStage):
+        def facts(self) -> dict[str, float]:
+            return {"reward": 50.0}
+
+    phases = (Phase(3), Phase(2, rate=0.1))
+    settings = TrainingConfig(phases, 0, seed=0, precision="fp32")
+    assert settings.epochs == 5
+    assert [settings.phase_of(epoch) for epoch in range(1, 6)] == [
+        *[(phases[0], before) for before in range(3)],
+        *[(phases[1], before) for before in range(2)],
+    ]
+    train(Watched([]), tmp_path, settings)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    # The rate of each epoch's last step: 2 batches an epoch, the stage's full rate is 0.1.
+    last = [learning_rate_factor(step, 6, 0.02) for step in (1, 3, 5)]
+    last += [0.1 * learning_rate_factor(step, 4, 0.02) for step in (1, 3)]
+    assert [line["learning_rate"] for line in log] == pytest.approx([0.1 * f for f in last])
+    assert [line["reward"] for line in log] == [50.0] * 5
+
+
+def test_a_divisor_makes_words_of_all_batches_count_alike(tmp_path: Path) -> None:
+    class Told(ScriptedStage):
+        """Says that every batch has 12 tokens, as many as the larger one."""
+
+        def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+            return super().loss(batch)[0], 12
+
+    settings = replace(config(2), phases=(Phase(2, divisor=12.0),))
+    train(ScriptedStage([], (4, 2)), tmp_path / "divisor", settings)
+    train(Told([], (4, 2)), tmp_path / "told", config(2))
+    train(ScriptedStage([], (4, 2)), tmp_path / "plain", config(2))
+    assert_same_weights(tmp_path / "divisor/last.pt", tmp_path / "told/last.pt")
+    divided, plain = (weights(tmp_path / name / "last.pt") for name in ("divisor", "plain"))
+    assert any(not torch.equal(divided[name], plain[name]) for name in plain)
+
+
+def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path: Path) -> None:
+    settings = replace(config(2), ema_decay=0.6)
+    seen: list[Tensor] = []
+
+    class Watched(ScriptedStage):
+        def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in super().batches(epoch):
+                seen.append(self.decoder.projection.weight.detach().clone())
+                yield batch
+            seen.append(self.decoder.projection.weight.detach().clone())
+
+    stage = Watched([])
+    start = stage.decoder.projection.weight.detach().clone()
+    train(stage, tmp_path / "mean", settings)
+    plain = ScriptedStage([])
+    train(plain, tmp_path / "plain", config(2))
+    # Averaging changes nothing of the training itself.
+    assert torch.equal(stage.decoder.projection.weight, plain.decoder.projection.weight)
+    trained = [seen[1], seen[2], seen[4], seen[5]]  # after each of the four steps
+    mean = start
+    for step, value in enumerate(trained, start=1):
+        decay = min(0.6, step / (step + 9))
+        mean = decay * mean + (1 - decay) * value
+    saved = load_checkpoint(tmp_path / "mean/last.pt")
+    assert torch.allclose(saved.decoder_weights["projection.weight"], mean, atol=1e-6)
+    assert not torch.allclose(mean, trained[-1], atol=1e-3)
+    # Stopped after an epoch and continued, it ends the same.
+    stopped = ScriptedStage([], fail_in_epoch=2)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, tmp_path / "resumed", settings)
+    resumed = ScriptedStage([])
+    resumed.decoder.load_state_dict(weights(tmp_path / "resumed/last.pt"))
+    train(resumed, tmp_path / "resumed", settings)
+    assert_same_weights(tmp_path / "mean/last.pt", tmp_path / "resumed/last.pt")
+
+
+def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
+    progress = train(ScoringStage([10.0, 30.0, 20.0]), tmp_path, config(3))
+    assert (progress.best_epoch, progress.best_cider) == (2, 30.0)
+    assert load_checkpoint(tmp_path).epoch == 2
+    assert load_checkpoint(tmp_path / "last.pt").epoch == 3
+    assert load_checkpoint(tmp_path / "best.pt").training is None
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["CIDEr-D"]) for line in log] == [(1, 10), (2, 30), (3, 20)]
+    assert log[0]["train_loss"] > log[2]["train_loss"]
+
+
+def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
+    """With one val image CIDEr-D is 0 for every caption; the first epoch is not the best."""
+
+    class FallingLoss(ScriptedStage):
+        def validate(self) -> Validation:
+            scores = super().validate().scores
+            return Validation({**scores, "val_loss": 5.0 - self.validations})
+
+    assert train(FallingLoss([]), tmp_path, config(3)).best_epoch == 3
+
+
+def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
+    progress = train(ScoringStage([5.0, 9.0, 8.0, 7.0, 99.0]), tmp_path, config(5, patience=2))
+    assert progress.epoch == 4 and progress.best_epoch == 2
+
+
+def test_start_is_scored_when_asked_and_kept_when_better(tmp_path: Path) -> None:
+    stage = ScoringStage([50.0, 40.0, 45.0])
+    start = {k: v.clone() for k, v in stage.decoder.state_dict().items()}
+    progress = train(stage, tmp_path, config(2), score_start=True)
+    assert progress.best_epoch == 0
+    for name, value in weights(tmp_path / "best.pt").items():
+        assert torch.equal(value, start[name])
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4])
+def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path, epoch: int) -> None:
+    scores = [1.0, 4.0, 3.0, 5.0]
+    train(ScoringStage(scores), tmp_path / "whole", config(4))
+    with pytest.raises(KeyboardInterrupt):
+        train(ScoringStage(scores, fail_in_epoch=epoch), tmp_path / "broken", config(4))
+    again = ScoringStage(scores[epoch - 1 :])
+    if epoch > 1:
+        again.decoder.load_state_dict(weights(tmp_path / "broken" / "last.pt"))
+    train(again, tmp_path / "broken", config(4))
+    for name in ("last.pt", "best.pt"):
+        assert_same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
+    lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+    curves = [(tmp_path / run / "curves.svg").read_bytes() for run in ("whole", "broken")]
+    assert curves[0] == curves[1]
+
+
+def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> None:
+    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
+    log, samples = tmp_path / "log.jsonl", tmp_path / "samples.jsonl"
+    before = samples.read_bytes()
+    log.write_text(log.read_text() + json.dumps({"epoch": 3, "CIDEr-D": 0}) + "\n")
+    samples.write_text(samples.read_text() + json.dumps({"epoch": 3, "captions": {}}) + "\n")
+    stage = ScoringStage([])
+    stage.decoder.load_state_dict(weights(tmp_path / "last.pt"))
+    train(stage, tmp_path, config(2))
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
+    assert samples.read_bytes() == before
+
+
+def test_the_terminal_shows_every_epoch_and_some_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(ScoringStage([float(epoch) for epoch in range(12)]), tmp_path, config(12))
+    lines = capsys.readouterr().err.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch")]
+    assert [line[:11] for line in epochs[8:]] == [
+        "epoch  9/12",
+        *(f"epoch {epoch}/12" for epoch in (10, 11, 12)),
+    ]
+    assert len({line.index("CIDEr-D") for line in epochs}) == 1, "in columns"
+    assert all(line.endswith(" left  best so far") for line in epochs[:-1])
+    assert " done" in epochs[-1]
+    captions = [line for line in lines if not line.startswith("epoch")]
+    assert captions == [
+        '    a.jpg: "a.jpg in 1"',
+        '    b.jpg: "b.jpg in 5"',
+        '    a.jpg: "a.jpg in 10"',
+        '    a.jpg: "a.jpg in 12"',
+    ]
+
+
+def test_watchers_see_every_epoch_before_it_is_saved(tmp_path: Path) -> None:
+    """So a kill in one repeats the epoch, and no epoch is left out."""
+    seen: list[tuple[float, str, int]] = []
+
+    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+        last = tmp_path / "last.pt"
+        saved = load_checkpoint(last).epoch if last.is_file() else 0
+        seen.append((record["epoch"], samples["a.jpg"], saved))
+
+    train(ScoringStage([1.0, 2.0, 3.0]), tmp_path, config(3), callbacks=[watch])
+    assert seen == [(epoch, f"a.jpg in {epoch}", epoch - 1) for epoch in (1, 2, 3)]
+
+
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None:
+    class NoDropout(ScriptedStage):
+        def set_training(self, training: bool) -> None:
+            self.decoder.eval()
+
+    class Halves(NoDropout):
+        def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for features, captions in super().batches(epoch):
+                yield from zip(features.split(4), captions.split(4), strict=True)
+
+        def batches_per_epoch(self, epoch: int) -> int:
+            return 2 * len(self.batch_sizes)
+
+    train(NoDropout([], (8, 8)), tmp_path / "large", config(2))
+    train(Halves([], (8, 8)), tmp_path / "small", config(2, grad_accum_steps=2))
+    large, small = weights(tmp_path / "large/last.pt"), weights(tmp_path / "small/last.pt")
+    for name in large:
+        assert torch.allclose(large[name], small[name], atol=1e-5), name
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 3])  # 3: more than an epoch has batches
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
+    tmp_path: Path, grad_accum_steps: int
+) -> None:
+    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
+    before = (tmp_path / "last.pt").read_bytes()
+    stage = ScoringStage([3.0], spoil_loss=True)
+    with pytest.raises(UserError, match="lower learning rate"):
+        train(stage, tmp_path, config(3, grad_accum_steps=grad_accum_steps))
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
+    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
+    with pytest.raises(UserError, match=r"seed 0, not 1.*--run.*--force"):
+        open_run(tmp_path, {"epochs": 2, "seed": 1}, force=False)
+    open_run(tmp_path, {"epochs": 2, "seed": 1}, force=True)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def arguments(data: Path, features: Path, run: Path, *more: str) -> list[str]:
+    """A command that trains in a second or two."""
+    options = {
+        "--data": data,
+        "--features": features,
+        "--run": run,
+        "--epochs": 6,
+        "--batch-size": 8,
+        "--lr": 0.01,
+        "--embed-size": 24,
+        "--hidden-size": 24,
+        "--dropout": 0.2,
+        "--min-count": 1,
+        "--device": "cpu",
+    }
+    return [str(part) for pair in options.items() for part in pair] + list(more)
+
+
+def test_the_command_trains_to_good_captions_and_says_when_it_is_done(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    result = CliRunner().invoke(
+        command.main, arguments(data, features, run, "--epochs", "40", "--seed", "1")
+    )
+    assert result.exit_code == 0, result.output
+    scores = json.loads((run / "scores.json").read_text())
+    assert scores["split"] == "val" and scores["images"] == 12
+    assert scores["scores"]["BLEU-2"] > 95, "colour and thing should be learned"
+    predictions = json.loads((run / "predictions.json").read_text())
+    assert {p["image_id"] for p in predictions} == {f"{n:04d}.jpg" for n in range(60) if n % 5 == 4}
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["hidden_size"] == 24
+    log = (run / "log.jsonl").read_text()
+    again = CliRunner().invoke(
+        command.main, arguments(data, features, run, "--epochs", "40", "--seed", "1")
+    )
+    assert again.exit_code == 0 and "going on after epoch 40" in again.output
+    assert (run / "log.jsonl").read_text() == log
+    other = CliRunner().invoke(command.main, arguments(data, features, run, "--epochs", "41"))
+    assert other.exit_code == 2 and "epochs 40, not 41" in other.output
+
+
+def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    for changed, message in (
+        (arguments(tmp_path / "none", features, run), "none"),
+        (arguments(data, tmp_path / "none.h5", run), "make it with extract_features.py"),
+        (arguments(data, features, run, "--device", "cuda:9"), "--device"),
+        (arguments(data, features, run, "--min-count", "1000"), "--min-count"),
+        (arguments(data, features, run, "--self-critical-epochs", "6"), "--self-critical-epochs 6"),
+    ):
+        result = CliRunner().invoke(command.main, changed)
+        assert result.exit_code == 2, result.output
+        errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
+        assert len(errors) == 1 and message in errors[0]
+        assert not (run / "last.pt").exists()
+
+
+def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> None:
+    """SIGKILL twice, in an early and in a self-critical epoch, against an undisturbed run."""
+    data, features = make_small_data(tmp_path)
+
+    def start(run: Path) -> subprocess.Popen[bytes]:
+        command_line = [sys.executable, "train_decoder.py", *arguments(data, features, run)]
+        command_line += ["--epochs", "40", "--self-critical-epochs", "30"]
+        return subprocess.Popen(
+            command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    killed = tmp_path / "killed"
+    for epochs in (3, 15):
+        process = start(killed)
+        log = killed / "log.jsonl"
+        deadline = time.monotonic() + 60
+        while not log.is_file() or len(log.read_text().splitlines()) < epochs:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert start(killed).wait() == 0
+    whole = tmp_path / "whole"
+    assert start(whole).wait() == 0
+    for name in ("last.pt", "best.pt"):
+        assert_same_weights(whole / name, killed / name)
+    optimizers = [load_checkpoint(run / "last.pt").training for run in (whole, killed)]
+    assert optimizers[0] is not None and optimizers[1] is not None
+    torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
+    for name in ("predictions.json", "scores.json", "samples.jsonl", "curves.svg"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert len((killed / "log.jsonl").read_text().splitlines()) == 40
+
+
+def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(ScoringStage([10.0]), tmp_path, config(1))
+    assert not (tmp_path / "tensorboard").exists()
+    for name in ("last.pt", "log.jsonl", "samples.jsonl"):
+        (tmp_path / name).unlink()
+    stage = ScoringStage([10.0, 30.0], fail_in_epoch=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(stage, tmp_path, config(3), callbacks=[tensorboard_writer(tmp_path)])
+    # As if killed before the second epoch was saved: it comes again.
+    again = ScoringStage([20.0, 40.0])
+    tensorboard = tensorboard_writer(tmp_path)
+    tensorboard({"epoch": 2, "CIDEr-D": 20.0}, {"a.jpg": "<b>again</b>"})
+    again.decoder.load_state_dict(weights(tmp_path / "last.pt"))
+    train(again, tmp_path, config(3), callbacks=[tensorboard])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("CIDEr-D")]
+    assert found == [(1, 10.0), (2, 20.0), (3, 20.0)]
+    texts = {  # the last of a step; this reader purges no texts
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("captions/a.jpg/text_summary")
+    }
+    assert texts == {1: "a.jpg in 1", 2: "<b>again</b>", 3: "a.jpg in 1"}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_command_writes_for_tensorboard_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    data, features = make_small_data(tmp_path)
+    run = tmp_path / "run"
+    command_line = arguments(data, features, run, "--epochs", "1", "--tensorboard")
+    if installed:
+        pytest.importorskip("tensorboard")
+        assert CliRunner().invoke(command.main, command_line).exit_code == 0
+        assert len(list((run / "tensorboard").iterdir())) == 1
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        result = CliRunner().invoke(command.main, command_line)
+        assert result.exit_code == 2 and "--tensorboard: not installed; pip" in result.output
+        assert not run.exists()
+
+
+def test_an_epoch_that_takes_no_time_is_not_the_last_one() -> None:
+    scores = {"val_loss": 1.0, "BLEU-4": 2.0, "CIDEr-D": 3.0}
+    log = [{"epoch": 1, "seconds": 0.0, "validation_seconds": 0.0, **scores}]
+    assert epoch_line(log, 2, better=False).endswith("0.0 s left")
+    assert epoch_line(log, 1, better=False).endswith("done")

@@ -1,0 +1,245 @@
+"""Training and captioning on disks that are full, read-only or gone; losses that are no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from faults import files_at_most, read_only, values_of
+from small_data import make_small_data
+from test_training import ScriptedStage, arguments, assert_same_weights, config, weights
+from torch import Tensor
+
+import train_decoder as command
+from pipeline.features.feature_set import FeatureSet
+from pipeline.models.checkpoint import load_checkpoint
+from pipeline.training.decoder_stage import DecoderStage
+from pipeline.training.loop import train
+from pipeline.training.validation import Validation
+from pipeline.utils.errors import UserError
+
+EPOCHS = ("--epochs", "3")
+RESULTS = ("best.pt", "last.pt", "predictions.json", "samples.jsonl", "config.json", "curves.svg")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For models so small more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    folder.chmod(0o755)  # for ``read_only``
+    return make_small_data(folder, images=20)
+
+
+@pytest.fixture(scope="module")
+def whole(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed training makes; it also imports all that there is to be imported."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert invoke(data, run).exit_code == 0
+    return contents(run)
+
+
+def invoke(data: tuple[Path, Path], run: Path) -> Result:
+    return CliRunner().invoke(command.main, arguments(*data, run, *EPOCHS))
+
+
+def refusal(data: tuple[Path, Path], run: Path) -> str:
+    """Give the one line of an error, which must be of exit code 2."""
+    result = invoke(data, run)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    lines = result.stderr.splitlines()
+    assert lines[-1].startswith("Error: "), result.stderr
+    return lines[-1]
+
+
+def contents(run: Path) -> dict[str, Any]:
+    return {name: values_of(run / name) for name in RESULTS}
+
+
+def before_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, fault: Callable[[], object]) -> None:
+    """Have something happen when the data loader begins with an epoch."""
+    batches = DecoderStage.batches
+
+    def disturbed(self: DecoderStage, number: int) -> Iterator[Any]:
+        if number == epoch:
+            fault()
+        return batches(self, number)
+
+    monkeypatch.setattr(DecoderStage, "batches", disturbed)
+
+
+# Disks that are full
+
+
+@pytest.mark.parametrize("size", [0, 3000, 100_000])
+def test_a_full_disk_is_one_line_and_the_run_goes_on_with_space(
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path, size: int
+) -> None:
+    """Whichever file is the first to be too large: the settings, a page, a checkpoint."""
+    run = tmp_path / "run"
+    with files_at_most(size):
+        assert ": cannot be written (" in refusal(data, run)
+    for path in run.rglob("*"):
+        assert path.name.startswith(".") is False and ".tmp" not in path.name
+    assert not (run / "last.pt").exists() or load_checkpoint(run / "last.pt").epoch
+    assert invoke(data, run).exit_code == 0
+    assert contents(run) == whole
+
+
+def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        before_epoch(patch, 3, lambda: stack.enter_context(files_at_most(1000)))
+        assert ": cannot be written (" in refusal(data, run)
+    assert load_checkpoint(run / "last.pt").epoch == 2
+    result = invoke(data, run)
+    assert result.exit_code == 0 and "going on after epoch 2" in result.stderr
+    assert contents(run) == whole
+
+
+# Folders that cannot be written, or go away
+
+
+def test_a_read_only_folder(data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with read_only(run):
+        assert "config.json: cannot be written (Permission denied)" in refusal(data, run)
+    assert list(run.iterdir()) == []
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        before_epoch(patch, 2, lambda: stack.enter_context(read_only(run)))
+        assert ": cannot be written (Permission denied)" in refusal(data, run)
+    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert invoke(data, run).exit_code == 0
+    assert contents(run) == whole
+    options = arguments(*data, run, *EPOCHS, "--force")
+    with read_only(run):
+        result = CliRunner().invoke(command.main, options)
+    assert result.exit_code == 2 and ": cannot be removed (" in result.stderr, result.output
+    assert contents(run) == whole
+
+
+def test_a_run_folder_that_is_deleted(
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        before_epoch(patch, 2, lambda: shutil.rmtree(run))
+        assert f"{run}: is gone; the same command begins the run anew" in refusal(data, run)
+    assert not run.exists()
+    assert invoke(data, run).exit_code == 0
+    assert contents(run) == whole
+
+
+def test_features_that_go_away_and_are_not_in_memory(
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run, away = tmp_path / "run", tmp_path / "away.h5"
+    with pytest.MonkeyPatch.context() as patch:
+        initialise = FeatureSet.__init__
+        patch.setattr(
+            FeatureSet,
+            "__init__",
+            lambda self, cache, rows, memory: initialise(self, cache, rows, 0),
+        )
+        before_epoch(patch, 2, lambda: data[1].rename(away))
+        assert f"{data[1]}: can no longer be opened (No such file or directory)" in refusal(
+            data, run
+        )
+    away.rename(data[1])
+    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert invoke(data, run).exit_code == 0
+    assert contents(run) == whole
+
+
+# A data loader that dies
+
+
+def test_a_loader_that_dies_leaves_the_last_epoch(
+    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+
+    def die() -> None:
+        raise RuntimeError("a fault of the memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_epoch(patch, 2, die)
+        assert invoke(data, run).exit_code == 1
+    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert invoke(data, run).exit_code == 0
+    assert contents(run) == whole
+
+
+# Losses that are no numbers
+
+
+class Spoilt(ScriptedStage):
+    """Spoils something in its second epoch, at a batch of choice."""
+
+    epoch = 0
+    where = ""
+
+    def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        self.epoch, self.number = epoch, itertools.count()
+        return super().batches(epoch)
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+        loss, tokens = super().loss(batch)
+        if self.epoch == 2 and next(self.number) == 1:  # the last batch
+            if self.where == "gradient":
+                loss = loss.clone()
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+            elif self.where == "loss":
+                loss = loss / 0
+        return loss, tokens
+
+    def validate(self) -> Validation:
+        found = super().validate()
+        if self.where == "val" and self.epoch == 2:
+            found.scores["val_loss"] = float("nan")
+        return found
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("loss", "the loss is inf in epoch 2"),
+        ("gradient", "the gradient is nan in epoch 2"),
+        ("val", "the loss on val is nan after epoch 2"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_with_the_last_good_weights(
+    tmp_path: Path, where: str, told: str
+) -> None:
+    stage, run = Spoilt([]), tmp_path / "run"
+    stage.where = where
+    with pytest.raises(UserError, match=f"{told}; a lower learning rate may help. What was saved"):
+        train(stage, run, config(3))
+    assert load_checkpoint(run / "last.pt").epoch == 1
+    for name in ("last.pt", "best.pt"):
+        assert all(torch.isfinite(tensor).all() for tensor in weights(run / name).values())
+    lines = (run / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1]
+    again = ScriptedStage([])
+    again.decoder.load_state_dict(weights(run / "last.pt"))
+    train(again, run, config(3))
+    train(ScriptedStage([]), tmp_path / "whole", config(3))
+    assert_same_weights(run / "last.pt", tmp_path / "whole" / "last.pt")

@@ -1,0 +1,267 @@
+"""Training by several processes, with torchrun itself, against the same run of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from drawn_run import DrawnRun
+from small_data import make_small_data
+
+from pipeline.models.checkpoint import Checkpoint, load_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv there")
+
+FAULTY = Path("tests") / "faulty_training.py"
+# No dropout, whose numbers each process draws for itself. 72 captions: the last batch of an
+# epoch has a single one, and so the share of a second process is empty.
+SMALL = (
+    *("--batch-size", "71", "--embed-size", "24", "--hidden-size", "24", "--min-count", "1"),
+    *("--dropout", "0", "--feature-dropout", "0", "--device", "cpu", "--precision", "fp32"),
+)
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    """Begin a command line; --, as torchrun would take --run for one of its own options."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(processes), *options, "--"]
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(more or {})}
+
+
+def run_command(
+    launcher: list[str], script: str | Path, *arguments: str | Path, **more: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*launcher, str(script), *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment(more),
+    )
+
+
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    log = log_of(run)
+    return {name: [record.get(name, 0.0) for record in log] for name in ("train_loss", "val_loss")}
+
+
+def squares(checkpoint: Checkpoint) -> float:
+    """Sum up Adam's means of the squares of gradients; 0 for a checkpoint that has none."""
+    training = checkpoint.training or {"optimizer": {"state": {}}}
+    return sum(float(s["exp_avg_sq"].sum()) for s in training["optimizer"]["state"].values())
+
+
+def assert_same_training(run: Path, other: Path, tolerance: float) -> None:
+    """Compare losses and scores of all epochs, all weights, and the optimizers' states."""
+    assert len(log_of(run)) == len(log_of(other))
+    for name, values in losses(run).items():
+        assert values == pytest.approx(losses(other)[name], abs=tolerance), name
+    for file in ("last.pt", "best.pt"):
+        one, two = load_checkpoint(run / file), load_checkpoint(other / file)
+        assert one.epoch == two.epoch
+        for first, second in (
+            (one.decoder_weights, two.decoder_weights),
+            (one.encoder_weights, two.encoder_weights),
+            (one.training, two.training),
+        ):
+            torch.testing.assert_close(first, second, rtol=0, atol=tolerance)
+        # Adam's steps are the same for larger gradients; these would be seen here.
+        assert squares(one) == pytest.approx(squares(two), rel=1e-3)
+
+
+def assert_same_scores(run: Path, other: Path) -> None:
+    scores = ("BLEU-4", "ROUGE-L", "CIDEr-D", "distinct")
+    for one, two in zip(log_of(run), log_of(other), strict=True):
+        assert [one[name] for name in scores] == [two[name] for name in scores]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str | Path, ...]:
+    data, features = make_small_data(tmp_path_factory.mktemp("small"))
+    return ("--data", data, "--features", features, *SMALL)
+
+
+def test_two_processes_train_as_one(small: tuple[str | Path, ...], tmp_path: Path) -> None:
+    """Fifty steps on people's captions, and twenty on drawn ones."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = ("--epochs", "27", "--self-critical-epochs", "2", "--self-critical-truth", "0")
+    alone = run_command([sys.executable], FAULTY, *small, *more, "--run", one, FIXED_DRAWS="1")
+    assert alone.returncode == 0, alone.stderr
+    ended = run_command(torchrun(2), FAULTY, *small, *more, "--run", two, FIXED_DRAWS="1")
+    assert ended.returncode == 0, ended.stderr
+    assert_same_training(one, two, 1e-5)
+    assert_same_scores(one, two)
+    assert losses(one)["train_loss"][0] - losses(one)["train_loss"][24] > 0.1, "it learns"
+    rewards = [[record.get("reward") for record in log_of(run)[25:]] for run in (one, two)]
+    assert rewards[0] == pytest.approx(rewards[1]) and all(rewards[0])
+    # The run folder is that of one process, and what is said is said once.
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+    assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
+    assert (one / "predictions.json").read_bytes() == (two / "predictions.json").read_bytes()
+    assert ended.stdout == alone.stdout
+    assert [line[:12] for line in ended.stderr.splitlines() if line.startswith("epoch")] == [
+        f"epoch {epoch:2}/27 " for epoch in range(1, 28)
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs", "3"], "rank 1 spoiled epoch 2"),
+        pytest.param(["--epochs", "many"], "for '--epochs': 'many'", marks=pytest.mark.slow),
+        pytest.param(["--min-count", "99"], "--min-count", marks=pytest.mark.slow),
+    ],
+)
+def test_an_error_is_said_once(
+    small: tuple[str | Path, ...], tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    """One that a process meets alone in the middle of its work, and two that all of them meet."""
+    ended = run_command(
+        torchrun(2),
+        *(FAULTY, *small, "--run", tmp_path / "run", *arguments),
+        FAIL="1:2",
+        FAULTS_DONE=str(tmp_path),
+    )
+    assert ended.returncode == 1
+    errors = re.findall(r"^Error: .*", ended.stderr, re.MULTILINE)
+    assert len(errors) == 1 and message in errors[0], ended.stderr
+    assert re.search(r"exitcode *: 2", ended.stderr)
+    # torchrun's own traceback is the only one.
+    assert 'faulty_training.py", line' not in ended.stderr
+    if "spoiled" in message:  # what was saved is kept
+        assert load_checkpoint(tmp_path / "run" / "last.pt").epoch == 1
+
+
+def wait_for_epochs(run: Path, epochs: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while len(log_of(run)) < epochs if (run / "log.jsonl").is_file() else True:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, then", [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_processes_goes_on_with_a_run(
+    small: tuple[str | Path, ...], tmp_path: Path, first: int, then: int
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    more = ("--epochs", "60")
+    alone = run_command([sys.executable], "train_decoder.py", *small, *more, "--run", whole)
+    assert alone.returncode == 0, alone.stderr
+    launchers = {n: torchrun(n) if n > 1 else [sys.executable] for n in (first, then)}
+    arguments = ["train_decoder.py", *map(str, small), *more, "--run", str(run)]
+    process = subprocess.Popen(
+        [*launchers[first], *arguments],
+        cwd=REPOSITORY,
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    wait_for_epochs(run, 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    done = load_checkpoint(run / "last.pt").epoch
+    ended = run_command(launchers[then], *arguments)
+    assert ended.returncode == 0, ended.stderr
+    assert 5 <= done + 1 < 60 and f"going on after epoch {done}\n" in ended.stderr
+    assert_same_training(whole, run, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_killed_processes_are_restarted_and_end_as_undisturbed_to_the_bit(
+    small: tuple[str | Path, ...], tmp_path: Path, processes: int
+) -> None:
+    """With dropout and self-critical epochs, and with --force, which must not count again."""
+    more = [
+        *("--epochs", "12", "--batch-size", "8", "--dropout", "0.3", "--ema-decay", "0.9"),
+        *("--self-critical-epochs", "4", "--force"),
+    ]
+    runs = [tmp_path / "whole", tmp_path / "killed"]
+    for run, kill in zip(runs, ("", f"1:4,0:7,{processes - 1}:10"), strict=True):
+        faults = tmp_path / f"faults-{run.name}"
+        faults.mkdir()
+        ended = run_command(
+            torchrun(processes, "--max-restarts", "3"),
+            *(FAULTY, *small, *more, "--run", run),
+            KILL=kill,
+            FAULTS_DONE=str(faults),
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert len(list(faults.iterdir())) == kill.count(":")
+        for epoch in (3, 6, 9):
+            assert (f"going on after epoch {epoch}\n" in ended.stderr) == bool(kill)
+    assert_same_training(runs[0], runs[1], 0.0)
+    assert_same_scores(runs[0], runs[1])
+    for name in ("samples.jsonl", "predictions.json", "scores.json", "curves.svg"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_as_one(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    """With broken images in train and val; three val images, for two processes."""
+    start = tmp_path / "start"
+    features = ("--data", drawn_run.data, "--features", drawn_run.features)
+    ended = run_command(
+        [sys.executable],
+        *("train_decoder.py", *features, *SMALL, "--epochs", "3", "--run", start),
+    )
+    assert ended.returncode == 0, ended.stderr
+    data = tmp_path / "scenes"
+    subprocess.run(["cp", "-r", str(drawn_run.data), str(data)], check=True)
+    images = sorted((data / "Images").iterdir())
+    for number in (0, 8):  # of train and of val
+        images[number].write_bytes(images[number].read_bytes()[:500])
+    common: list[str | Path] = [
+        *("--start", start, "--data", data, "--epochs", "2", "--batch-size", "5"),
+        *("--grad-accum-steps", "2", "--unfreeze-from", "Mixed_7c"),
+        *("--device", "cpu", "--precision", "fp32"),
+    ]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = run_command([sys.executable], "finetune_joint.py", *common, "--run", one)
+    ended = run_command(torchrun(2), "finetune_joint.py", *common, "--run", two)
+    assert (alone.returncode, ended.returncode) == (1, 1), ended.stderr
+    failed = [
+        [line for line in shown.stderr.splitlines() if line.startswith("failed: /")]
+        for shown in (alone, ended)
+    ]
+    assert len(failed[0]) == 2 and failed[0] == failed[1]
+    assert_same_training(one, two, 1e-4)
+    assert_same_scores(one, two)
+    matchers = [load_checkpoint(run).matcher for run in (one, two)]
+    assert matchers[0] is not None and matchers[1] is not None
+    assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+def test_a_plain_run_joins_no_job(small: tuple[str | Path, ...], tmp_path: Path) -> None:
+    script = (
+        "import sys, train_decoder, torch.distributed\n"
+        "try:\n    train_decoder.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "assert not torch.distributed.is_initialized()\n"
+        "assert 'pipeline.training.data_parallel' not in sys.modules\n"
+    )
+    run = tmp_path / "run"
+    ended = run_command([sys.executable, "-c"], script, *small, "--epochs", "1", "--run", run)
+    assert ended.returncode == 0, ended.stderr

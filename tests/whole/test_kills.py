@@ -1,0 +1,245 @@
+"""Commands killed and interrupted: the same command then ends as an undisturbed one does."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from PIL.Image import Image
+
+if os.name == "nt":
+    pytest.skip("Windows has no fork", allow_module_level=True)
+
+import resource
+
+from faults import values_of
+from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
+
+from pipeline.datasets.images import ImageRef
+from pipeline.features import cache_writer as feature_writer
+from pipeline.features import encode_images as encoding
+from pipeline.features.cache import PENDING, FeatureCache, partial_path
+from pipeline.outputs.resume import Journal, journal_path
+from pipeline.training import decoder_stage as decoder_training
+from pipeline.training import joint_stage
+from pipeline.utils.errors import UserError
+
+KILLS = 50  # of each of the four commands
+TIMES = ("seconds", "validation_seconds")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def commit_at_once() -> None:
+    """A kill then finds some rows done and others not, however quick the machine."""
+    feature_writer.COMMIT_INTERVAL = -1.0
+
+
+def assert_whole(folder: Path) -> None:
+    """Read every file that has its final name."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.name.startswith(".") or path.suffix == ".partial":
+            continue
+        if path.suffix == ".h5":
+            cache = FeatureCache(path)
+            assert cache.complete and len(cache.damaged_rows()) == 0
+        elif path.suffix == ".pt":
+            # Not by load_checkpoint, which here, outside of the forked process, wants all layers.
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+        elif path.suffix == ".jsonl":
+            content = path.read_text(encoding="utf-8")
+            assert content[-1:] in ("", "\n")
+            for line in content.splitlines():
+                json.loads(line)
+        elif path.suffix == ".svg":
+            ElementTree.parse(path)
+        else:
+            assert path.suffix == ".html" and path.read_bytes().rstrip().endswith(b"</html>"), path
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Give all files of a folder, but for how long things took."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = str(path.relative_to(folder))
+            found[name] = None if path.suffix == ".html" else values_of(path)
+            if path.name == "log.jsonl":
+                lines = [json.loads(line) for line in found[name].splitlines()]
+                found[name] = [{k: v for k, v in x.items() if k not in TIMES} for x in lines]
+    return found
+
+
+# Ctrl-C
+
+
+def slowed(module: Any, function: str) -> Callable[[], None]:
+    """Make what puts 0.1 s before each call of a function."""
+
+    def prepare() -> None:
+        commit_at_once()
+        quick = getattr(module, function)
+
+        def slow(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.1)
+            return quick(*arguments, **options)
+
+        setattr(module, function, slow)
+
+    return prepare
+
+
+def rows_done(folder: Path) -> int:
+    try:
+        return int((FeatureCache(partial_path(folder / "x.h5")).status != PENDING).sum())
+    except UserError:
+        return 0
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare", "has_begun", "kept"),
+    [
+        (
+            *("extract", slowed(encoding, "read_square")),
+            *(lambda folder: rows_done(folder) > 3, "encoded now, "),
+        ),
+        (
+            *("train", slowed(decoder_training.DecoderStage, "loss")),
+            *(lambda folder: (folder / "run/last.pt").is_file(), "going on after epoch "),
+        ),
+        (
+            *("finetune", slowed(joint_stage, "load_image")),
+            *(lambda folder: "epoch 1/2" in said(folder), "going on after epoch 1"),
+        ),
+        (
+            *("caption", slowed(Journal, "add")),
+            *(lambda folder: lines_of(journal_path(folder / "x.jsonl")) > 3, "were captioned bef"),
+        ),
+    ],
+)
+def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(
+    world: World,
+    tmp_path: Path,
+    name: str,
+    prepare: Callable[[], None],
+    has_begun: Callable[[Path], bool],
+    kept: str,
+) -> None:
+    folder = tmp_path / name
+    process = world.start(name, folder, prepare)
+    deadline = time.monotonic() + PATIENCE
+    while not has_begun(folder):
+        assert time.monotonic() < deadline and not os.waitpid(process, os.WNOHANG)[0], said(folder)
+        time.sleep(0.01)
+    os.kill(process, signal.SIGINT)
+    assert ended(process, patience=5.0) == 130
+    assert "interrupted; the same command goes on\n" in said(folder)
+    assert "Traceback" not in said(folder) and "Aborted" not in said(folder)
+    assert not (folder / "x.h5").exists() and not (folder / "x.jsonl").exists()
+    if name == "extract":
+        assert rows_done(folder) > 3
+    world.run(name, folder)
+    assert kept in said(folder) and "(20 encoded now" not in said(folder)
+    assert contents(folder) == contents(world.results[name])
+
+
+# Disks
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("extract", 9000), ("train", 99_000), ("finetune", 99_000), ("caption", 300)]
+)
+def test_a_full_disk_is_one_line_and_with_space_the_same_command_goes_on(
+    world: World, tmp_path: Path, name: str, size: int
+) -> None:
+    folder = tmp_path / name
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    assert ended(world.start(name, folder, fill)) == 2
+    last = said(folder).splitlines()[-1]
+    assert last.startswith("Error: ") and ": cannot be written (" in last, said(folder)
+    assert "Traceback" not in said(folder)
+    assert_whole(folder)
+    world.run(name, folder)
+    assert contents(folder) == contents(world.results[name])
+
+
+def test_training_images_that_go_away_stop_the_fine_tuning(world: World, tmp_path: Path) -> None:
+    folder, scenes, away = tmp_path / "joint", world.folder / "scenes", world.folder / "away"
+
+    def unplug() -> None:
+        read, count = joint_stage.load_image, itertools.count()
+
+        def load_image(path: ImageRef, size: int | None = None) -> Image:
+            if next(count) == 20:  # in the second of two epochs of 16
+                scenes.rename(away)
+            return read(path, size)
+
+        joint_stage.load_image = load_image
+
+    assert ended(world.start("finetune", folder, unplug)) == 2
+    away.rename(scenes)
+    assert "its folder is gone or empty" in said(folder) and "Traceback" not in said(folder)
+    assert torch.load(folder / "joint" / "last.pt", weights_only=True)["epoch"] == 1
+    world.run("finetune", folder)
+    assert contents(folder) == contents(world.results["finetune"])
+
+
+# SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_any_moment_a_command_ends_as_if_undisturbed(
+    world: World, tmp_path: Path, name: str, signal_number: int
+) -> None:
+    """200 kills in all, and a few interruptions, each at a moment of its own."""
+    random, expected = Random(f"{name} {signal_number}"), contents(world.results[name])
+    wanted = KILLS if signal_number == signal.SIGKILL else KILLS // 5
+    kills = runs = resumed = 0
+    longest = world.seconds[name]  # adapted, as the machine may be busy at times
+    while kills < wanted:
+        folder, runs, killed_before = tmp_path / f"{runs}", runs + 1, kills
+        while True:
+            process = world.start(name, folder, commit_at_once)
+            time.sleep(random.uniform(0.01, longest))
+            os.kill(process, signal_number)
+            code = ended(process)
+            assert code in (0, 130 if signal_number == signal.SIGINT else -signal_number), said(
+                folder
+            )
+            if code == 0:
+                longest *= 0.8
+                break
+            kills += 1
+            longest *= 1.1
+            if folder.is_dir():
+                assert_whole(folder)
+        assert contents(folder) == expected, said(folder)
+        assert "Traceback" not in said(folder)
+        resumed += kills > killed_before
+        shutil.rmtree(folder)
+    assert resumed
