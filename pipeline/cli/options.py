@@ -176,7 +176,7 @@ def from_dataclass(
     """Return a decorator that adds a click option for every ``utils.options.option`` field.
 
     The command receives each as a keyword argument named as the field, so that
-    ``SomeOptions(**{f.name: arguments[f.name] for f in dataclasses.fields(SomeOptions)})`` makes the
+    ``SomeOptions(**{f.name: arguments[f.name] for f in fields(SomeOptions)})`` makes the
     dataclass.
     """
 

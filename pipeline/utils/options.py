@@ -1,6 +1,6 @@
 """Options as dataclass fields: name, type, default, help and limits in one place.
 
-The commands make their click options from such fields (``cli.options.from_dataclass``), reports read
+The commands make click options from such fields (``cli.options.from_dataclass``), reports read
 help and defaults off them, and Python users construct the dataclass itself.
 """
 
