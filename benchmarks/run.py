@@ -5,7 +5,7 @@
 
 Both sides of a comparison run in turn, several times, and only rates of the same round are
 compared. Writes ``benchmarks/results.json`` and ``benchmarks/growth.svg``, and puts the table
-into README.md. With --only nothing is written.
+into docs/speed.md. With --only nothing is written.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.utils.files import atomic_write
 
 RESULTS = ROOT / "benchmarks" / "results.json"
 PLOT = ROOT / "benchmarks" / "growth.svg"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- made by make benchmark -->", "<!-- end -->"
 PARTS = (
     *("extraction", "decoder", "whole-job", "search", "captioning", "start", "joint"),
@@ -68,7 +68,7 @@ def main(rounds: int, only: tuple[str, ...]) -> None:
         write_json(RESULTS, results)
         growth.plot_growth(results["growth"], PLOT)
         put_into_readme(table(results))
-        echo(f"written: {RESULTS}, {PLOT}, {README}")
+        echo(f"written: {RESULTS}, {PLOT}, {PAGE}")
     echo(f"{results['minutes']} minutes")
 
 
@@ -150,9 +150,9 @@ def table(results: dict[str, Any]) -> str:
 
 def put_into_readme(text: str) -> None:
     """Replace what stands between the marks."""
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    with atomic_write(README) as handle:
+    with atomic_write(PAGE) as handle:
         handle.write(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
 

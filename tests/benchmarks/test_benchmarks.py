@@ -111,7 +111,7 @@ def test_the_table_goes_into_the_readme_and_nothing_else_changes(
 ) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
-    monkeypatch.setattr(benchmark, "README", readme)
+    monkeypatch.setattr(benchmark, "PAGE", readme)
     comparison = Comparison("x", "image", {"a": [4.0], "b": [2.0]}).compare("speed", "a", "b", 1.5)
     results = {
         "machine": {"cores": 2, "processor": "P", "amx": False, "torch": "2"},
@@ -131,7 +131,7 @@ def test_the_table_goes_into_the_readme_and_nothing_else_changes(
 
 def test_readme_has_the_table_of_the_stored_results() -> None:
     results = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
-    assert benchmark.table(results) in benchmark.README.read_text(encoding="utf-8")
+    assert benchmark.table(results) in benchmark.PAGE.read_text(encoding="utf-8")
     assert benchmark.PLOT.is_file()
 
 
