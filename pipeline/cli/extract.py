@@ -122,7 +122,7 @@ def main(
     For several GPUs or machines start it with torchrun: each process encodes a share, into a
     shard beside the cache. On one CPU this gains nothing, as --workers already uses all cores.
     """
-    from pipeline.utils.torchrun import joined_world
+    from pipeline.utils.distributed import joined_world
 
     with joined_world() as world:
         if download:
@@ -150,7 +150,7 @@ def main(
 
         output = output or default_cache_path(data)
         chosen = choose_device(device, world.local_rank)
-        force = world.starts_over(force)
+        force = force and not world.restarted
         begun = None if force else resume_identity(output)
         if begun is not None:  # auto goes on as the cache was begun, maybe on another machine
             precision = begun.precision if precision == "auto" else precision

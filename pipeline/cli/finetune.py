@@ -149,9 +149,9 @@ def main(
     from pipeline.training.finetune import finetune_joint
     from pipeline.training.joint_stage import JointOptions
     from pipeline.utils.devices import choose_device, choose_training_precision, default_workers
+    from pipeline.utils.distributed import joined_world
     from pipeline.utils.errors import UserError
     from pipeline.utils.locks import locked
-    from pipeline.utils.torchrun import joined_world
 
     callbacks = [epoch_reporter(run)]
     with joined_world() as world:

@@ -80,7 +80,7 @@ class GroupedCommand(click.Command):
             vars(error)["message"] = escape_control(
                 error.message
             )  # it quotes what it does not know
-            from pipeline.utils.torchrun import joined_world
+            from pipeline.utils.distributed import joined_world
 
             with joined_world():
                 raise

@@ -194,8 +194,8 @@ def main(
     from pipeline.reports.training_report import epoch_reporter
     from pipeline.training.decoder_stage import DecoderOptions, train_decoder
     from pipeline.utils.devices import choose_decoder_precision, choose_device
+    from pipeline.utils.distributed import joined_world
     from pipeline.utils.locks import locked
-    from pipeline.utils.torchrun import joined_world
 
     ended = 0
     with joined_world() as world:

@@ -97,7 +97,6 @@ def _extract(task: Extraction, world: World) -> ExtractionResult:
     if not task.force:
         echo_changes(existing_cache(task.output), task.names, stamps)
     writer = _open_writer(task, task.output, task.names, stamps)
-    world.note_started_over()
     if writer is None:
         return ExtractionResult(FeatureCache(task.output), encoded=0, kept=len(task.names))
     task.encoder.for_inference(task.engine)
@@ -148,7 +147,6 @@ def _extract_share(task: Extraction, world: World) -> ExtractionResult:
         writer = _open_writer(task, shards[world.rank], names, stamps)
     # No one's shard may go away before all have taken over what they need of it.
     world.barrier()
-    world.note_started_over()
     if writer is not None:
         task.encoder.for_inference(task.engine)
         encoded, kept = _encode_pending(task, writer, quiet=world.rank > 0)

@@ -272,7 +272,7 @@ def prepare_stage(
         if not images:
             raise UserError(f"{table.source}: no image with features is in the {split} split")
     last = run / "last.pt"
-    force = world.starts_over(force)
+    force = force and not world.restarted
     saved = world.broadcast(lambda: load_checkpoint(last) if last.is_file() and not force else None)
     if saved is not None:
         vocabulary = saved.vocabulary

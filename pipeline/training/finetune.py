@@ -96,7 +96,7 @@ def finetune_joint(
     source = open_source(options.data)
     captions_file = Path(options.captions) if options.captions else None
     last = run / "last.pt"
-    force = world.starts_over(force)
+    force = force and not world.restarted
     resumed = world.broadcast(lambda: last.is_file() and not force)
     start = world.broadcast(lambda: load_ensemble([last] if resumed else starts))
     table, names = load_table(source, captions_file, source.names)

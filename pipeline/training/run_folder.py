@@ -56,7 +56,6 @@ def open_run(
     world.refuse_differences(settings)
     if world.rank == 0:
         _open_run(run, settings, force)
-    world.note_started_over()
 
 
 def _open_run(run: Path, settings: dict[str, Any], force: bool) -> None:

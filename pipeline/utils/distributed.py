@@ -1,10 +1,10 @@
-"""What several processes that do one job tell each other, and how they share its work.
+"""Several processes that do one job: ``torchrun`` starts them, ``joined_world`` connects them.
 
     torchrun --nproc-per-node 4 -- extract_features.py --data photos
 
-``torchrun`` of PyTorch starts them, and ``torchrun.joined_job`` joins them. Without it a process
-is alone: rank 0 of 1, and nothing here waits or connects. What the processes tell each other is
-small, so gloo carries it on CPUs and GPUs alike.
+Without ``torchrun`` a process is rank 0 of 1, and nothing here waits or connects. The processes
+exchange little, so gloo carries it on CPUs and GPUs alike; gradients take NCCL
+(``training.data_parallel``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from pipeline.utils.errors import UserError
 
@@ -25,119 +29,91 @@ Item = TypeVar("Item")
 Items = TypeVar("Items", bound="Sequence[Any] | Tensor")
 Result = TypeVar("Result")
 
-LOST = (
-    "another process of this job ended before its work was done: see what it says; the same "
-    "command goes on where this one stopped"
-)
-STARTED_OVER = "captioner/started over"
+LOST = "another process of this job ended early: see its message; the same command resumes the work"
+# One process may finish its share long before another. A process that dies is noticed at once all
+# the same: its connections close, and torchrun ends the others.
+TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of the job's processes this one is.
+    """The job's processes, as one of them sees them; every method but ``share`` is collective.
+
+    Each collective method raises ``UserError`` if another process ended early.
 
     Attributes:
-        rank: its number, from 0; rank 0 alone reports, and writes what is of the whole job.
-        size: how many there are.
-        local_rank: its number among those of this machine, which chooses its GPU.
-        notes: where torchrun keeps what outlives the processes that it restarts; None without it.
+        rank: this process's number, from 0; rank 0 alone reports and writes the job's files.
+        size: number of processes.
+        local_rank: this process's number on its machine; chooses its GPU.
+        restarted: True if torchrun started the processes again after one of them failed.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    notes: Store | None = None
+    restarted: bool = False
 
     def barrier(self) -> None:
-        """Return when every process has come here.
-
-        Raises:
-            UserError: another process ended before.
-        """
-        self.total(0)
+        """Return when every process has called this."""
+        self.all_gather(None)
 
     def total(self, value: int) -> int:
-        """Add up ``value`` over all processes; every one gets the sum.
-
-        Raises:
-            UserError: another process ended before it came here.
-        """
+        """Return the sum of ``value`` over all processes."""
         return sum(self.all_gather(value))
 
     def all_gather(self, value: Result) -> list[Result]:
-        """Give ``value`` of every process, in the order of ranks.
-
-        Raises:
-            UserError: another process ended before it came here.
-        """
+        """Return ``value`` of every process, by rank."""
         if self.size == 1:
             return [value]
         import torch.distributed
 
-        values: list[Result | None] = [None] * self.size
-        with _connected():
+        values: list[Any] = [None] * self.size
+        with _lost_connections_named():
             torch.distributed.all_gather_object(values, value)
-        return values  # type: ignore[return-value]
+        return values
 
     def all_reduce(self, *values: float) -> tuple[float, ...]:
-        """Add up each of some numbers over all processes; quicker than ``collect``.
-
-        Raises:
-            UserError: another process ended before it came here.
-        """
+        """Return the sum of each number over all processes; faster than ``all_gather``."""
         if self.size == 1:
             return values
         import torch.distributed
 
         sums = torch.tensor(values, dtype=torch.float64)
-        with _connected():
+        with _lost_connections_named():
             torch.distributed.all_reduce(sums)
         return tuple(sums.tolist())
 
     def broadcast(self, function: Callable[[], Result]) -> Result:
-        """Call ``function`` in rank 0 alone; every process gets what it gave.
-
-        Raises:
-            UserError: another process ended before it came here.
-        """
+        """Call ``function`` in rank 0 alone and return its result in every process."""
         if self.size == 1:
             return function()
         import torch.distributed
 
-        values = [function() if self.rank == 0 else None]
-        with _connected():
+        values: list[Any] = [function() if self.rank == 0 else None]
+        with _lost_connections_named():
             torch.distributed.broadcast_object_list(values)
-        return values[0]  # type: ignore[return-value]
+        return values[0]
 
     def share(self, items: Items) -> Items:
-        """Give this process's share of some items: one in ``size``; there may be none for it."""
+        """Return this process's share of some items, every ``size``-th; it may be empty."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
-        """Call ``work`` for every item, each process for its share.
-
-        Returns:
-            What it gave, in the order of the items; every process gets all.
-
-        Raises:
-            UserError: another process ended before it came here.
-        """
+        """Call ``work`` for every item, each process for its share; return all results in order."""
         shares = self.all_gather([work(item) for item in self.share(items)])
         return [shares[n % self.size][n // self.size] for n in range(len(items))]
 
     def local_main_first(self, function: Callable[[], Result]) -> Result:
-        """Call ``function``, which may download something, in one process of each machine
-        before the others call it.
-        """
+        """Call ``function``, which may download a file, in one process per machine first."""
         result = function() if self.local_rank == 0 else None
         self.barrier()
         return function() if result is None else result
 
     def refuse_differences(self, values: Mapping[str, Any]) -> None:
-        """Check that all processes go by the same values, as machines may differ.
+        """Check that all processes have the same values, as machines may differ.
 
         Raises:
-            UserError: they do not; it names the first of the values that differs.
+            UserError: they differ; names the first value that does.
         """
         first, *others = self.all_gather(dict(values))
         for other in others:
@@ -145,36 +121,77 @@ class World:
                 if first[name] != other.get(name):
                     raise UserError(
                         f"the processes of this job differ in {name}: {first[name]} and "
-                        f"{other.get(name)}; name it in the command, or give every machine the "
+                        f"{other.get(name)}; set it in the command, or give every machine the "
                         "same files"
                     )
-
-    def starts_over(self, force: bool) -> bool:
-        """Tell whether ``force`` still holds: not where this job has started over already, as
-        torchrun gives the processes that it restarts the same options.
-        """
-
-        def still() -> bool:
-            if self.notes is None or not force:
-                return force
-            # Where the notes do not outlive a restart, rather too little is discarded.
-            lasting = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            first = lasting or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-            return first and not self.notes.check([STARTED_OVER])
-
-        return self.broadcast(still)
-
-    def note_started_over(self) -> None:
-        """Note that what there was is discarded, so that it happens once: see ``starts_over``."""
-        if self.notes is not None and self.rank == 0:
-            self.notes.set(STARTED_OVER, "")
 
 
 SINGLE_PROCESS = World()
 
 
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the other processes that ``torchrun`` started with this one, if it did.
+
+    Inside, rank 0 alone writes to standard output and standard error. An error that ends the job
+    is shown once, by the process that met it first.
+
+    Raises:
+        UserError: the other processes cannot be reached.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield World(restarted=_restarts() > 0)
+        return
+    import torch.distributed
+
+    store, world = _connect()
+    try:
+        with _silent() if world.rank else contextlib.nullcontext():
+            yield world
+    except (Exception, KeyboardInterrupt) as error:
+        # Others may have met the same error, or have lost their connection because of it.
+        if not _is_first_to_fail(store):
+            raise SystemExit(getattr(error, "exit_code", 1)) from error
+        shown = UserError(LOST) if is_lost_connection(error) else error
+        if isinstance(shown, click.ClickException):
+            shown.show()  # at once: torchrun ends this process when another one has ended
+            raise SystemExit(shown.exit_code) from error
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def _connect() -> tuple[Store, World]:
+    """Connect to the other processes over gloo; return a store of this attempt, and the world.
+
+    On several machines a restart needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/scale.md).
+    """
+    import torch.distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's own store outlives a restart, with addresses where no process listens any more.
+        attempt = torch.distributed.PrefixStore(f"attempt {_restarts()}", store)
+        torch.distributed.init_process_group(
+            "gloo", store=attempt, rank=rank, world_size=size, timeout=TIMEOUT
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            "WORLD_SIZE is set, but the job's other processes cannot be reached "
+            f"({str(error).splitlines()[0]}); start it with torchrun, or unset WORLD_SIZE"
+        ) from error
+    world = World(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
+    restarted = any(world.all_gather(_restarts() > 0))  # each machine counts its own
+    return attempt, replace(world, restarted=restarted)
+
+
+def _restarts() -> int:
+    """Return how often torchrun has started this machine's processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def is_lost_connection(error: BaseException) -> bool:
-    """Tell whether an error is that of a process whose neighbour is gone."""
+    """True if another process of the job went away and caused this error."""
     import torch.distributed
 
     return isinstance(error, torch.distributed.DistError) or (
@@ -183,9 +200,28 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _connected() -> Iterator[None]:
-    """Say what the errors of a talk between processes mean."""
+def _lost_connections_named() -> Iterator[None]:
+    """Turn errors of communication into a ``UserError``."""
     try:
         yield
     except RuntimeError as error:
         raise UserError(LOST) from error
+
+
+def _is_first_to_fail(store: Store) -> bool:
+    """True if no other process has failed before, or if that cannot be known."""
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:
+        return True
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Discard standard output and standard error."""
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(nothing),
+    ):
+        yield

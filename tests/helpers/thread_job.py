@@ -30,7 +30,7 @@ class ThreadJob(World):
 
     meeting: Meeting = field(default_factory=lambda: Meeting(1))
 
-    def collect(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         try:
             self.meeting.values[self.rank] = value
             self.meeting.barrier.wait(60)
@@ -40,11 +40,11 @@ class ThreadJob(World):
             raise UserError("another process of this job ended") from error
         return values
 
-    def add_up(self, *values: float) -> tuple[float, ...]:
-        return tuple(map(sum, zip(*self.collect(values), strict=True)))
+    def all_reduce(self, *values: float) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*self.all_gather(values), strict=True)))
 
-    def from_first(self, function: Callable[[], Any]) -> Any:
-        return self.collect(function() if self.rank == 0 else None)[0]
+    def broadcast(self, function: Callable[[], Any]) -> Any:
+        return self.all_gather(function() if self.rank == 0 else None)[0]
 
 
 def in_threads(size: int, work: Callable[[World], Any]) -> list[Any]:

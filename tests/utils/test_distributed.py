@@ -29,7 +29,7 @@ from pipeline.training.decoder_stage import (
 )
 from pipeline.training.joint_stage import JointBatch, JointOptions, JointStage, TrainingImage
 from pipeline.training.validation import Validator
-from pipeline.utils.distributed import SINGLE_PROCESS, STARTED_OVER, World
+from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -56,37 +56,6 @@ def test_processes_that_differ_are_refused_and_told_in_what() -> None:
     errors = in_threads(2, check)
     assert all(isinstance(error, UserError) for error in errors)
     assert any("differ in precision: fp32 and bf16" in str(error) for error in errors)
-
-
-class Notes:
-    """torchrun's store, as far as a job needs it."""
-
-    def __init__(self) -> None:
-        self.kept: set[str] = set()
-
-    def check(self, names: list[str]) -> bool:
-        return self.kept.issuperset(names)
-
-    def set(self, name: str, value: str) -> None:
-        self.kept.add(name)
-
-
-@pytest.mark.parametrize("lasting", [True, False])
-def test_a_job_starts_over_once_however_often_it_is_restarted(
-    monkeypatch: pytest.MonkeyPatch, lasting: bool
-) -> None:
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(lasting))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    notes: Any = Notes()
-    world = World(notes=notes)
-    assert world.starts_over(True) and not world.starts_over(False)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    # Killed before anything was discarded: it still has to be, if that can be known.
-    assert world.starts_over(True) is lasting
-    world.note_started_over()
-    assert notes.kept == {STARTED_OVER}
-    assert not world.starts_over(True)
-    assert SINGLE_PROCESS.starts_over(True)
 
 
 @pytest.fixture(scope="module")
