@@ -34,8 +34,13 @@ from pipeline.models.encoder_identity import FEATURE_SIZE
 
 # What commands import only when they need it, and a process that is forked then has already.
 for module in (
-    *("captioning", "decoder_training", "extraction", "final_scores", "joint_training"),
-    *("templating", "torchrun"),
+    "features.extraction",
+    "models.pretrained",
+    "outputs.caption_folder",
+    "reports.training_report",
+    "training.decoder_stage",
+    "training.finetune",
+    "utils.distributed",
 ):
     importlib.import_module(f"pipeline.{module}")
 tokenizer_of(ENGLISH).tokenize("it's")

@@ -27,15 +27,12 @@ from faults import values_of
 from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
 
 from pipeline.datasets.images import ImageRef
-from pipeline.features import cache_writer as feature_writer
-from pipeline.features import encode_images as encoding
+from pipeline.features import cache_writer, encode_images
 from pipeline.features.cache import PENDING, FeatureCache, partial_path
 from pipeline.outputs.resume import Journal, journal_path
-from pipeline.training import decoder_stage as decoder_training
-from pipeline.training import joint_stage
+from pipeline.training import decoder_stage, joint_stage
 from pipeline.utils.errors import UserError
 
-KILLS = 50  # of each of the four commands
 TIMES = ("seconds", "validation_seconds")
 
 
@@ -46,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def commit_at_once() -> None:
     """A kill then finds some rows done and others not, however quick the machine."""
-    feature_writer.COMMIT_INTERVAL = -1.0
+    cache_writer.COMMIT_INTERVAL = -1.0
 
 
 def assert_whole(folder: Path) -> None:
@@ -119,21 +116,33 @@ def lines_of(path: Path) -> int:
 @pytest.mark.parametrize(
     ("name", "prepare", "has_begun", "kept"),
     [
-        (
-            *("extract", slowed(encoding, "read_square")),
-            *(lambda folder: rows_done(folder) > 3, "encoded now, "),
+        pytest.param(
+            "extract",
+            slowed(encode_images, "read_square"),
+            lambda folder: rows_done(folder) > 3,
+            "encoded now, ",
+            id="extract",
         ),
-        (
-            *("train", slowed(decoder_training.DecoderStage, "loss")),
-            *(lambda folder: (folder / "run/last.pt").is_file(), "going on after epoch "),
+        pytest.param(
+            "train",
+            slowed(decoder_stage.DecoderStage, "loss"),
+            lambda folder: (folder / "run/last.pt").is_file(),
+            "going on after epoch ",
+            id="train",
         ),
-        (
-            *("finetune", slowed(joint_stage, "load_image")),
-            *(lambda folder: "epoch 1/2" in said(folder), "going on after epoch 1"),
+        pytest.param(
+            "finetune",
+            slowed(joint_stage, "load_image"),
+            lambda folder: "epoch 1/2" in said(folder),
+            "going on after epoch 1",
+            id="finetune",
         ),
-        (
-            *("caption", slowed(Journal, "add")),
-            *(lambda folder: lines_of(journal_path(folder / "x.jsonl")) > 3, "were captioned bef"),
+        pytest.param(
+            "caption",
+            slowed(Journal, "add"),
+            lambda folder: lines_of(journal_path(folder / "x.jsonl")) > 3,
+            "were captioned before",
+            id="caption",
         ),
     ],
 )
@@ -210,19 +219,24 @@ def test_training_images_that_go_away_stop_the_fine_tuning(world: World, tmp_pat
 # SIGKILL
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signal_number", "kills"),
+    [
+        (signal.SIGKILL, 2),
+        pytest.param(signal.SIGKILL, 50, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 10, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_any_moment_a_command_ends_as_if_undisturbed(
-    world: World, tmp_path: Path, name: str, signal_number: int
+    world: World, tmp_path: Path, name: str, signal_number: int, kills: int
 ) -> None:
-    """200 kills in all, and a few interruptions, each at a moment of its own."""
+    """Each kill comes at a random moment; a command that ends in spite of it starts anew."""
     random, expected = Random(f"{name} {signal_number}"), contents(world.results[name])
-    wanted = KILLS if signal_number == signal.SIGKILL else KILLS // 5
-    kills = runs = resumed = 0
+    killed = runs = resumed = 0
     longest = world.seconds[name]  # adapted, as the machine may be busy at times
-    while kills < wanted:
-        folder, runs, killed_before = tmp_path / f"{runs}", runs + 1, kills
+    while killed < kills:
+        folder, runs, killed_before = tmp_path / f"{runs}", runs + 1, killed
         while True:
             process = world.start(name, folder, commit_at_once)
             time.sleep(random.uniform(0.01, longest))
@@ -234,12 +248,12 @@ def test_killed_at_any_moment_a_command_ends_as_if_undisturbed(
             if code == 0:
                 longest *= 0.8
                 break
-            kills += 1
+            killed += 1
             longest *= 1.1
             if folder.is_dir():
                 assert_whole(folder)
         assert contents(folder) == expected, said(folder)
         assert "Traceback" not in said(folder)
-        resumed += kills > killed_before
+        resumed += killed > killed_before
         shutil.rmtree(folder)
     assert resumed
