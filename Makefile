@@ -1,9 +1,11 @@
-# make demo        set up, then run every stage on drawn scenes (a few minutes)
-# make test        set up, then run the tests
-# make benchmark   set up, then measure every stage against what people do (10 to 15 minutes)
+# make demo        run every stage on drawn scenes (a few minutes)
+# make test        run the tests (6 minutes on two idle cores)
+# make test-slow   run the tests that take more than 10 seconds each
+# make lint        run ruff, mypy and the import contract
+# make benchmark   measure every stage against common practice (15 to 20 minutes)
 #
-# Set-up makes .venv with everything in it; it is done once, and again when setup.cfg,
-# pyproject.toml or constraints.txt change. "make PYTHON=python3.12 demo" takes another Python.
+# Each first sets up .venv, once, and again when setup.cfg, pyproject.toml or constraints.txt
+# change. "make PYTHON=python3.12 demo" takes another Python.
 
 PYTHON ?= python3
 VENV = .venv
@@ -22,11 +24,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# What needs time, and Flickr8k in ../shared.
+# Some need ../shared, with Flickr8k, and are skipped without it.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# With the machine to itself: other work beside it spoils the figures.
+# Measure on an idle machine: other work distorts the figures.
 benchmark: $(READY)
 	$(BIN)/python -m pip install --quiet --editable ".[benchmark]" --constraint constraints.txt
 	$(BIN)/python benchmarks/run.py

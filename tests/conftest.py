@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 REPOSITORY = Path(__file__).parents[1]
+SHARED = REPOSITORY.parent / "shared"
 sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
 
 from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
@@ -31,6 +32,14 @@ hypothesis.settings.register_profile(
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("suite")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose files in ../shared are missing."""
+    for marker in item.iter_markers("shared"):
+        for name in marker.args:
+            if not (SHARED / name).exists():
+                pytest.skip(f"../shared/{name} is missing")
 
 
 class StubEncoder:

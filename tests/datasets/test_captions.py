@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SHARED
 
 from pipeline.datasets.caption_table import (
     CaptionedImage,
@@ -22,8 +23,7 @@ from pipeline.datasets.caption_table import (
 )
 from pipeline.utils.errors import UserError
 
-FLICKR8K = Path(__file__).parents[3] / "shared" / "flickr8k"
-needs_flickr8k = pytest.mark.skipif(not FLICKR8K.is_dir(), reason="../shared/flickr8k is missing")
+FLICKR8K = SHARED / "flickr8k"
 
 # Real names (their captions are invented): two of train, one of val, one of test.
 TRAIN, TRAIN2 = "2513260012_03d33305cf.jpg", "2903617548_d3e38d7f88.jpg"
@@ -144,7 +144,7 @@ def test_the_official_split() -> None:
     assert 2258277193 not in split
 
 
-@needs_flickr8k
+@pytest.mark.shared("flickr8k")
 def test_the_official_split_is_that_of_the_published_lists() -> None:
     folder = FLICKR8K / "Flickr8k_text"
     published: dict[int, str] = {}
@@ -156,7 +156,7 @@ def test_the_official_split_is_that_of_the_published_lists() -> None:
     assert official_flickr8k_split() == published
 
 
-@needs_flickr8k
+@pytest.mark.shared("flickr8k")
 def test_both_layouts_of_the_real_flickr8k_give_one_table() -> None:
     images = [f"Images/{path.name}" for path in (FLICKR8K / "Images").iterdir()]
     token, token_images = read_captions(FLICKR8K).restrict(images)

@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import REPOSITORY, SHARED
 
 from pipeline.datasets import vocabulary as module
 from pipeline.datasets.vocabulary import (
@@ -30,13 +30,10 @@ from pipeline.datasets.vocabulary import (
 )
 from pipeline.utils.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k" / "captions.txt"
+FLICKR8K = SHARED / "flickr8k" / "captions.txt"
 
 
 def flickr8k_captions() -> list[str]:
-    if not FLICKR8K.is_file():
-        pytest.skip("the captions of Flickr8k are not in ../shared")
     with FLICKR8K.open(encoding="utf-8", newline="") as file:
         return [row["caption"] for row in csv.DictReader(file)]
 
@@ -173,6 +170,7 @@ def test_any_text_survives_detokenize() -> None:
         assert not any(set("<>()\" '") & {token[0], token[-1]} - {"'"} for token in tokens)
 
 
+@pytest.mark.shared("flickr8k/captions.txt")
 def test_all_flickr8k_captions_survive_detokenize() -> None:
     captions = flickr8k_captions()
     different = sum(tokenize(detokenize(tokens := tokenize(text))) != tokens for text in captions)
@@ -181,6 +179,7 @@ def test_all_flickr8k_captions_survive_detokenize() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shared("flickr8k/captions.txt")
 def test_agrees_with_stanford() -> None:
     if shutil.which("java") is None:
         pytest.skip("Java is not installed")

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 from click.testing import CliRunner, Result
-from conftest import REPOSITORY, StubEncoder, draw
+from conftest import REPOSITORY, SHARED, StubEncoder, draw
 from torch import Tensor, nn
 
 import extract_features
@@ -33,8 +33,8 @@ from pipeline.models.encoder_identity import FEATURE_SIZE
 from pipeline.models.openvino import choose_engine
 from pipeline.utils.errors import InputError, UserError
 
-STANDIN = REPOSITORY.parent / "shared" / "weights" / "inception_v3_standin.pth"
-FLICKR8K = REPOSITORY.parent / "shared" / "flickr8k" / "Images"
+STANDIN = SHARED / "weights" / "inception_v3_standin.pth"
+FLICKR8K = SHARED / "flickr8k" / "Images"
 
 
 def sha256(path: Path) -> str:
@@ -387,8 +387,7 @@ def test_threads_are_as_before_afterwards(
         assert pool.submit(torch.get_num_threads).result() == before
 
 
-@pytest.mark.skipif(not STANDIN.is_file(), reason="../shared/weights is missing")
-@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="../shared/flickr8k is missing")
+@pytest.mark.shared("weights/inception_v3_standin.pth", "flickr8k/Images")
 def test_bf16_is_close_on_photographs() -> None:
     paths = sorted(FLICKR8K.glob("*.jpg"))[:8]
     photographs = [read_square(path) for path in paths]

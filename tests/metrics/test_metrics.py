@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 
 from pipeline.datasets.vocabulary import END, PAD, START, UNKNOWN
 from pipeline.metrics.coco import Scorer, diversity
 from pipeline.metrics.java import java_metrics
 from pipeline.utils.errors import UserError
 
-SCORING = Path(__file__).resolve().parents[3] / "shared" / "scoring"
+SCORING = SHARED / "scoring"
 
 References = dict[str, list[list[str]]]
 Predictions = dict[str, list[str]]
@@ -131,8 +132,6 @@ def test_scores_equal_pycocoevalcap(images: int) -> None:
 
 def read_scoring() -> tuple[References, Predictions, dict[str, float]]:
     """Return nlg-eval's captions and the scores it published for them, in percent."""
-    if not SCORING.is_dir():
-        pytest.skip("nlg-eval's captions are not in ../shared/scoring")
     lines = {
         name: [line.split() for line in (SCORING / f"{name}.txt").read_text().splitlines()]
         for name in ("hyp", "ref1", "ref2")
@@ -152,6 +151,7 @@ def read_scoring() -> tuple[References, Predictions, dict[str, float]]:
     return references, predictions, published
 
 
+@pytest.mark.shared("scoring")
 def test_scores_equal_published_ones() -> None:
     references, predictions, published = read_scoring()
     del published["METEOR"]
@@ -408,6 +408,7 @@ def test_spice_with_the_models_there(
 
 
 @pytest.mark.slow
+@pytest.mark.shared("scoring")
 def test_meteor_equals_the_published_score(capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pycocoevalcap")
     if shutil.which("java") is None:

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import SHARED
 from draw_scenes import draw_scenes
 from drawn_run import DrawnRun
 
@@ -32,7 +33,6 @@ from pipeline.models.quantization import dequantize, quantize
 from pipeline.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
 
 
 def test_filters_lose_at_most_half_a_step_and_the_rest_nothing() -> None:
@@ -216,11 +216,10 @@ def test_a_fixed_drawing_gives_fixed_features(boxed: Captioner, tmp_path: Path) 
     assert features.mean() == pytest.approx(0.0505896, rel=1e-3)
 
 
+@pytest.mark.shared("weights/inception_v3_standin.pth", "flickr8k_fullres")
 def test_compression_keeps_the_features(boxed: Captioner) -> None:
     weights = SHARED / "weights/inception_v3_standin.pth"
     images = sorted((SHARED / "flickr8k_fullres").rglob("*.jpg"))[:4]
-    if not weights.is_file() or not images:
-        pytest.skip(f"{SHARED} is missing: no weights to compare with")
     squares = [read_square(image) for image in images]
     whole = load_encoder(str(weights)).for_inference()
     for a, b in zip(whole.encode(squares), boxed.encoder.encode(squares), strict=True):
@@ -228,9 +227,8 @@ def test_compression_keeps_the_features(boxed: Captioner) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shared("flickr8k")
 def test_the_model_scores_what_its_card_says(tmp_path: Path) -> None:
-    if not (SHARED / "flickr8k").is_dir():
-        pytest.skip(f"{SHARED} is missing: no Flickr8k to score on")
     words = f"pretrained --data {SHARED / 'flickr8k'} --output {tmp_path / 'p.json'} --no-java"
     result = CliRunner().invoke(evaluate.main, words.split())
     assert result.exit_code == 0, result.output

@@ -11,6 +11,7 @@ import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from conftest import SHARED
 from draw_scenes import draw_scenes
 
 import caption
@@ -20,11 +21,9 @@ import finetune_joint
 import train_decoder
 from pipeline.features.cache import FeatureCache
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 FLICKR8K = SHARED / "flickr8k"
 STANDIN = SHARED / "weights" / "inception_v3_standin.pth"
-REASON = "needs Flickr8k and the stand-in weights in ../shared"
-has_shared = pytest.mark.skipif(not (FLICKR8K.is_dir() and STANDIN.is_file()), reason=REASON)
+has_shared = pytest.mark.shared("flickr8k", "flickr8k_fullres", "weights/inception_v3_standin.pth")
 
 
 def run(command: click.Command, options: str) -> Result:
