@@ -1,16 +1,16 @@
 "use strict";
 
-// Requests under way: one is captioned while the next travels.
+// Simultaneous requests: one is captioned while the next one uploads.
 const AT_ONCE = 2;
 const MAX_FILE_BYTES = Number(document.body.dataset.maxFileBytes);
-const PICTURE = /\.(jpe?g|jpe|jfif|jp2|png|webp|avif|gif|tiff?|bmp|tga|p[pgb]m|hei[cf])$/i;
+const IMAGE = /\.(jpe?g|jpe|jfif|jp2|png|webp|avif|gif|tiff?|bmp|tga|p[pgb]m|hei[cf])$/i;
 
 const find = (id) => document.getElementById(id);
 const controls = find("controls");
 const cards = [];
 let running = 0;
 
-// --- Images come in: chosen, dropped or pasted ------------------------------------------------
+// --- Adding images: chosen, dropped or pasted ------------------------------------------------
 
 function add(files) {
   for (const file of files) {
@@ -40,7 +40,7 @@ function remove(card) {
   forget(card);
   const place = cards.indexOf(card);
   cards.splice(place, 1);
-  // The focus was in what is gone; without this it would go back to the top of the page.
+  // Without this the focus would go back to the top of the page.
   (cards[place] ?? cards[place - 1])?.element.querySelector(".remove").focus();
   if (!cards.length) find("files").focus();
   pump();
@@ -53,15 +53,15 @@ function forget(card) {
   card.element.remove();
 }
 
-// The files of what was dropped, folders opened, in the order of their names.
+// The dropped files, with the contents of dropped folders in the order of their names.
 async function filesOf(transfer) {
   const entries = Array.from(transfer.items, (item) => item.webkitGetAsEntry?.());
   if (!entries.some((entry) => entry?.isDirectory)) return Array.from(transfer.files);
   const files = [];
   const walk = async (entry, asked) => {
     if (entry.isFile) {
-      // In a folder there is much that nobody means to be captioned.
-      if (!asked && (entry.name.startsWith(".") || !PICTURE.test(entry.name))) return;
+      // Folders also hold files that nobody wants captioned.
+      if (!asked && (entry.name.startsWith(".") || !IMAGE.test(entry.name))) return;
       files.push(await new Promise((resolve, reject) => entry.file(resolve, reject)));
       return;
     }
@@ -98,9 +98,9 @@ addEventListener("drop", async (event) => {
   try {
     const files = await filesOf(event.dataTransfer);
     if (files.length) add(files);
-    else say("No images in what was dropped");
+    else say("No images were dropped");
   } catch {
-    say("What was dropped cannot be read");
+    say("The dropped files cannot be read");
   }
 });
 addEventListener("paste", (event) => {
@@ -110,7 +110,7 @@ addEventListener("paste", (event) => {
   add(files);
 });
 
-// --- Captions are asked for, an image a request --------------------------------------------------
+// --- Requesting captions: one image per request --------------------------------------------------
 
 function enqueue(card) {
   card.cancel?.abort();
@@ -119,8 +119,8 @@ function enqueue(card) {
   card.state = "waiting";
   if (card.file.size > MAX_FILE_BYTES) {
     card.state = "failed";
-    card.final = true; // no setting changes that
-    card.error = `Larger than ${MAX_FILE_BYTES / 1e6} MB, which is the most that is taken.`;
+    card.final = true; // no setting changes this
+    card.error = `Larger than ${MAX_FILE_BYTES / 1e6} MB, the largest size accepted.`;
   }
   show(card);
 }
@@ -142,7 +142,7 @@ async function run(card) {
   show(card);
   try {
     const answer = await ask(card.file, cancel.signal);
-    if (card.cancel !== cancel) return; // the settings have changed meanwhile
+    if (card.cancel !== cancel) return; // the settings have changed since
     card.captions = answer.captions ?? [];
     card.error = answer.error ? `Cannot be captioned: ${answer.error}.` : "";
     card.state = answer.error ? "failed" : "done";
@@ -166,7 +166,7 @@ async function ask(file, signal) {
   body.append("image", file, file.name);
   for (;;) {
     const response = await fetch("caption", { method: "POST", body, signal });
-    if (response.status === 503) { // others are using it too
+    if (response.status === 503) { // busy with other requests
       const seconds = Number(response.headers.get("Retry-After")) || 2;
       await new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
       signal.throwIfAborted();
@@ -178,7 +178,7 @@ async function ask(file, signal) {
   }
 }
 
-// --- What is seen ----------------------------------------------------------------------------------
+// --- Drawing cards ----------------------------------------------------------------------------------
 
 function show(card) {
   const { element, state } = card;
@@ -209,8 +209,8 @@ function captionElement({ caption, log_probability: score, words }) {
   return element;
 }
 
-// The caption with its words shaded. Words are the model's; between them stands what is in the
-// caption, where "dog 's" may have become "dog's".
+// The caption with its words shaded. The words are the model's tokens; the text between them is the
+// caption's, where "dog 's" may have become "dog's".
 function shaded(caption, words) {
   const nodes = [];
   let place = 0;
@@ -296,7 +296,7 @@ find("numbers").addEventListener("change", (event) => {
   document.body.classList.toggle("numbers", event.target.checked);
 });
 find("copy-all").addEventListener("click", () => {
-  // A spreadsheet would calculate what begins as a formula.
+  // A spreadsheet would evaluate text that begins like a formula.
   const clean = (text) => text.replace(/[\t\r\n]+/g, " ").replace(/^(?='*[=+\-@])/, "'");
   const rows = cards.flatMap(({ file, state, captions }) => (state === "failed" ? [] : captions)
     .map((each) => [clean(file.name), clean(each.caption), each.log_probability].join("\t")));

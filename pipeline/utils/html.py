@@ -1,19 +1,22 @@
-"""Templates of the files that people look at, and how they are filled in."""
+"""HTML pages filled in from ``pipeline/templates``."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jinja2
 
 from pipeline.utils.progress import duration
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Give the templates of ``pipeline/templates``, which escape markup in what is filled in."""
+    """Return the environment of the templates; what is filled in is escaped."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
