@@ -4,10 +4,10 @@
     python benchmarks/ablation.py --epochs 50 --only recipe    # the recipe alone, in full
 
 Trains the recipe of train_decoder.py, and variants with and without its levers, with every seed,
-and scores each model on val with three beams; then the models of one with every way to search.
-Stopped at any moment, the same command goes on: what is trained and scored is kept in --runs. On
-two cores two trainings side by side, with a core each, are done sooner than one after the other
-with both; a GPU is kept busy by several (--jobs).
+and scores each model on val with three beams; then the models of one variant with every search.
+Interrupted, the same command resumes: what is trained and scored is kept in --runs. On two cores,
+two trainings in parallel with a core each finish sooner than one after the other with both; a GPU
+is kept busy by several (--jobs).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from measure import ROOT, echo
 
 from pipeline.utils.files import atomic_write
 
-# What is trained. The levers are taken away beside dropout on features, which the recipe had until
-# this table showed that captions are better without; so are the ways to search compared.
+# What is trained. Levers and searches are compared with dropout on features, which the recipe had
+# until this table showed that captions are better without.
 SEARCHED = "with dropout on features"
 LEVERS = {
     "recipe": "",
     SEARCHED: "--feature-dropout 0.5",
     "that, without the image as first state": "--feature-dropout 0.5 --no-init-state-from-image",
     "that, without tied embeddings": "--feature-dropout 0.5 --no-tie-embeddings",
-    "that, without the mean of the weights": "--feature-dropout 0.5 --ema-decay 0",
+    "that, without the EMA of the weights": "--feature-dropout 0.5 --ema-decay 0",
     "that, without label smoothing": "--feature-dropout 0.5 --label-smoothing 0",
     "without any of these": (
         "--no-init-state-from-image --no-tie-embeddings --ema-decay 0 --label-smoothing 0"
@@ -50,9 +50,10 @@ SEARCHES = {
     "10 beams, matching": "--beam-size 10 --consensus 0",
     "10 beams, both (the default)": "",
 }
-TOGETHER = {
-    "all seeds together, 3 beams": PLAIN,
-    "all seeds together, 20 beams, both (the default)": "",
+ENSEMBLE = "--together"
+ENSEMBLES = {
+    "ensemble of all seeds, 3 beams": PLAIN,
+    "ensemble of all seeds, 20 beams, both (the default)": "",
 }
 SCORES = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D", "distinct_captions")
 TABLE = ROOT / "docs" / "ablation.md"
@@ -62,12 +63,14 @@ TABLE = ROOT / "docs" / "ablation.md"
 @click.option("--data", type=click.Path(path_type=Path), default="data/flickr8k")
 @click.option("--features", type=click.Path(path_type=Path), default="data/features/flickr8k.h5")
 @click.option("--runs", type=click.Path(path_type=Path), default="runs/ablation")
-@click.option("--epochs", type=click.IntRange(min=1), default=12, help="Of every training.")
-@click.option("--precision", default="auto", help="Of the trainings, see train_decoder.py.")
-@click.option("--seeds", type=click.IntRange(min=2), default=3, help="How many, from 0.")
-@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Trainings side by side.")
-@click.option("--only", type=click.Choice(list(LEVERS)), multiple=True, help="All if none.")
-@click.option("--output", type=click.Path(path_type=Path), default=TABLE, help="The table.")
+@click.option("--epochs", type=click.IntRange(min=1), default=12, help="Epochs of every training.")
+@click.option("--precision", default="auto", help="Precision of every training.")
+@click.option("--seeds", type=click.IntRange(min=2), default=3, help="Number of seeds, from 0.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, help="Trainings in parallel.")
+@click.option(
+    "--only", type=click.Choice(list(LEVERS)), multiple=True, help="Levers to train; all if none."
+)
+@click.option("--output", type=click.Path(path_type=Path), default=TABLE, help="File of the table.")
 def main(
     data: Path,
     features: Path,
@@ -106,8 +109,8 @@ def main(
                 name: scored([[run] for run in searched], options)
                 for name, options in SEARCHES.items()
             }
-            together = {name: scored([searched], options) for name, options in TOGETHER.items()}
-            rows[f"Search, with the models {SEARCHED}"] = alone | together
+            ensembles = {name: scored([searched], options) for name, options in ENSEMBLES.items()}
+            rows[f"Search, with the models {SEARCHED}"] = alone | ensembles
         sections = {
             title: {name: [found.result() for found in results] for name, results in row.items()}
             for title, row in rows.items()
@@ -124,7 +127,7 @@ def folder(runs: Path, name: str, seed: int) -> Path:
 
 
 def train(options: str, jobs: int) -> None:
-    """Train one model, or go on with it, with its share of the cores; a finished one is passed."""
+    """Train or resume one model with its share of the cores; skip a finished one."""
     words = options.split()
     run = Path(words[words.index("--run") + 1])
     if (run / "scores.json").is_file():  # written when all is done
@@ -144,22 +147,23 @@ def train(options: str, jobs: int) -> None:
 
 
 def share_of_cores(jobs: int) -> dict[str, str]:
-    """Give the environment of one of ``jobs`` processes side by side."""
+    """Return the environment of one of ``jobs`` processes in parallel."""
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
 
 def score(models: Sequence[Path], options: str, source: str, jobs: int) -> dict[str, Any]:
-    """Score a model, or several together; what was scored before is read again."""
-    name = (options.replace("--", "").replace(" ", "-") or "default") + "-together" * (
-        len(models) > 1
-    )
+    """Score a model, or an ensemble; what was scored before is read again."""
+    name = options.replace("--", "").replace(" ", "-") or "default"
+    if len(models) > 1:
+        name += "-ensemble"
     output = models[0] / name / "predictions.json"
     scores = output.with_name("scores.json")
     if not scores.is_file():
         output.parent.mkdir(exist_ok=True)
         words = [*map(str, models), *options.split(), *source.split(), "--output", str(output)]
-        together = ["--together"] if len(models) > 1 else []
-        command = [sys.executable, str(ROOT / "evaluate.py"), *words, *together]
+        if len(models) > 1:
+            words.append(ENSEMBLE)
+        command = [sys.executable, str(ROOT / "evaluate.py"), *words]
         echo(f"evaluate.py {' '.join(words)}")
         ended = subprocess.run(
             command, env=share_of_cores(jobs), capture_output=True, text=True, check=False
@@ -184,7 +188,7 @@ def report(
         "Mean ± standard deviation over the seeds.",
     ]
     for title, rows in sections.items():
-        commands = {**LEVERS, **SEARCHES, **TOGETHER}
+        commands = {**LEVERS, **SEARCHES, **ENSEMBLES}
         program = "train_decoder.py" if title.startswith("Training") else "evaluate.py"
         names = [name for name in SCORES if name in first["scores"]]
         lines += ["", f"## {title}", ""]
@@ -195,7 +199,7 @@ def report(
         for row, results in rows.items():
             options = f"`{commands[row]}`" if commands[row] else ""
             if len(results) == 1:
-                options = f"`--together` {options}".strip()
+                options = f"`{ENSEMBLE}` {options}".strip()
             cells = [_mean([r["scores"][name] for r in results], name) for name in names]
             lines.append(f"| {row} | {options} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

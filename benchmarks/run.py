@@ -1,6 +1,6 @@
 """Measure every stage against what people do today, in one run on this machine.
 
-    make benchmark                       # all of it, 10 to 15 minutes on two cores
+    make benchmark                       # all of it, 15 to 20 minutes on two cores
     python benchmarks/run.py --only extraction --only captioning
 
 Both sides of a comparison run in turn, several times, and only rates of the same round are
@@ -23,6 +23,7 @@ import click
 import growth
 import torch
 import torchvision
+from compare_busy import compare_busy
 from compare_captioning import compare_captioning, compare_search, compare_start
 from compare_extraction import compare_extraction
 from compare_training import compare_decoder_training, compare_joint, compare_whole_job
@@ -38,8 +39,16 @@ PLOT = ROOT / "benchmarks" / "growth.svg"
 PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- made by make benchmark -->", "<!-- end -->"
 PARTS = (
-    *("extraction", "decoder", "whole-job", "search", "captioning", "start", "joint"),
-    *("memory", "growth"),
+    "extraction",
+    "decoder",
+    "whole-job",
+    "search",
+    "captioning",
+    "start",
+    "joint",
+    "busy",
+    "memory",
+    "growth",
 )
 # What a part needs to have been measured before it.
 NEEDS = {
@@ -93,6 +102,8 @@ def measure(folder: Path, wanted: set[str], rounds: int) -> dict[str, Any]:
         found.append(compare_start(material, folder, rounds))
     if "joint" in wanted:
         found.append(compare_joint(material, rounds))
+    if "busy" in wanted:
+        found += compare_busy(max(1, rounds // 2))
     return {
         "machine": describe_machine(),
         "material": material.description,

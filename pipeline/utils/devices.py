@@ -1,4 +1,4 @@
-"""Where the arithmetic runs, and in which precision."""
+"""Choice of device, precision and number of threads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps`` into a device.
+    """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
-    ``auto`` takes CUDA, then Apple's MPS, then the CPU. Of a job's processes on one machine
-    (``local_rank``, from 0) each takes a CUDA device of its own, as far as there are enough.
+    ``auto`` is CUDA if available, else Apple's MPS, else the CPU. Processes of one machine
+    (``local_rank``, from 0) take different CUDA devices, as far as there are enough.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not available.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         own = local_rank % max(1, torch.cuda.device_count())
@@ -44,42 +44,39 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def inference_batch_size(device: torch.device) -> int:
-    """Give the number of images to encode at a time: on a CPU so few that what lies between
-    two layers stays in a core's cache, which is quickest.
-    """
+    """Return the images per forward pass: few on a CPU, so that activations stay in cache."""
     return 4 if device.type == "cpu" else 64
 
 
 def default_workers(device: torch.device) -> int:
-    """Give the number of threads that decode and encode images side by side.
+    """Return the number of threads that decode and encode images: one per core, at most 8.
 
-    One a core, at most 8: on a CPU each holds a batch between the network's layers, and more
-    than 8 wait for Python's lock more than they decode (1,530 photographs of 500 x 375 a second
-    by 8 threads, 1,340 by 16, on 16 cores beside an H200).
+    More than 8 spend their time waiting for Python's lock: 8 threads decoded 1,530 photographs
+    of 500 x 375 per second, 16 threads 1,340, on 16 cores beside an H200.
     """
     return min(8, torch.get_num_threads() if device.type == "cpu" else os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def threads_per_worker(workers: int) -> Iterator[int]:
-    """Share torch's threads among ``workers`` threads started inside; gives each one's share.
+    """Divide torch's threads among ``workers`` threads started inside; yield each one's share.
 
-    A worker that has started has to ask for it: ``torch.set_num_threads(share)``.
+    Each worker must call ``torch.set_num_threads(share)`` itself.
     """
     threads = torch.get_num_threads()
     try:
         yield max(1, threads // workers)
     finally:
-        # What a worker sets holds for itself and for all threads that start later.
+        # A worker's setting applies to itself and to all threads that start later.
         torch.set_num_threads(threads)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn ``auto`` into the fastest precision of the device.
+    """Return ``name``, or for ``auto`` the fastest inference precision of the device.
 
-    bf16 on CPUs with AMX and on GPUs that have it, fp16 on older CUDA GPUs, fp32 elsewhere:
-    InceptionV3 in bf16 took 1.6 times as long as in fp32 on a Xeon that has AVX-512's bf16
-    instructions but not AMX's tiles, and emulated half precision is slower still.
+    bf16 on CPUs with AMX and on GPUs that support it, fp16 on older CUDA GPUs, fp32 elsewhere:
+    InceptionV3 took 1.6 times as long in bf16 as in fp32 on a Xeon with AVX-512's bf16
+    instructions but without AMX, and emulated half precision is slower still.
     """
     if name != "auto":
         return name
@@ -91,31 +88,36 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def cpu_has_amx() -> bool:
-    """Tell whether the CPU multiplies bfloat16 matrices in hardware."""
-    # torch names this check with an underscore; without it the answer is a safe no.
+    """True if the CPU multiplies bfloat16 matrices in hardware."""
+    # torch's check is private; without it the safe answer is no.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Run what follows in ``precision``; nothing is changed for fp32."""
+    """Return a context that computes in ``precision``; fp32 changes nothing."""
     if precision not in DTYPES:
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
 
 
 def choose_training_precision(name: str, device: torch.device) -> str:
-    """Like ``choose_precision``, but fp32 where only fp16 is at hand: its range is too small
-    to train in without scaling the loss.
+    """Like ``choose_precision``, but fp32 in place of fp16, which would need loss scaling.
+
+    Raises:
+        UserError: bf16 on a CPU without AVX-512, for which oneDNN has no bf16 LSTM.
     """
+    if name == "bf16" and device.type == "cpu":
+        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
+            raise UserError("--precision bf16: this CPU cannot train in it; use fp32 or auto")
     precision = choose_precision(name, device)
     return "fp32" if precision == "fp16" else precision
 
 
 def choose_decoder_precision(name: str, device: torch.device) -> str:
-    """Like ``choose_training_precision``, but fp32 on GPUs.
+    """Like ``choose_training_precision``, but ``auto`` is fp32 on GPUs.
 
-    The decoder's matrices are so small that rounding them costs more than it saves: an H200
-    trained on 30,000 captions/s in fp32 and 27,900 in bf16, at batches of 512 79,000 and 49,500.
+    The decoder's matrices are so small that conversion costs more than it saves: an H200 trained
+    on 30,000 captions/s in fp32 and 27,900 in bf16; in batches of 512, on 79,000 and 49,500.
     """
     if name == "auto" and device.type == "cuda":
         return "fp32"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import ablation
 import pytest
@@ -11,19 +13,29 @@ from click.testing import CliRunner
 from small_data import make_small_data
 
 
+def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Stand in for ``subprocess.run``: run a script of this project in this process."""
+    script = importlib.import_module(Path(command[1]).stem)
+    result = CliRunner().invoke(script.main, [*command[2:], "--device", "cpu"])
+    if "stdout" in options:
+        options["stdout"].write(result.output)
+    return subprocess.CompletedProcess(command, result.exit_code, result.stdout, result.stderr)
+
+
 def test_the_table_has_every_row_and_work_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = "--embed-size 8 --hidden-size 8 --batch-size 16 --min-count 1"
+    monkeypatch.setattr(subprocess, "run", run_here)
     monkeypatch.setattr(ablation, "SEARCHED", "recipe")
     monkeypatch.setattr(ablation, "LEVERS", {"recipe": small})
     monkeypatch.setattr(ablation, "PLAIN", "--beam-size 1")  # a score of these is made once
     monkeypatch.setattr(ablation, "SEARCHES", {"greedy": "--beam-size 1"})
-    monkeypatch.setattr(ablation, "TOGETHER", {"both seeds, greedy": "--beam-size 1"})
+    monkeypatch.setattr(ablation, "ENSEMBLES", {"both seeds, greedy": "--beam-size 1"})
     data, features = make_small_data(tmp_path)
     output = tmp_path / "ablation.md"
     how = "--epochs 1 --seeds 2 --precision fp32"
-    words = f"--data {data} --features {features} --runs {tmp_path / 'runs'} {how}"
+    words = f"--data {data} --features {features} --runs {tmp_path / 'runs'} {how} --jobs 1"
     options = [*words.split(), "--output", str(output)]
     result = CliRunner().invoke(ablation.main, options)
     assert result.exit_code == 0, result.output
@@ -31,7 +43,7 @@ def test_the_table_has_every_row_and_work_is_kept(
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     named = ["| recipe", "| greedy", "| both seeds, greedy"]
     assert [row for row in rows if row != "|"] == named
-    assert "`--together` `--beam-size 1`" in text and " ± " in text and f"{how}`" in text
+    assert f"`{ablation.ENSEMBLE}` `--beam-size 1`" in text and " ± " in text and f"{how}`" in text
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done before")
@@ -41,9 +53,10 @@ def test_the_table_has_every_row_and_work_is_kept(
     assert output.read_text() == text
 
 
-def test_a_training_that_fails_is_named(tmp_path: Path) -> None:
+def test_a_training_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", run_here)
     words = f"--data {tmp_path} --features {tmp_path / 'none.h5'} --runs {tmp_path / 'runs'}"
-    result = CliRunner().invoke(ablation.main, [*words.split(), "--only", "recipe", "--seeds", "2"])
+    options = [*words.split(), "--only", "recipe", "--seeds", "2", "--jobs", "1"]
+    result = CliRunner().invoke(ablation.main, options)
     assert result.exit_code == 1 and "train_decoder.py failed: see" in result.output
-    log = tmp_path / "runs" / "recipe-0" / "output.txt"
-    assert "none.h5" in log.read_text()
+    assert "none.h5" in (tmp_path / "runs" / "recipe-0" / "output.txt").read_text()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import baselines
+import compare_busy
 import gpu
 import numpy
 import pytest
@@ -154,7 +157,10 @@ def test_made_up_features_tell_captions_apart(tmp_path: Path) -> None:
     assert numpy.allclose(cache.own_features[7], features[1], atol=0.01)
 
 
-def test_the_gpu_benchmark_has_every_row(tmp_path: Path) -> None:
+def test_the_gpu_benchmark_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "THREADS", (1, 2))
+    monkeypatch.setattr(gpu, "EPOCHS", 1)
+    monkeypatch.setattr(gpu, "cpu_has_amx", lambda: False)
     data, features = make_small_data(tmp_path)
     draw(tmp_path / "images" / "a.png")
     words = f"--device cpu --batch 1 --seconds 0 --images {tmp_path / 'images'}"
@@ -162,4 +168,31 @@ def test_the_gpu_benchmark_has_every_row(tmp_path: Path) -> None:
     result = CliRunner().invoke(gpu.main, options)
     assert result.exit_code == 0, result.output
     rows = re.findall(r"^\| (.+) \| [\d,]+ (?:image|caption)/s \|$", result.stdout, re.MULTILINE)
-    assert len(rows) == 2 + len(gpu.THREADS) + 4
+    assert len(rows) == 2 + 2 + 2, "network, decoding, training"
+
+
+def test_wait_policies_are_compared_alone_and_beside_busy_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy: list[bool] = [False]
+    rates = {("default", False): 4.0, ("passive", False): 3.0, ("default", True): 1.0}
+
+    @contextlib.contextmanager
+    def busy_programs() -> Iterator[None]:
+        busy[0] = True
+        yield
+        busy[0] = False
+
+    def measure_once(policy: str, seconds: float) -> dict[str, float]:
+        rate = rates.get((policy, busy[0]), 2.0)
+        return {"training": rate, "encoding": 2 * rate}
+
+    monkeypatch.setattr(compare_busy, "busy_programs", busy_programs)
+    monkeypatch.setattr(compare_busy, "measure_once", measure_once)
+    for comparison in compare_busy.compare_busy(rounds=2):
+        assert [ratio.median for ratio in comparison.ratios.values()] == [0.75, 2.0]
+
+
+def test_the_command_lists_its_parts() -> None:
+    result = CliRunner().invoke(benchmark.main, ["--help"])
+    assert result.exit_code == 0 and "busy" in result.output

@@ -47,6 +47,15 @@ def test_cpu_takes_bf16_only_where_it_has_the_units(
     assert devices.choose_precision("fp32", CPU) == "fp32"
 
 
+def test_bf16_training_needs_a_cpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has no bf16 LSTM below AVX-512."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    with pytest.raises(UserError, match="--precision bf16: .* use fp32"):
+        devices.choose_training_precision("bf16", CPU)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert devices.choose_training_precision("bf16", CPU) == "bf16"
+
+
 def test_training_never_takes_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     """An older GPU encodes in fp16 but trains in fp32: the loss is not scaled here."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
