@@ -104,11 +104,11 @@ def choose_training_precision(name: str, device: torch.device) -> str:
     """Like ``choose_precision``, but fp32 in place of fp16, which would need loss scaling.
 
     Raises:
-        UserError: bf16 on a CPU without AVX-512, for which oneDNN has no bf16 LSTM.
+        UserError: bf16 on a CPU with AVX2 only, for which oneDNN has no bf16 LSTM.
     """
-    if name == "bf16" and device.type == "cpu":
-        if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX", "AVX2"):
-            raise UserError("--precision bf16: this CPU cannot train in it; use fp32 or auto")
+    lacks_bf16 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if name == "bf16" and lacks_bf16:
+        raise UserError("--precision bf16: this CPU cannot train in it; use fp32 or auto")
     precision = choose_precision(name, device)
     return "fp32" if precision == "fp16" else precision
 

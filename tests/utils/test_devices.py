@@ -50,7 +50,7 @@ def test_cpu_takes_bf16_only_where_it_has_the_units(
 def test_bf16_training_needs_a_cpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has no bf16 LSTM below AVX-512."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    with pytest.raises(UserError, match="--precision bf16: .* use fp32"):
+    with pytest.raises(UserError, match=r"--precision bf16: .* use fp32"):
         devices.choose_training_precision("bf16", CPU)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert devices.choose_training_precision("bf16", CPU) == "bf16"
