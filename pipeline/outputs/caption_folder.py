@@ -1,15 +1,16 @@
-"""Caption many images and put the captions where they are wanted: what caption.py does.
+"""Caption many images and write the captions where they are wanted: what caption.py does.
 
-Text files and metadata that are there already stay as they are, unless they are to be overwritten;
-an image is captioned if any place wants a caption for it. What goes into one file, written whole
-at the end, is also noted in a journal, from which the same command goes on when it was interrupted.
+Existing text files and metadata stay as they are unless they are to be overwritten; an image is
+captioned if any destination needs its caption. Captions for a file are recorded one by one
+(``resume``), and the file is written from the records at the end.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.outputs.metadata import (
     read_description,
     write_description,
 )
-from pipeline.outputs.resume import Journal
+from pipeline.outputs.resume import PartialResults
 from pipeline.outputs.sidecars import has_sidecar, shared_sidecars, sidecar_path, write_sidecar
 from pipeline.utils.errors import UserError
 from pipeline.utils.progress import progress_bar
@@ -34,13 +35,13 @@ class Destinations:
     """Where captions go.
 
     Attributes:
-        layout: of the captions on standard output or in ``output``: see ``output.WRITERS``.
+        layout: format on standard output or in ``output``: a key of ``formats.WRITERS``.
         output: a file instead of standard output.
-        sidecar: also a text file beside each image.
-        metadata: also the image's own description.
-        page: also a page to look at.
-        thumbnails: whether the page's small images are ``inside`` it or in a folder ``beside``.
-        overwrite: replace text files and descriptions that are there.
+        sidecar: write a text file beside each image as well.
+        metadata: write the description in each image's metadata as well.
+        page: write a gallery page as well.
+        thumbnails: the page's small images are ``inside`` it or in a folder ``beside`` it.
+        overwrite: replace existing text files and descriptions.
         skip_existing: keep the captions that ``output`` has, and add to them.
     """
 
@@ -53,20 +54,31 @@ class Destinations:
     overwrite: bool = False
     skip_existing: bool = False
 
-    @property
-    def beside(self) -> bool:
-        """Whether captions go to places beside or inside the images."""
-        return self.sidecar or self.metadata
+    def kept(self) -> dict[str, Prediction]:
+        """Read the captions that ``output`` has and is to keep, by the names in it."""
+        if not self.skip_existing or self.output is None or not self.output.is_file():
+            return {}
+        found = read_predictions(self.output, self.layout)
+        return {prediction.path: prediction for prediction in found if prediction.error is None}
 
-    def beside_wants(self, path: str) -> bool:
-        """Tell whether an image lacks a text file or a description that it should have."""
-        image = Path(path)
-        if self.sidecar and (self.overwrite or not has_sidecar(image)):
+    def needs(self, path: str, kept: Mapping[str, Prediction]) -> bool:
+        """True if any destination lacks the caption of an image."""
+        if self.page or (self.output and name_in(path, self.layout) not in kept):
             return True
+        if not self.output and not self.sidecar and not self.metadata:
+            return True  # for standard output
+        return self.needs_sidecar(path) or self.needs_description(path)
+
+    def needs_sidecar(self, path: str) -> bool:
+        """True if an image's text file is to be written."""
+        return self.sidecar and (self.overwrite or not has_sidecar(Path(path)))
+
+    def needs_description(self, path: str) -> bool:
+        """True if an image's description is to be written."""
         try:
-            return self.metadata and (self.overwrite or read_description(image) is None)
+            return self.metadata and (self.overwrite or read_description(Path(path)) is None)
         except MetadataError:
-            return True  # writing will say what is wrong
+            return True  # writing it reports the error
 
 
 @dataclass(frozen=True)
@@ -74,13 +86,13 @@ class Request:
     """What is wanted for each image.
 
     Attributes:
-        search: what ``Captioner.search_config`` takes, ``least`` left out.
-        num_captions: captions an image.
-        page_captions: captions an image on the page.
-        details: each word's probability, too; a page has them always.
-        batch_size: images a batch, see ``Captioner.stream``.
+        search: what ``Captioner.search_config`` takes, except ``least``.
+        num_captions: captions per image.
+        page_captions: captions per image on the page.
+        details: each word's probability, too; a page always has them.
+        batch_size: images per batch, see ``Captioner.stream``.
         model: its name, for the page.
-        fingerprint: what tells it from other models.
+        fingerprint: a string that differs for other model files.
     """
 
     search: Mapping[str, Any]
@@ -91,15 +103,22 @@ class Request:
     model: str = ""
     fingerprint: str = ""
 
+    def select(self, prediction: Prediction) -> Prediction:
+        """Leave out what only the page needs."""
+        captions = prediction.captions[: self.num_captions]
+        if not self.details:
+            captions = [replace(caption, words=()) for caption in captions]
+        return replace(prediction, captions=captions)
+
 
 @dataclass
 class Outcome:
     """What became of the images.
 
     Attributes:
-        failures: path to reason, of what could not be read or written.
-        passed_over: how many have captions in every place already.
-        resumed: how many an interrupted run had captioned.
+        failures: path to reason, of images that could not be read or written.
+        passed_over: number of images that have captions at every destination already.
+        resumed: number of images that an interrupted run had captioned.
     """
 
     failures: dict[str, str] = field(default_factory=dict)
@@ -110,21 +129,21 @@ class Outcome:
 def caption_images(
     load: Callable[[int], Captioner], paths: Sequence[str], places: Destinations, request: Request
 ) -> Outcome:
-    """Caption images and write the captions everywhere they are wanted.
+    """Caption images and write the captions to every destination.
 
     Args:
-        load: gives the captioner for so many images; not called where there is nothing to do.
+        load: returns the captioner for this many images; not called if there is nothing to do.
         paths: the images, each once.
         places: where captions go.
-        request: what captions.
+        request: which captions.
 
     Raises:
-        UserError: a place cannot be written, or ``output`` cannot be added to.
+        UserError: a destination cannot be written, or ``output`` cannot be added to.
     """
     if places.metadata:
         check_available()
-    kept = _kept(places)
-    wanted = [path for path in paths if _is_wanted(path, places, kept)]
+    kept = places.kept()
+    wanted = [path for path in paths if places.needs(path, kept)]
     outcome = Outcome(passed_over=len(paths) - len(wanted))
     if not wanted:
         return outcome
@@ -132,111 +151,84 @@ def caption_images(
     count = max(request.num_captions, request.page_captions if places.page else 1)
     details = request.details or places.page is not None
     config = captioner.search_config(**request.search, least=count)
-    target = places.output or places.page
-    settings = {
-        "model": request.fingerprint,
-        "search": asdict(config),
-        "captions": count,
-        "details": details,
-    }
-    journal = Journal(target, settings) if target else None
-    known: Mapping[str, Prediction] = {} if journal is None else journal
-    remaining = [path for path in wanted if path not in known]
-    outcome.resumed = len(wanted) - len(remaining)
-    made = captioner.stream(remaining, config, count, request.batch_size, details=details)
     taken = shared_sidecars(paths) if places.sidecar else {}
-    unreadable: dict[str, str] = {}
 
-    def captioned() -> Iterator[Prediction]:
-        """Give the wanted images in their order, each written beside and noted."""
-        # A bar would run through captions that appear on the same terminal.
+    def stream(images: Sequence[str]) -> Iterator[Prediction]:
+        return captioner.stream(images, config, count, request.batch_size, details=details)
+
+    def deliver(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Write text files and metadata, note failures, and pass the predictions on."""
+        # A progress bar would run through captions that appear on the same terminal.
         quiet = places.output is None and sys.stdout.isatty()
-        for path in progress_bar(wanted, unit="image", desc="captioning", disable=quiet):
-            whole = known[path] if path in known else next(made)
-            prediction = _as_requested(whole, request)
-            if prediction.error is not None:
-                outcome.failures[path] = unreadable[path] = prediction.error
-            else:
-                failure = _write_beside(prediction, places, taken)
-                if failure is not None:
-                    outcome.failures[path] = failure
-                if journal is not None and path not in known:
-                    journal.add(whole)
+        bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
+        for prediction in progress_bar(predictions, total=len(wanted), **bar):
+            failure = prediction.error or _write_beside(prediction, request, places, taken)
+            if failure is not None:
+                outcome.failures[prediction.path] = failure
             yield prediction
 
-    joined = _joined(captioned(), paths, set(wanted), kept, places.layout)
-    write_predictions(joined, places.layout, places.output)
-    if places.page:
-        # From the journal, one by one: in memory they would grow with the images.
-        items = (
-            GalleryItem(
-                Path(path),
-                decodable(path),
-                [] if path in unreadable else known[path].captions,
-                unreadable.get(path),
-            )
-            for path in wanted
-        )
-        facts = {"model": request.model, "search": describe_search(asdict(config))}
-        write_gallery(items, places.page, "Captions", facts, places.thumbnails)
-    if journal is not None:
-        journal.finish()
+    target = places.output or places.page
+    if target is None:
+        write_predictions(map(request.select, deliver(stream(wanted))), places.layout, None)
+        return outcome
+    search = asdict(config)
+    settings = {"model": request.fingerprint, "search": search, "captions": count}
+    with PartialResults(target, {**settings, "details": details}) as results:
+        done = [path for path in wanted if path in results]
+        remaining = [path for path in wanted if path not in results]
+        outcome.resumed = len(done)
+        predictions = deliver(chain(map(results.__getitem__, done), stream(remaining)))
+        recorded = map(request.select, results.recorded(predictions))
+        if places.output is None:
+            write_predictions(recorded, places.layout, None)
+        else:
+            for _ in recorded:
+                pass
+            new = ((path, request.select(results[path])) for path in wanted)
+            merged = _merge(new, paths, kept, places.layout)
+            write_predictions(merged, places.layout, places.output)
+        if places.page:
+            facts = {"model": request.model, "search": describe_search(search)}
+            items = (_gallery_item(results[path]) for path in wanted)
+            write_gallery(items, places.page, "Captions", facts, places.thumbnails)
     return outcome
 
 
-def _kept(places: Destinations) -> dict[str, Prediction]:
-    """Read the captions that ``output`` has and is to keep, by the names that it gives."""
-    if not places.skip_existing or places.output is None or not places.output.is_file():
-        return {}
-    found = read_predictions(places.output, places.layout)
-    return {prediction.path: prediction for prediction in found if prediction.error is None}
-
-
-def _is_wanted(path: str, places: Destinations, kept: Mapping[str, Prediction]) -> bool:
-    name = name_in(path, places.layout)
-    if places.page or (name not in kept and (places.output or not places.beside)):
-        return True
-    return places.beside_wants(path)
-
-
-def _as_requested(prediction: Prediction, request: Request) -> Prediction:
-    """Leave out what only a page needs."""
-    captions = prediction.captions[: request.num_captions]
-    if not request.details:
-        captions = [replace(caption, words=()) for caption in captions]
-    return replace(prediction, captions=captions)
-
-
-def _joined(
-    captioned: Iterator[Prediction],
+def _merge(
+    new: Iterator[tuple[str, Prediction]],
     paths: Sequence[str],
-    wanted: Collection[str],
     kept: Mapping[str, Prediction],
     layout: str,
 ) -> Iterator[Prediction]:
-    """Put what is captioned now in one order with what is kept: first what was not asked for."""
+    """Yield new and kept predictions in the order of ``paths``, after kept ones of other images."""
     names = {path: name_in(path, layout) for path in paths}
-    listed = set(names.values())
-    yield from (prediction for name, prediction in kept.items() if name not in listed)
-    for path in paths:
-        if path in wanted:
-            yield next(captioned)
-        elif names[path] in kept:
-            yield kept[names[path]]
+    others = kept.keys() - names.values()
+    yield from (prediction for name, prediction in kept.items() if name in others)
+    following = next(new, None)
+    for path, name in names.items():
+        if following is not None and following[0] == path:
+            yield following[1]
+            following = next(new, None)
+        elif name in kept:
+            yield kept[name]
+
+
+def _gallery_item(prediction: Prediction) -> GalleryItem:
+    path = prediction.path
+    return GalleryItem(Path(path), decodable(path), prediction.captions, prediction.error)
 
 
 def _write_beside(
-    prediction: Prediction, places: Destinations, taken: Mapping[str, str]
+    prediction: Prediction, request: Request, places: Destinations, taken: Mapping[str, str]
 ) -> str | None:
-    """Write an image's text file and description, where wanted; returns why that failed."""
-    image = Path(prediction.path)
+    """Write an image's text file and description where wanted; return why that failed."""
+    path, image = prediction.path, Path(prediction.path)
     try:
-        if places.sidecar and prediction.path in taken:
-            name = sidecar_path(image).name
-            return f"{name} belongs to {decodable(Path(taken[prediction.path]).name)}"
-        if places.sidecar and (places.overwrite or not has_sidecar(image)):
-            write_sidecar(image, prediction.captions)
-        if places.metadata and (places.overwrite or read_description(image) is None):
+        if places.sidecar and path in taken:
+            return f"{sidecar_path(image).name} belongs to {decodable(Path(taken[path]).name)}"
+        if places.needs_sidecar(path):
+            write_sidecar(image, prediction.captions[: request.num_captions])
+        if places.needs_description(path):
             write_description(image, prediction.captions[0].text)
     except (UserError, MetadataError) as error:
         return str(error)

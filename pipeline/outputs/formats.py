@@ -1,4 +1,4 @@
-"""Predictions written as text, JSON, JSON Lines, CSV or COCO results, and read again."""
+"""Writers and readers of predictions: text, JSON, JSON Lines, CSV and COCO results."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 from pipeline.utils.terminal import as_json, escape_control
 
-# What a spreadsheet calculates, or takes for it; see docs/file-formats.md.
+# Text that a spreadsheet evaluates as a formula, or takes for one; see docs/file-formats.md.
 FORMULA = re.compile("'*[=+\\-@\\t\\n]")
-# Line ends and tabs stand in quotes; Python 3.12 and older forget them about a carriage return.
+# Line ends and tabs are quoted; Python 3.12 and older do not quote carriage returns.
 KEPT_IN_CSV = "\t\n"
 
 
 def write_predictions(predictions: Iterable[Prediction], layout: str, output: Path | None) -> None:
-    """Write ``predictions`` to ``output``, or to standard output, as they come.
+    """Write predictions to a file or to standard output, each as soon as it comes.
 
     Args:
-        predictions: a stream of them.
+        predictions: a stream.
         layout: ``text``, ``json``, ``jsonl``, ``csv`` or ``coco``.
         output: the file, written whole or not at all; None for standard output.
     """
@@ -51,37 +51,52 @@ def _opened(output: Path | None) -> Iterator[IO[str]]:
 
 
 def decodable(path: str) -> str:
-    """Give a path as text that can be written: bytes that are no UTF-8 become marks."""
+    """Return a path as text that can be written: bytes that are not UTF-8 become U+FFFD."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def name_in(path: str, layout: str) -> str:
-    """Give the name of an image as ``read_predictions`` finds it in a file of this layout."""
+    """Return the name of an image as ``read_predictions`` reads it from a file of this layout."""
     kept = {"text": "", "csv": KEPT_IN_CSV}.get(layout)
     return decodable(path) if kept is None else escape_control(decodable(path), kept)
 
 
 def as_record(prediction: Prediction) -> dict[str, Any]:
-    """Describe a prediction as JSON: image and captions, or image and error."""
+    """Return a prediction as JSON: image and captions, or image and error.
+
+    Captions have words only if the prediction has them.
+    """
+    record: dict[str, Any] = {"image": decodable(prediction.path)}
     if prediction.error is not None:
-        return {"image": decodable(prediction.path), "error": prediction.error}
-    return {
-        "image": decodable(prediction.path),
-        "captions": [caption_record(caption) for caption in prediction.captions],
-    }
-
-
-def caption_record(caption: Caption) -> dict[str, Any]:
-    """Describe a caption as JSON; its words only where they were asked for."""
-    record: dict[str, Any] = {
-        "caption": caption.text,
-        "log_probability": round(caption.log_probability, 4),
-    }
-    if caption.words:
-        record["words"] = [
-            {"text": word.text, "probability": round(word.probability, 4)} for word in caption.words
-        ]
+        return {**record, "error": prediction.error}
+    record["captions"] = []
+    for caption in prediction.captions:
+        score = round(caption.log_probability, 4)
+        record["captions"].append({"caption": caption.text, "log_probability": score})
+        if caption.words:
+            record["captions"][-1]["words"] = [
+                {"text": word.text, "probability": round(word.probability, 4)}
+                for word in caption.words
+            ]
     return record
+
+
+def from_record(record: dict[str, Any]) -> Prediction:
+    """Return the prediction of what ``as_record`` made.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: it is something else.
+    """
+    captions = [
+        Caption(
+            caption["caption"],
+            caption["log_probability"],
+            tuple(Word(word["text"], word["probability"]) for word in caption.get("words", ())),
+        )
+        for caption in record.get("captions", ())
+    ]
+    error = record["error"] if not captions else None
+    return Prediction(record["image"], captions, error)
 
 
 def _write_text(predictions: Iterable[Prediction], handle: IO[str]) -> None:
@@ -122,13 +137,13 @@ def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
 
 
 def _cell(text: str) -> str:
-    """Write a text so that a spreadsheet shows it, and calculates nothing."""
+    """Return text that a spreadsheet shows and does not evaluate."""
     text = escape_control(text, KEPT_IN_CSV)
     return f"'{text}" if FORMULA.match(text) else text
 
 
 def _text_of(cell: str) -> str:
-    """Read what ``_cell`` wrote."""
+    """Return the text of what ``_cell`` made."""
     return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
@@ -151,7 +166,7 @@ WRITERS: dict[str, Callable[[Iterable[Prediction], IO[str]], None]] = {
 
 
 def read_predictions(path: Path, layout: str) -> list[Prediction]:
-    """Read what ``write_predictions`` wrote in this layout: one prediction an image.
+    """Read what ``write_predictions`` wrote in this layout: one prediction per image.
 
     Probabilities that the layout does not hold are NaN.
 
@@ -161,68 +176,54 @@ def read_predictions(path: Path, layout: str) -> list[Prediction]:
     try:
         text = path.read_text(encoding="utf-8")
         found: dict[str, Prediction] = {}
-        for image, caption, error in READERS[layout](text):
-            prediction = found.setdefault(image, Prediction(image, [], error))
-            if caption is not None:
-                prediction.captions.append(caption)
+        for prediction in READERS[layout](text):
+            known = found.setdefault(prediction.path, prediction)
+            if known is not prediction:
+                known.captions.extend(prediction.captions)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{path}: not in --format {layout}, so that nothing can be added to it; give the "
-            "format that it has, or another --output"
+            f"{path}: not in --format {layout}, so nothing can be added to it; choose the format "
+            "that it has, or another --output"
         ) from error
     return list(found.values())
 
 
-Row = tuple[str, Caption | None, str | None]
-
-
-def _read_text(text: str) -> Iterator[Row]:
+def _read_text(text: str) -> Iterator[Prediction]:
     for line in text.split("\n"):
         if line:
             image, caption, *score = line.split("\t")
-            yield image, Caption(caption, float(score[0]) if score else math.nan), None
+            yield Prediction(image, [Caption(caption, float(score[0]) if score else math.nan)])
 
 
-def _read_json(text: str) -> Iterator[Row]:
-    for record in json.loads(text):
-        yield from _rows_of(record)
+def _read_json(text: str) -> Iterator[Prediction]:
+    return map(from_record, json.loads(text))
 
 
-def _read_jsonl(text: str) -> Iterator[Row]:
-    for line in text.split("\n"):
-        if line:
-            yield from _rows_of(json.loads(line))
+def _read_jsonl(text: str) -> Iterator[Prediction]:
+    return (from_record(json.loads(line)) for line in text.split("\n") if line)
 
 
-def _rows_of(record: dict[str, Any]) -> Iterator[Row]:
-    if "error" in record:
-        yield record["image"], None, record["error"]
-        return
-    for caption in record["captions"]:
-        words = tuple(Word(w["text"], w["probability"]) for w in caption.get("words", []))
-        yield record["image"], Caption(caption["caption"], caption["log_probability"], words), None
-
-
-def _read_csv(text: str) -> Iterator[Row]:
+def _read_csv(text: str) -> Iterator[Prediction]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames != CSV_COLUMNS:
         raise ValueError(f"columns {reader.fieldnames}")
     for row in reader:
         image = _text_of(row["image"])
         if row["error"]:
-            yield image, None, _text_of(row["error"])
+            yield Prediction(image, [], _text_of(row["error"]))
         else:
-            yield image, Caption(_text_of(row["caption"]), float(row["log_probability"])), None
+            caption = Caption(_text_of(row["caption"]), float(row["log_probability"]))
+            yield Prediction(image, [caption])
 
 
-def _read_coco(text: str) -> Iterator[Row]:
+def _read_coco(text: str) -> Iterator[Prediction]:
     for record in json.loads(text):
-        yield record["image_id"], Caption(record["caption"], math.nan), None
+        yield Prediction(record["image_id"], [Caption(record["caption"], math.nan)])
 
 
-READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+READERS: dict[str, Callable[[str], Iterator[Prediction]]] = {
     "text": _read_text,
     "json": _read_json,
     "jsonl": _read_jsonl,

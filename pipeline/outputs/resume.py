@@ -1,9 +1,10 @@
-"""What an interrupted caption.py has done already, so that the same command goes on.
+"""Resuming an interrupted caption.py: captions made so far, beside the file that they are for.
 
-While captions are made for a file that is written whole at its end, a journal lies beside it: a
-first line that says by what model and search, then a line of JSON an image. An image that has
-changed since, by its size or time, is captioned again; so are all where the model or the search is
-another. When the file is there, the journal goes.
+``.NAME.partial.jsonl`` has a first line with the settings of the search, then a JSON record per
+image (``formats.as_record``) with the image's path, size and modification time. A run with other
+settings starts over; an image that has changed, or could not be read, is captioned again. The
+output is made from these records alone, so an interrupted run ends with the bytes of an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -11,121 +12,114 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 from pipeline.captioner import Prediction
-from pipeline.decoding.captions import Caption, Word
+from pipeline.outputs.formats import as_record, from_record
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable
 
 
-def journal_path(target: Path) -> Path:
-    """Name the journal of a file that is being made."""
-    return target.with_name(f".{target.name}.journal")
+def results_path(target: Path) -> Path:
+    """Return the path of the records for a file that is being made."""
+    return target.with_name(f".{target.name}.partial.jsonl")
 
 
-class Journal(Mapping[str, Prediction]):
-    """The captions made so far for one file, by image, as it was given.
+class PartialResults:
+    """Predictions by image path, kept in a file; memory holds only their offsets.
 
-    They stay in the file, and memory holds where: they are many times as large as the names.
+    A context manager: it removes the file when the block ends without an exception.
     """
 
     def __init__(self, target: Path, settings: dict[str, Any]) -> None:
-        """Find what an earlier run left for ``target``, and open it to be gone on with.
+        """Open the records of ``target``, with those that an interrupted run left.
 
         Raises:
-            UserError: the journal cannot be written there.
+            UserError: the file cannot be written.
         """
-        self.path = journal_path(target)
-        self._places: dict[str, int] = {}  # the byte where an image's line begins
+        self.path = results_path(target)
+        self._offsets: dict[str, int] = {}
         check_writable(self.path)
-        header = json.dumps(settings, sort_keys=True)
-        usable = self._find_lines(header)
+        header = json.dumps(settings, sort_keys=True).encode() + b"\n"
+        complete = self._index(header)
         try:
-            self._handle: IO[bytes] = self.path.open("r+b" if usable else "w+b")
-            self._handle.truncate(usable)  # what a kill cut off
+            self._handle: IO[bytes] = self.path.open("r+b" if complete else "w+b")
+            self._handle.truncate(complete)  # a kill may have cut off the last line
+            if not complete:
+                self._handle.write(header)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        if not usable:
-            self._write(header)
+            raise self._unwritable(error) from error
 
-    def _find_lines(self, header: str) -> int:
-        """Find the lines of images that are as they were; gives up to where lines are whole."""
-        place = 0
-        with contextlib.suppress(OSError), self.path.open("rb") as handle:
+    def _index(self, header: bytes) -> int:
+        """Index the usable records; return the number of bytes up to which lines are complete."""
+        offset = 0
+        # Whatever else is wrong with a line, those from there on are made again.
+        with (
+            contextlib.suppress(OSError, ValueError, LookupError, TypeError),
+            self.path.open("rb") as handle,
+        ):
             for line in handle:
-                if not line.endswith(b"\n") or (not place and line != f"{header}\n".encode()):
+                if not line.endswith(b"\n") or (offset == 0 and line != header):
                     break
-                if place and (path := _unchanged(line)) is not None:
-                    self._places[path] = place
-                place += len(line)
-        return place
+                if offset:
+                    record = json.loads(line)
+                    if "error" not in record and record["state"] == _state(record["path"]):
+                        self._offsets[record["path"]] = offset
+                offset += len(line)
+        return offset
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._offsets
 
     def __getitem__(self, path: str) -> Prediction:
-        """Read what was noted of an image."""
-        self._handle.seek(self._places[path])
-        return _parse(self._handle.readline())[0]
+        """Return the prediction of an image."""
+        self._handle.seek(self._offsets[path])
+        record = json.loads(self._handle.readline())
+        return from_record({**record, "image": path})
 
-    def __contains__(self, path: object) -> bool:
-        return path in self._places
+    def recorded(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Pass predictions on, and add those that are not there yet."""
+        for prediction in predictions:
+            if prediction.path not in self:
+                self.append(prediction)
+            yield prediction
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+    def append(self, prediction: Prediction) -> None:
+        """Add a prediction, after its caption was written into the image where that is wanted.
 
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def add(self, prediction: Prediction) -> None:
-        """Note an image that could be captioned."""
+        Raises:
+            UserError: the file cannot be written.
+        """
+        path = prediction.path
+        record = {"path": path, "state": _state(path), **as_record(prediction)}
         try:
-            state = _state(prediction.path)
-        except OSError:
-            state = None  # gone already: a resumed run has nothing to compare with
-        captions = [
-            [c.text, c.log_probability, [[word.text, word.probability] for word in c.words]]
-            for c in prediction.captions
-        ]
-        line = json.dumps([prediction.path, state, captions])
-        self._places[prediction.path] = self._write(line)
-
-    def _write(self, line: str) -> int:
-        """Add a line; gives the byte where it begins."""
-        try:
-            place = self._handle.seek(0, os.SEEK_END)
-            self._handle.write(f"{line}\n".encode())
+            self._offsets[path] = self._handle.seek(0, os.SEEK_END)
+            self._handle.write(json.dumps(record).encode() + b"\n")
             self._handle.flush()
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        return place
+            raise self._unwritable(error) from error
 
-    def finish(self) -> None:
-        """Remove the journal: what it was for is there."""
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"{self.path}: cannot be written ({error.strerror})")
+
+    def __enter__(self) -> PartialResults:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
         self._handle.close()
-        self.path.unlink(missing_ok=True)
+        if kind is None:
+            self.path.unlink(missing_ok=True)
 
 
-def _state(path: str) -> list[int]:
-    """Give what tells that an image is still the same: size in bytes and time in ns."""
-    information = Path(path).stat()
-    return [information.st_size, information.st_mtime_ns]
-
-
-def _parse(line: bytes) -> tuple[Prediction, Any]:
-    """Read a line: what was made of an image, and what the image was then."""
-    path, state, captions = json.loads(line)
-    made = [
-        Caption(text, score, tuple(Word(word, chance) for word, chance in words))
-        for text, score, words in captions
-    ]
-    return Prediction(path, made), state
-
-
-def _unchanged(line: bytes) -> str | None:
-    """Give the image of a line, if it is one and the image is as it was then."""
+def _state(path: str) -> list[int] | None:
+    """Return size in bytes and modification time in ns, by which a changed image is recognised."""
     try:
-        prediction, state = _parse(line)
-        return prediction.path if state == _state(prediction.path) else None
-    except (OSError, ValueError, TypeError):
+        status = Path(path).stat()
+    except OSError:
         return None
+    return [status.st_size, status.st_mtime_ns]

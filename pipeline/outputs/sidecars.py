@@ -1,4 +1,4 @@
-"""Captions in text files beside the images: photo.jpg has its own in photo.txt."""
+"""Captions in text files beside the images: photo.jpg has its captions in photo.txt."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from pipeline.utils.files import atomic_write
 
 
 def sidecar_path(image: Path) -> Path:
-    """Name the text file of an image."""
+    """Return the path of the text file of an image."""
     return image.with_suffix(".txt")
 
 
 def has_sidecar(image: Path) -> bool:
-    """Tell whether an image has a text file with something in it."""
-    try:
-        return sidecar_path(image).stat().st_size > 0
-    except OSError:
-        return False
+    """True if an image has a text file that is not empty."""
+    path = sidecar_path(image)
+    return path.exists() and path.stat().st_size > 0
 
 
 def write_sidecar(image: Path, captions: Sequence[Caption]) -> None:
-    """Write the captions of an image beside it, one a line, best first.
+    """Write the captions of an image beside it, one per line, best first.
 
     Raises:
         UserError: the file cannot be written.
@@ -33,10 +31,9 @@ def write_sidecar(image: Path, captions: Sequence[Caption]) -> None:
 
 
 def shared_sidecars(images: Iterable[str]) -> dict[str, str]:
-    """Find images whose text file is that of an image before them: photo.jpg, photo.png.
+    """Return the images whose text file belongs to an earlier image (photo.jpg, photo.png).
 
-    Returns:
-        Such an image to the one that has the file.
+    Each is mapped to the image that the file belongs to.
     """
     owners: dict[Path, str] = {}
     return {

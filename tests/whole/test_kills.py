@@ -29,7 +29,7 @@ from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
 from pipeline.datasets.images import ImageRef
 from pipeline.features import cache_writer, encode_images
 from pipeline.features.cache import PENDING, FeatureCache, partial_path
-from pipeline.outputs.resume import Journal, journal_path
+from pipeline.outputs.resume import PartialResults, results_path
 from pipeline.training import decoder_stage, joint_stage
 from pipeline.utils.errors import UserError
 
@@ -139,8 +139,8 @@ def lines_of(path: Path) -> int:
         ),
         pytest.param(
             "caption",
-            slowed(Journal, "add"),
-            lambda folder: lines_of(journal_path(folder / "x.jsonl")) > 3,
+            slowed(PartialResults, "append"),
+            lambda folder: lines_of(results_path(folder / "x.jsonl")) > 3,
             "were captioned before",
             id="caption",
         ),

@@ -27,7 +27,7 @@ from pipeline.captioner import Prediction
 from pipeline.decoding.captions import Caption, Word
 from pipeline.outputs.formats import WRITERS, read_predictions
 from pipeline.outputs.gallery import write_gallery
-from pipeline.outputs.resume import Journal, journal_path
+from pipeline.outputs.resume import PartialResults, results_path
 from pipeline.utils.errors import UserError
 from pipeline.utils.progress import PlainLines
 
@@ -76,19 +76,19 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
     whole, output = album.parent / "whole.jsonl", album.parent / "out.jsonl"
     assert caption(drawn_run, album, "--output", whole, "--words").exit_code == 0
     asked.clear()
-    add = Journal.add
+    append = PartialResults.append
 
-    def interrupted(self: Journal, prediction: Prediction) -> None:
-        add(self, prediction)
+    def interrupted(self: PartialResults, prediction: Prediction) -> None:
+        append(self, prediction)
         if prediction.path.endswith("c.jpg"):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "add", interrupted)
+        patch.setattr(PartialResults, "append", interrupted)
         result = caption(drawn_run, album, "--output", output, "--words")
     assert result.exit_code == 130
     assert "interrupted; the same command goes on" in result.stderr
-    assert not output.exists() and journal_path(output).exists()
+    assert not output.exists() and results_path(output).exists()
 
     asked.clear()
     result = caption(drawn_run, album, "--output", output, "--words")
@@ -145,41 +145,44 @@ def test_another_search_does_not_go_on_with_the_captions_of_the_first(
 ) -> None:
     output = album.parent / "out.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "finish", lambda self: None)  # as if killed at the very end
+        patch.setattr(PartialResults, "__exit__", lambda *_: None)  # as if killed at the very end
         caption(drawn_run, album, "--output", output)
     asked.clear()
     assert caption(drawn_run, album, "--output", output, *change).exit_code == 0
     assert asked == NAMES
 
 
-def test_a_killed_process_leaves_a_journal_that_is_gone_on_with(
+def test_a_killed_command_resumes_and_ends_with_the_same_file(
     drawn_run: DrawnRun, album: Path
 ) -> None:
     output = album.parent / "out.txt"
     program = (
         "import sys, time, caption\n"
-        "from pipeline.outputs.resume import Journal\n"
-        "add = Journal.add\n"
+        "from pipeline.outputs.resume import PartialResults\n"
+        "append = PartialResults.append\n"
         "def slow(self, prediction):\n"
-        "    add(self, prediction)\n"
+        "    append(self, prediction)\n"
         "    time.sleep(1000 if prediction.path.endswith('b.jpg') else 0)\n"
-        "Journal.add = slow\n"
+        "PartialResults.append = slow\n"
         "caption.main()\n"
     )
     words = [str(album), "--model", str(drawn_run.run), "--device", "cpu", "--output", str(output)]
     process = subprocess.Popen([sys.executable, "-c", program, *words], cwd=ROOT)
-    journal = journal_path(output)
+    records = results_path(output)
     deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") == 3):
+    while not (records.exists() and records.read_bytes().count(b"\n") == 3):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL) if os.name == "posix" else process.kill()
     process.wait()
-    with journal.open("a", encoding="utf-8") as handle:
-        handle.write('["c.jpg", [12')  # a line that the kill cut off
+    with records.open("a", encoding="utf-8") as handle:
+        handle.write('{"path": "c.jpg", "sta')  # a line that the kill cut off
     result = caption(drawn_run, album, "--output", output)
     assert result.exit_code == 0
     assert "2 were captioned before the interruption" in result.stderr
+    undisturbed = album.parent / "undisturbed.txt"
+    assert caption(drawn_run, album, "--output", undisturbed).exit_code == 0
+    assert output.read_bytes() == undisturbed.read_bytes()
     lines = output.read_text(encoding="utf-8").splitlines()
     assert [Path(line.split("\t")[0]).name for line in lines] == NAMES
 
@@ -339,7 +342,7 @@ def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, alb
     for item in items:
         for found in item["captions"]:
             assert [word for word, _ in found["words"]] == found["text"].split()
-    assert not journal_path(page).exists()
+    assert not results_path(page).exists()
 
 
 def test_captions_do_not_gather_in_memory_for_a_page(
@@ -449,35 +452,32 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         assert result.stdout == ""
 
 
-# The journal, and progress
+# The records of an interrupted command, and progress
 
 
-def test_a_journal_of_garbage_is_begun_anew(tmp_path: Path) -> None:
-    target = tmp_path / "x.csv"
-    journal_path(target).write_bytes(b"\xff\xfe garbage\n[1, 2")
-    journal = Journal(target, {"a": 1})
-    assert dict(journal) == {}
-    image = tmp_path / "p.jpg"
+def test_records_that_cannot_be_used_are_made_again(tmp_path: Path) -> None:
+    target, image = tmp_path / "x.csv", tmp_path / "p.jpg"
+    gone = str(tmp_path / "gone.jpg")
     image.write_bytes(b"1")
-    journal.add(Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))]))
-    again = Journal(target, {"a": 1})
-    assert dict(again) == {
-        str(image): Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))])
-    }
-    assert dict(Journal(target, {"a": 2})) == {}
-
-
-def test_a_image_that_is_gone_before_it_is_noted_stops_nothing(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "x.csv", {})
-    journal.add(Prediction(str(tmp_path / "gone.jpg"), [Caption("a", -1.0)]))
-    assert len(journal) == 1, "a page shows its captions"
-    assert dict(Journal(tmp_path / "x.csv", {})) == {}
-
-
-def test_a_journal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / ".x.csv.journal").mkdir()
+    made = Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))])
+    results_path(target).write_bytes(b"\xff\xfe garbage\n[1, 2")
+    results = PartialResults(target, {"a": 1})
+    assert str(image) not in results
+    results.append(made)
+    results.append(Prediction("broken.jpg", [], "not an image"))
+    results.append(Prediction(gone, [Caption("b", -1.0)]))
+    assert results[str(image)] == made and results["broken.jpg"].error == "not an image"
+    with results_path(target).open("ab") as handle:
+        handle.write(b'{"path": "c.jpg", "sta')  # cut off by a kill
+    again = PartialResults(target, {"a": 1})
+    assert again[str(image)] == made and "broken.jpg" not in again
+    image.write_bytes(b"12")
+    assert str(image) not in PartialResults(target, {"a": 1})
+    assert gone not in PartialResults(target, {"a": 2})
+    results_path(target).unlink()
+    results_path(target).mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        Journal(tmp_path / "x.csv", {})
+        PartialResults(target, {})
 
 
 def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
