@@ -17,7 +17,7 @@ from pipeline.cli import options
 from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
 from pipeline.outputs.inputs import collect
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import check_writable
+from pipeline.utils.files import check_writable, locked
 from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
@@ -231,7 +231,6 @@ def main(
     models = model or (default_model(),)
     from pipeline.outputs.caption_folder import Destinations, Request, caption_images
     from pipeline.outputs.formats import decodable
-    from pipeline.utils.locks import locked
 
     places = Destinations(
         layout=layout or FORMATS.get(output.suffix.lower() if output else "", "text"),

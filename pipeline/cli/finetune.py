@@ -151,7 +151,7 @@ def main(
     from pipeline.utils.devices import choose_device, choose_training_precision, default_workers
     from pipeline.utils.distributed import joined_world
     from pipeline.utils.errors import UserError
-    from pipeline.utils.locks import locked
+    from pipeline.utils.files import locked
 
     callbacks = [epoch_reporter(run)]
     with joined_world() as world:

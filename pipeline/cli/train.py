@@ -195,7 +195,7 @@ def main(
     from pipeline.training.decoder_stage import DecoderOptions, train_decoder
     from pipeline.utils.devices import choose_decoder_precision, choose_device
     from pipeline.utils.distributed import joined_world
-    from pipeline.utils.locks import locked
+    from pipeline.utils.files import locked
 
     ended = 0
     with joined_world() as world:

@@ -31,7 +31,7 @@ from pipeline.features.sharded_cache import (
 from pipeline.models.encoder import Encoder
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import InputError, UserError
-from pipeline.utils.locks import locked
+from pipeline.utils.files import locked
 from pipeline.utils.progress import progress_bar
 
 

@@ -14,7 +14,7 @@ import caption
 import extract_features
 import finetune_joint
 import train_decoder
-from pipeline.utils.locks import lock_path, locked
+from pipeline.utils.files import lock_path, locked
 
 
 def contents() -> dict[str, bytes]:

@@ -1,20 +1,26 @@
-"""A file written atomically is whole or not there."""
+"""A file written atomically is whole or not there; one process at a time holds a lock."""
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
+import stat
+import subprocess
+import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 import torch
+from conftest import REPOSITORY
+from thread_job import in_threads
 
 from pipeline.models.checkpoint import write_content
+from pipeline.utils.distributed import World
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import atomic_write, temporary_path
+from pipeline.utils.files import atomic_write, lock_path, locked, temporary_path
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions and signals")
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -36,43 +42,37 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"]
 
 
-def test_of_two_writers_of_one_file_each_leaves_a_whole_one(tmp_path: Path) -> None:
-    """Both have the same temporary name; what stands under the final one is of one of them."""
+def test_of_two_writers_of_one_file_the_later_one_leaves_a_whole_one(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
-    mixed: list[str] = []
-
-    def write(letter: str) -> None:
-        for _ in range(15):
-            with atomic_write(path) as handle:
-                for _ in range(20):
-                    handle.write(letter * 500)
-                    handle.flush()
-                    time.sleep(0)
-            content = path.read_text()
-            if content not in ("a" * 10_000, "b" * 10_000):
-                mixed.append(content)
-
-    writers = [threading.Thread(target=write, args=(letter,)) for letter in "ab"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert mixed == []
-    assert [p.name for p in tmp_path.iterdir()] == ["x.txt"]
+    with (
+        pytest.raises(UserError, match=r"x\.txt: .* \(another process is writing it, too\)"),
+        atomic_write(path) as first,
+    ):
+        first.write("first")
+        with atomic_write(path) as second:
+            second.write("second")
+            second.flush()
+            first.write("half")
+    assert path.read_text() == "second"
+    with pytest.raises(UserError, match="another process"), atomic_write(path) as first:
+        # The other is still writing when the first has ended; its temporary file stays.
+        temporary_path(path).unlink()
+        temporary_path(path).write_text("other")
+    assert temporary_path(path).read_text() == "other" and path.read_text() == "second"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no flock")
-def test_a_file_that_another_process_does_not_finish_is_not_waited_for_without_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.utils.files.PATIENCE", 0.1)
-    path = tmp_path / "x.txt"
-    with atomic_write(path) as handle:
-        busy = pytest.raises(UserError, match=r"x\.txt: .* \(another process is writing it\)")
-        with busy, atomic_write(path):
-            pass
-        handle.write("whole")
-    assert path.read_text() == "whole"
+@posix
+def test_a_symbolic_link_and_the_permissions_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "disk" / "x.txt", tmp_path / "x.txt"
+    target.parent.mkdir()
+    target.write_text("old")
+    target.chmod(0o664)
+    link.symlink_to(target)
+    with atomic_write(link) as handle:
+        handle.write("new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o664
+    assert [p.name for p in target.parent.iterdir()] == ["x.txt"]
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
@@ -102,3 +102,78 @@ def test_ctrl_c_waits_for_a_checkpoint_to_be_written(
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, usual)
+
+
+# Locks
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pipeline.utils.files import locked
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone_however_it_went(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "new" / "x.h5"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(target)], cwd=REPOSITORY, stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+    with pytest.raises(UserError) as refused, locked(target):
+        raise AssertionError("two have the lock")
+    message = refused.value.message
+    assert message.startswith(f"{target}: another process is at work on it (process {holder.pid} ")
+    assert "\n" not in message
+    with locked(tmp_path / "new" / "y.h5"):
+        pass  # a lock is for one file
+    holder.kill()
+    holder.wait()
+    assert lock_path(target).exists()  # the lock file that a killed process leaves is harmless
+    with locked(target):
+        assert lock_path(target).exists()
+    if os.name == "posix":
+        assert list(target.parent.iterdir()) == []
+
+
+def test_a_folder_has_its_lock_beside_it_whatever_its_name_is(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "decoder"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    for name in (run, tmp_path / "link", run / ".." / "decoder"):
+        assert lock_path(name) == tmp_path / "runs" / ".decoder.lock"
+    with locked(run), pytest.raises(UserError, match="another process"), locked(tmp_path / "link"):
+        pass
+
+
+def test_the_processes_of_one_job_have_one_lock(tmp_path: Path) -> None:
+    target = tmp_path / "x.h5"
+
+    def work(world: World) -> Any:
+        with locked(target, world):
+            world.barrier()
+            if world.rank == 0:
+                with pytest.raises(UserError, match="another process"), locked(target):
+                    pass
+            world.barrier()
+            return world.rank
+
+    assert in_threads(3, work) == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
+    with locked(target):
+        refused = in_threads(2, work)
+    assert all(isinstance(error, UserError) for error in refused)
+
+
+def test_where_the_lock_cannot_lie_work_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with locked(tmp_path / "file" / "x.h5"), locked(tmp_path / "file" / "x.h5"):
+        pass
+    lock_path(tmp_path / "x.h5").mkdir()
+    with locked(tmp_path / "x.h5"):
+        pass
