@@ -1,4 +1,4 @@
-"""Progress on standard error: bars, live in a terminal and a line now and then in a log; times."""
+"""Progress on standard error, live in a terminal and as occasional lines in a log; durations."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class PlainLines:
-    """Standard error for ``tqdm``: each state that it draws over the last becomes a line."""
+    """Standard error for ``tqdm`` with one line per state in place of redrawing."""
 
     def write(self, text: str) -> None:
-        """Write what is to be seen of a drawing."""
+        """Write the visible part of a state."""
         line = text.strip()
         if line:
             sys.stderr.write(line + "\n")
@@ -26,10 +26,9 @@ class PlainLines:
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Make a ``tqdm`` bar that suits where standard error goes.
+    """Return a ``tqdm`` bar: redrawn twice a second in a terminal, else a line every 30 seconds.
 
-    In a terminal it is redrawn twice a second; in a file or a pipe it prints a line every
-    30 seconds, and nothing at all for what takes less, so that logs stay readable.
+    In a file or pipe it prints nothing for work that takes less, so that logs stay readable.
     """
     if sys.stderr.isatty():
         options |= {"mininterval": 0.5, "dynamic_ncols": True}
@@ -39,7 +38,7 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
 
 
 def duration(seconds: float) -> str:
-    """Say a time as exactly as helps: ``0.4 s``, ``48 s``, ``12 min``, ``2 h 05 min``."""
+    """Return a duration in words: ``0.4 s``, ``48 s``, ``12 min``, ``2 h 05 min``."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 119.5:
