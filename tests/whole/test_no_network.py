@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, draw
+from conftest import draw
 from drawn_run import DrawnRun
+from one_process import run_in_one_process
 
 CALLED_OUT = 87
 
-# Runs a script as __main__. An audit hook sees what Python's own modules do, whichever they are.
-WATCHED = """
-import os, runpy, sys
+# An audit hook sees what Python's own modules do, whichever they are.
+WATCH = """
+import os, sys
 
 def watch(event, arguments):
     if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect", "socket.sendto"):
@@ -33,18 +34,12 @@ def watch(event, arguments):
         os._exit(87)
 
 sys.addaudithook(watch)
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_watched(script: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run one of the scripts in a folder of its own, where no data of the project lie."""
-    command = [sys.executable, "-c", WATCHED, str(REPOSITORY / script), *map(str, arguments)]
-    return subprocess.run(
-        [*without_network(), *command], cwd=cwd, capture_output=True, text=True, check=False
-    )
+def run_watched(*commands: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run scripts in a folder of its own, where no data of the project lie."""
+    return run_in_one_process(commands, cwd, before=WATCH, wrapper=without_network())
 
 
 def without_network() -> list[str]:
@@ -57,57 +52,44 @@ def without_network() -> list[str]:
     return words if allowed else []
 
 
-def test_the_watch_sees_a_call(tmp_path: Path) -> None:
+def test_the_watch_sees_a_call() -> None:
     """Else the tests below could not fail."""
-    for number, code in enumerate(
-        (
-            "import urllib.request; urllib.request.urlopen('http://example.com')",
-            "import socket; socket.create_connection(('192.0.2.1', 80))",
-            "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
-        )
+    for code in (
+        "import urllib.request; urllib.request.urlopen('http://example.com')",
+        "import socket; socket.create_connection(('192.0.2.1', 80))",
+        "import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('192.0.2.1', 53))",
     ):
-        script = tmp_path / f"{number}.py"
-        script.write_text(code)
-        command = [sys.executable, "-c", WATCHED, str(script)]
+        command = [sys.executable, "-c", WATCH + code]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         assert result.returncode == CALLED_OUT, result.stderr
         assert "called out: " in result.stderr
 
 
-def test_captions_come_without_a_network(tmp_path: Path) -> None:
+def test_the_commands_need_no_network(drawn_run: DrawnRun, tmp_path: Path) -> None:
     draw(tmp_path / "photos" / "a.jpg", 1)
-    result = run_watched("caption.py", "photos", "--html", "page.html", cwd=tmp_path)
+    data = f"--data {drawn_run.data}"
+    training = f"train_decoder.py {data} --features {drawn_run.features}"
+    result = run_watched(
+        "caption.py photos --html page.html",
+        f"extract_features.py {data} --weights pretrained --output x.h5",
+        f"{training} --run run --tensorboard --epochs 1 --embed-size 8 --hidden-size 8",
+        f"{training} --check",
+        "evaluate.py run --no-java",
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
 
 
-def test_the_stages_need_no_network(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    data = ["--data", str(drawn_run.data)]
-    features = ["--features", str(drawn_run.features)]
-    small = ["--epochs", "1", "--embed-size", "8", "--hidden-size", "8"]
-    weights = ["--weights", "pretrained", "--output", "x.h5"]
-    for script, arguments in (
-        ("extract_features.py", [*data, *weights]),
-        ("train_decoder.py", [*data, *features, "--run", "run", "--tensorboard", *small]),
-        ("train_decoder.py", [*data, *features, "--check"]),
-        ("evaluate.py", ["run", "--no-java"]),
-    ):
-        result = run_watched(script, *arguments, cwd=tmp_path)
-        assert result.returncode == 0, (script, result.stderr)
-
-
 @pytest.mark.parametrize(
-    ("script", "arguments"),
-    [
-        ("extract_features.py", ["--data", "photos"]),  # ImageNet's weights, as --help says
-        ("extract_features.py", ["--data", "flickr8k", "--download"]),
-    ],
+    "arguments",
+    ["--data photos", "--data flickr8k --download"],  # ImageNet's weights, as --help says; Flickr8k
 )
 def test_what_is_asked_for_is_fetched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, arguments: list[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
 ) -> None:
     """The watch sees each. (Shards at URLs are the third way, and need a package more.)"""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
     draw(tmp_path / "photos" / "a.jpg", 1)
-    result = run_watched(script, *arguments, cwd=tmp_path)
+    result = run_watched(f"extract_features.py {arguments}", cwd=tmp_path)
     assert result.returncode == CALLED_OUT, result.stderr
     assert "called out: socket.getaddrinfo" in result.stderr
