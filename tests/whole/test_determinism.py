@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from draw_scenes import draw_scenes
 from drawn_run import DrawnRun, run
 from one_process import run_in_one_process
 
@@ -14,11 +15,7 @@ import train_decoder
 TIMED = ("log.jsonl", "report.html")  # these also show how long the work took
 
 
-def training(drawn_run: DrawnRun, run: str | Path, seed: int) -> str:
-    return (
-        f"--data {drawn_run.data} --features {drawn_run.features} --run {run} --seed {seed} "
-        "--epochs 2 --batch-size 16 --embed-size 32 --hidden-size 32 --self-critical-epochs 1"
-    )
+SMALL = "--epochs 2 --batch-size 16 --embed-size 32 --hidden-size 32 --self-critical-epochs 1"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -32,12 +29,13 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("threads", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_all_stages_are_repeatable(drawn_run: DrawnRun, tmp_path: Path, threads: int) -> None:
     """In processes of their own, with other hashes and another layout of memory."""
-    data = f"--data {drawn_run.data} --device cpu"
+    draw_scenes(tmp_path / "scenes", images=10, seed=0)
+    data = f"--data {tmp_path / 'scenes'} --device cpu"
     commands = [
         f"extract_features.py {data} --weights {drawn_run.weights} --output scenes.h5",
-        f"train_decoder.py {training(drawn_run, 'run', 5)} --device cpu",
-        f"finetune_joint.py {data} --start {drawn_run.run} --weights {drawn_run.weights} "
-        "--run joint --epochs 1 --unfreeze-from Mixed_7c",
+        f"train_decoder.py {data} --features scenes.h5 --run run --min-count 1 {SMALL}",
+        f"finetune_joint.py {data} --start run --weights {drawn_run.weights} --run joint "
+        "--epochs 1 --unfreeze-from Mixed_7c",
     ]
     made = []
     for folder in (tmp_path / "first", tmp_path / "second"):
@@ -53,7 +51,11 @@ def test_all_stages_are_repeatable(drawn_run: DrawnRun, tmp_path: Path, threads:
 def test_another_seed_makes_another_model(drawn_run: DrawnRun, tmp_path: Path) -> None:
     made = []
     for seed in (5, 6):
-        run(train_decoder.main, training(drawn_run, tmp_path / str(seed), seed))
+        run(
+            train_decoder.main,
+            f"--data {drawn_run.data} --features {drawn_run.features} --seed {seed} "
+            f"--run {tmp_path / str(seed)} {SMALL}",
+        )
         made.append(digests(tmp_path / str(seed)))
     models = [name for name in made[0] if name.startswith(("best", "last", "resume"))]
     assert models and made[0].keys() == made[1].keys()
