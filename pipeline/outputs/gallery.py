@@ -1,7 +1,7 @@
 """One HTML page of captioned images: to look through, search, sort and send.
 
-The page asks the network for nothing: style, script and data are inside it, its content security
-policy allows only those and images beside it, and names and captions never are markup.
+The page needs no network: style, script and data are inside it, its content security policy allows
+only those and the images beside it, and names and captions are never markup.
 """
 
 from __future__ import annotations
@@ -16,27 +16,26 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
+from markupsafe import Markup
+from PIL import Image
+
 from pipeline.datasets.images import ImageError, load_image, opened, prefetch
+from pipeline.decoding.captions import Caption
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write, check_writable, temporary_path
-
-if TYPE_CHECKING:
-    from jinja2 import Template
-
-    from pipeline.decoding.captions import Caption
+from pipeline.utils.html import TEMPLATES, environment
 
 THUMBNAIL_SIDE = 320  # pixels on the long side
 THUMBNAIL_QUALITY = 78
-# What every browser draws; the names are Pillow's. Of others (TIFF, JPEG 2000) the page shows the
-# thumbnail in large.
+# Pillow's names of the formats that every browser shows. Of others (TIFF, JPEG 2000) the page
+# enlarges the thumbnail.
 SHOWN_BY_BROWSERS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP"})
-# The names that thumbnails beside a page have, so that nothing else is ever deleted there.
+# File names of thumbnails beside a page; nothing else is ever deleted there.
 THUMBNAIL_NAME = re.compile(r"[0-9a-f]{32}\.webp")
-SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a name that are no UTF-8
-THUMBNAIL_PLACES = ("inside", "beside")
+SURROGATES = re.compile("[\ud800-\udfff]")  # bytes of a name that are not UTF-8
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,12 @@ class GalleryItem:
     """One image of the page.
 
     Attributes:
-        path: the image file. One that cannot be read leaves an empty frame.
-        name: what the image is called on the page.
+        path: the image file. The page shows an empty frame for one that cannot be read.
+        name: the name shown on the page.
         captions: best first.
         error: why there are no captions, else None; such an image is listed, not shown.
-        references: what people said of the image.
-        score: CIDEr-D of the best caption, in percent, where there are references.
+        references: captions written by people.
+        score: CIDEr-D of the best caption, in percent, if there are references.
     """
 
     path: Path
@@ -78,104 +77,86 @@ def write_gallery(
     thumbnails: str = "inside",
     full_size: bool = True,
 ) -> None:
-    """Write ``items`` to the HTML file ``target``, in the place of an earlier one.
+    """Write ``items`` to the HTML file ``target``, replacing an earlier one.
 
     Items are taken as they come, and a few threads make thumbnails ahead, so memory does not grow
-    with their number. If the stream raises, an earlier page is left as it was.
+    with their number. If the stream raises, an earlier page stays as it was.
 
     Args:
         items: the images, in the order that is kept where others are equal.
         target: the page.
         title: its heading.
-        facts: what else is to be known: model, search, date, scores.
-        thumbnails: ``inside`` makes a page that can be sent alone, of some 15 kB an image;
-            ``beside`` puts them into the folder NAME_files and makes a page that opens at once.
-        full_size: whether an image opens as its own file, found from the page by a relative
-            address, if browsers can show it; else as its thumbnail.
+        facts: names and values to show: model, search, date, scores.
+        thumbnails: ``inside`` makes a page that can be sent alone, about 15 kB per image;
+            ``beside`` writes them to the folder NAME_files, and the page opens at once.
+        full_size: open an image as its own file, found from the page by a relative address, if
+            browsers can show it; else as its thumbnail.
 
     Raises:
         UserError: the page or its folder cannot be written.
-        ValueError: ``thumbnails`` is neither ``inside`` nor ``beside``.
     """
-    if thumbnails not in THUMBNAIL_PLACES:
-        raise ValueError(f"thumbnails: {thumbnails!r} is none of {', '.join(THUMBNAIL_PLACES)}")
     check_writable(target)
-    folder = ThumbnailFolder(target.with_name(f"{target.stem}_files"))
+    folder = target.with_name(f"{target.stem}_files")
     workers = min(8, os.cpu_count() or 1)
-    drawn = prefetch(_drawn, items, workers, ahead=4 * workers)
+    thumbnailed = prefetch(_thumbnailed, items, workers, ahead=4 * workers)
+    names: set[str] = set()
 
     def records() -> Iterator[dict[str, Any]]:
-        for item, thumbnail, missing in drawn:
+        for item, thumbnail, missing in thumbnailed:
             source = None
-            if thumbnail is not None:
-                inside = thumbnails == "inside"
-                source = _data_uri(thumbnail) if inside else folder.add(thumbnail)
+            if thumbnail is not None and thumbnails == "inside":
+                source = _data_uri(thumbnail)
+            elif thumbnail is not None:
+                name = _write_thumbnail(thumbnail, folder)
+                names.add(name)
+                source = f"{_quoted(folder.name)}/{name}"
             yield _record(item, target, source, thumbnail, missing, full_size)
 
     try:
         with atomic_write(target) as handle:
-            for part in _page(title, facts, records()):
-                handle.write(part)
-    except BaseException:
-        drawn.close()  # type: ignore[attr-defined]
-        folder.restore()
-        raise
-    folder.clean()
+            handle.writelines(_page(title, facts, records()))
+    finally:
+        thumbnailed.close()  # type: ignore[attr-defined]
+    _delete_thumbnails(folder, keep=names)
 
 
-class ThumbnailFolder:
-    """The thumbnails beside a page.
+def _write_thumbnail(thumbnail: Thumbnail, folder: Path) -> str:
+    """Write a thumbnail beside a page; return the name of its file.
 
-    A file is called by a hash of its content. So an old page and its successor share the folder,
-    and whichever stands under the page's name finds what it shows, at every moment.
+    The name is a hash of the content, so an old page and its successor share the folder, and
+    either one finds its thumbnails at every moment.
     """
+    name = f"{hashlib.sha256(thumbnail.content).hexdigest()[:32]}.webp"
+    path = folder / name
+    if not path.is_file():
+        # Without the fsync of atomic_write, which would take longer than everything else.
+        temporary = temporary_path(path)
+        try:
+            folder.mkdir(exist_ok=True)
+            temporary.write_bytes(thumbnail.content)
+            temporary.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be written ({reason})") from error
+    return name
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.names: set[str] = set()  # of this page
-        self.new: set[str] = set()  # that no earlier page had
 
-    def add(self, thumbnail: Thumbnail) -> str:
-        """Keep a thumbnail; return its address relative to the page."""
-        name = f"{hashlib.sha256(thumbnail.content).hexdigest()[:32]}.webp"
-        path = self.path / name
-        if name not in self.names and not path.is_file():
-            # Without the flush to the disk of atomic_write, which would take longer than all else.
-            temporary = temporary_path(path)
-            try:
-                self.path.mkdir(exist_ok=True)
-                temporary.write_bytes(thumbnail.content)
-                temporary.replace(path)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                reason = error.strerror or error
-                raise UserError(f"{path}: cannot be written ({reason})") from error
-            self.new.add(name)
-        self.names.add(name)
-        return f"{_quoted(self.path.name)}/{name}"
-
-    def restore(self) -> None:
-        """Take back what was added."""
-        self._delete(self.new)
-
-    def clean(self) -> None:
-        """Delete what earlier pages left; files of others are not touched."""
-        if self.path.is_dir():
-            found = {p.name for p in self.path.iterdir() if THUMBNAIL_NAME.fullmatch(p.name)}
-            self._delete(found - self.names)
-
-    def _delete(self, names: Iterable[str]) -> None:
-        for name in names:
-            (self.path / name).unlink(missing_ok=True)
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+def _delete_thumbnails(folder: Path, keep: set[str]) -> None:
+    """Delete thumbnails of earlier pages, and the folder if it is then empty."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if THUMBNAIL_NAME.fullmatch(path.name) and path.name not in keep:
+                path.unlink(missing_ok=True)
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def confidence(caption: Caption) -> float | None:
-    """Give the geometric mean of the probabilities of a caption's tokens, the end among them.
+    """Return the geometric mean of the probabilities of a caption's tokens, including the end.
 
-    None where the log-probability is no number.
+    None if the log-probability is not finite.
     """
     tokens = 1 + (len(caption.words) or len(caption.text.split()))
     mean = caption.log_probability / tokens
@@ -183,7 +164,7 @@ def confidence(caption: Caption) -> float | None:
 
 
 def relative_url(path: Path, page: Path) -> str | None:
-    """Give the address of ``path`` as seen from ``page``; None on another drive (Windows)."""
+    """Return the address of ``path`` relative to ``page``; None on another drive (Windows)."""
     try:
         relative = os.path.relpath(path, page.parent)
     except ValueError:
@@ -192,12 +173,12 @@ def relative_url(path: Path, page: Path) -> str | None:
 
 
 def _quoted(path: str) -> str:
-    # As bytes: a name need not be UTF-8. ":" too, as "a:b.jpg" would name a scheme.
+    # As bytes, for names that are not UTF-8; also ":", because "a:b.jpg" would name a scheme.
     return quote(os.fsencode(path.replace(os.sep, "/")), safe="/")
 
 
-def _drawn(item: GalleryItem) -> tuple[GalleryItem, Thumbnail | None, str | None]:
-    """Make the thumbnail of an item, or say why there is none."""
+def _thumbnailed(item: GalleryItem) -> tuple[GalleryItem, Thumbnail | None, str | None]:
+    """Make the thumbnail of an item, or return why there is none."""
     if item.error is not None:
         return item, None, None
     try:
@@ -207,13 +188,11 @@ def _drawn(item: GalleryItem) -> tuple[GalleryItem, Thumbnail | None, str | None
 
 
 def make_thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> Thumbnail:
-    """Draw an image with ``side`` pixels on its long side; smaller ones are left as they are.
+    """Scale an image to ``side`` pixels on its long side; smaller ones keep their size.
 
     Raises:
         ImageError: see ``images.load_image``.
     """
-    from PIL import Image
-
     image = load_image(path, side)
     image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
     content = io.BytesIO()
@@ -264,7 +243,7 @@ def _text(text: str) -> str:
 
 
 def _number(value: float | None) -> float | None:
-    """Round for the page; JSON has neither infinities nor NaN."""
+    """Round to 5 digits; None for infinities and NaN, which JSON does not have."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")
@@ -273,34 +252,26 @@ def _number(value: float | None) -> float | None:
 def _page(
     title: str, facts: Mapping[str, str], records: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
-    """Fill the template; the records pass through one by one."""
-    from markupsafe import Markup
-
-    template, style, script = _template()
-    yield from template.generate(
-        title=_text(title),
-        facts={_text(name): _text(value) for name, value in facts.items()},
-        records=records,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
-    )
-
-
-def _template() -> tuple[Template, str, str]:
-    """Load the page's template, its style and its script."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("pipeline")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    """Fill in the template; the records pass through one by one."""
     style, script = (
-        loader.get_source(environment, name)[0] for name in ("gallery.css", "gallery.js")
+        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("gallery.css", "gallery.js")
     )
-    return environment.get_template("gallery.html"), style, script
+    yield from (
+        environment()
+        .get_template("gallery.html")
+        .generate(
+            title=_text(title),
+            facts={_text(name): _text(value) for name, value in facts.items()},
+            records=records,
+            style=Markup(style),
+            script=Markup(script),
+            style_hash=_hash(style),
+            script_hash=_hash(script),
+        )
+    )
 
 
 def _hash(content: str) -> str:
-    """Name content in a content security policy, which then allows it and nothing else."""
+    """Return the source expression that allows this content in a content security policy."""
     digest = hashlib.sha256(content.encode("utf-8")).digest()
     return f"sha256-{base64.b64encode(digest).decode('ascii')}"

@@ -1,8 +1,8 @@
 "use strict";
 
-// Draws the page from its records. Text only ever goes in as text (textContent), never as markup.
+// Builds the page from its records. Text is only ever set as textContent, never as markup.
 (() => {
-  const FIRST = 24; // cards drawn at once, so that typing stays quick; the next follow unasked
+  const FIRST = 24; // cards drawn first, so that typing stays quick; more follow on scrolling
   const CHUNK = 60; // cards drawn at a time from then on
   const byId = (id) => document.getElementById(id);
   const collator = new Intl.Collator(undefined, { numeric: true });
@@ -13,9 +13,9 @@
     const record = JSON.parse(element.textContent);
     (record.error === null ? all : failures).push(record);
   }
-  byId("records").remove(); // the text would stay in memory beside what was read from it
+  byId("records").remove(); // otherwise the text stays in memory beside the parsed records
 
-  // Words are found whatever their case and accents.
+  // The search ignores case and accents.
   const fold = (text) => text.normalize("NFKD").replace(/\p{M}+/gu, "").toLowerCase();
   for (const record of all) {
     const texts = record.captions.map((caption) => caption.text);
@@ -28,7 +28,7 @@
 
   const percent = (share) => {
     const value = 100 * share;
-    return `${value > 0 && value < 1 ? "< 1" : Math.round(value)} %`;
+    return `${value < 1 ? "< 1" : Math.round(value)} %`;
   };
   const count = (number, noun) =>
     `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
@@ -58,8 +58,8 @@
         ]
       : []),
     ["name", ["Name", (a, b) => a.rank - b.rank]],
-    ["sure-up", ["Least sure first", by("confidence", 1)]],
-    ["sure-down", ["Surest first", by("confidence", -1)]],
+    ["sure-up", ["Least certain first", by("confidence", 1)]],
+    ["sure-down", ["Most certain first", by("confidence", -1)]],
   ]);
   for (const [value, [label]] of orders) {
     const option = make("option", "", label);
@@ -169,7 +169,7 @@
     (entries) => {
       if (!entries.at(-1).isIntersecting) return;
       draw(drawn + CHUNK);
-      // It reports changes only: on a tall screen the end may be in sight still.
+      // It reports changes only: on a tall screen the end may still be visible.
       observer.unobserve(byId("more"));
       observer.observe(byId("more"));
     },
@@ -184,7 +184,7 @@
     try {
       await navigator.clipboard.writeText(text);
     } catch {
-      // Where there is no such interface, or no permission: the old way.
+      // Without the clipboard interface or its permission: the old way.
       const field = make("textarea", "unseen");
       field.value = text;
       button.after(field);
@@ -204,7 +204,7 @@
     }, 1500);
   }
 
-  // One image in large
+  // The large view of one image
 
   const viewer = byId("viewer");
   let current = 0;
@@ -214,7 +214,7 @@
     const line = item.querySelector(".caption");
     item.classList.toggle("best", best);
     if (caption.words.length) {
-      let written = 0; // of the text: it joins some tokens, such as "man" and "'s"
+      let written = 0; // position in the text, which joins some tokens, such as "man" and "'s"
       for (const [text, probability] of caption.words) {
         const start = caption.text.indexOf(text, written);
         if (start < 0) continue;
@@ -252,7 +252,7 @@
     shownImage.loading = "eager";
     byId("stage").replaceChildren(shownImage);
     if (record.original === null) return;
-    // The thumbnail stays until the image is there, and for good if it is gone.
+    // The thumbnail stays until the image has loaded, and forever if it is missing.
     const large = new Image();
     large.src = record.original;
     large.decode().then(
@@ -326,7 +326,7 @@
       step(distance);
     }
   });
-  // Back to the card of the image that was looked at last.
+  // Focus returns to the card of the image shown last.
   viewer.addEventListener("close", () => {
     draw(current + 1);
     byId("stage").replaceChildren();

@@ -130,16 +130,14 @@ def test_every_layout_is_harmless_and_reads_back(
     )
     assert UNSEEN.search(text) is None
     text.encode("utf-8")
-    rows = [row for row in READERS[layout](text) if row[2] is None]
-    ((found, read, _),) = rows
-    assert found == name_in(name, layout)
+    (found,) = [made for made in READERS[layout](text) if made.error is None]
+    assert found.path == name_in(name, layout)
     exact = layout in ("json", "jsonl", "coco")
-    assert read is not None
-    assert read.text == (
+    assert found.captions[0].text == (
         caption if exact else escape_control(caption, "\t\n" if layout == "csv" else "")
     )
     if exact:
-        assert found == decodable(name)
+        assert found.path == decodable(name)
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\n", "'=", "''@", "'", "a=", ""])
