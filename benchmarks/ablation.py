@@ -50,7 +50,7 @@ SEARCHES = {
     "10 beams, matching": "--beam-size 10 --consensus 0",
     "10 beams, both (the default)": "",
 }
-ENSEMBLE = "--together"
+ENSEMBLE = "--ensemble"
 ENSEMBLES = {
     "ensemble of all seeds, 3 beams": PLAIN,
     "ensemble of all seeds, 20 beams, both (the default)": "",

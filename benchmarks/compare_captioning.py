@@ -17,8 +17,9 @@ from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.images import find_images
 from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.search import search
 from pipeline.features.extraction import Extraction, extract
 from pipeline.features.feature_set import FeatureSet
 from pipeline.models.checkpoint import Checkpoint, save_checkpoint

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
 from pipeline.datasets.vocabulary import END_ID, START_ID
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.search import search
 from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder

@@ -28,8 +28,8 @@ from measure import ROOT, echo, peak_memory
 from pipeline.datasets.encoded_captions import EncodedCaptions, bucketed_batches
 from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.images import find_images
+from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker
-from pipeline.decoding.search import SearchConfig
 from pipeline.features.extraction import Extraction, extract
 from pipeline.features.feature_set import FeatureSet
 from pipeline.models.decoder import Decoder, DecoderConfig

@@ -1,8 +1,8 @@
 """Show and Tell (Vinyals et al., arXiv 1411.4555) on precomputed InceptionV3 features.
 
 >>> from pipeline import Captioner
->>> Captioner.load().caption(["a.jpg"])
-['a dog runs through the grass']
+>>> Captioner.load().caption("a.jpg")
+'a dog runs through the grass'
 
 Importing this package is cheap: torch loads when the first name that needs it is used.
 """
@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.captioner import Captioner
+    from pipeline.decoding.options import SearchOptions
 
 # OpenMP reads this once, as torch loads. Waiting threads that spin take the cores from other
 # programs: beside two of these a training step took six to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
-__all__ = ["Captioner", "__version__"]
+__all__ = ["Captioner", "SearchOptions", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import ``Captioner``, and torch with it, at first use (PEP 562)."""
+    """Import the public classes at first use (PEP 562); ``Captioner`` loads torch."""
     if name == "Captioner":
         from pipeline.captioner import Captioner
 
         return Captioner
+    if name == "SearchOptions":
+        from pipeline.decoding.options import SearchOptions
+
+        return SearchOptions
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

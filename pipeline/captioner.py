@@ -10,22 +10,22 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, overload
 
 import numpy
 import torch
 
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, captions_of, detailed_captions
+from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.reranking import (
     Reranker,
     best_captions,
     diverse_captions,
     reranker_of,
-    search_config,
 )
-from pipeline.decoding.search import SearchConfig
 from pipeline.features.encode_images import EncodedBatch, encode_batches
 from pipeline.models.checkpoint import encoder_of, load_ensemble
 from pipeline.models.encoder import Encoder
@@ -38,7 +38,7 @@ from pipeline.utils.devices import (
     default_workers,
     inference_batch_size,
 )
-from pipeline.utils.errors import InputError, UserError
+from pipeline.utils.errors import InputError
 
 StrPath = str | os.PathLike[str]
 # The encoder likes small batches, the decoder, whose weights pass through the cache for every
@@ -121,122 +121,78 @@ class Captioner:
             reranker_of(checkpoint).to(chosen),
         )
 
-    def search_config(
-        self,
-        beam_size: int | None = None,
-        consensus: float | None = None,
-        matching: float | None = None,
-        least: int = 1,
-        *,
-        rounds: int = 1,
-        min_length: int = SearchConfig.min_length,
-        max_length: int | None = None,
-        prefix: str = "",
-        temperature: float | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        diversity: float = 0.0,
-    ) -> SearchConfig:
-        """Choose how to search for this model.
-
-        Args:
-            beam_size, consensus, matching: see ``reranking.search_config``.
-            least: how many captions an image are wanted.
-            rounds: how often to search for captions to choose among.
-            min_length, max_length: fewest and most words in a caption; by default 1, and 20 or what
-                the language needs (``tokenizers``).
-            prefix: words that every caption begins with.
-            temperature, top_p: where one is given, captions are drawn; see ``SearchConfig``.
-            seed: of the draws. What is drawn for an image depends on it and on the name of the
-                image's file alone, not on other images.
-            diversity: of several captions, see ``SearchConfig``.
+    def search_config(self, options: SearchOptions | None = None) -> SearchConfig:
+        """Return how this model searches captions with these options.
 
         Raises:
-            UserError: the options contradict each other, the model lacks a second opinion that is
-                asked for, or does not know a word of the prefix.
+            UserError: the model lacks a reranker that is asked for, or does not know a word of the
+                prefix.
         """
-        if max_length is None:
-            max_length = self.vocabulary.tokenizer.longest
-        sampling = temperature is not None or top_p is not None
-        if sampling and diversity:
-            raise UserError("--diverse: drawn captions differ anyway; leave out --temperature")
-        if min_length > max_length:
-            raise UserError(
-                f"--min-length {min_length}: must not be above --max-length {max_length}"
-            )
-        words = self.vocabulary.tokenize(prefix)
-        unknown = [word for word in words if word not in self.vocabulary]
-        if unknown:
-            raise UserError(
-                f"--prefix: the model does not know {unknown[0]!r}; it has "
-                f"{len(self.vocabulary):,} words"
-            )
-        if len(words) > max_length:
-            raise UserError(
-                f"--prefix: has {len(words)} words, more than --max-length {max_length}"
-            )
-        return search_config(
-            self.reranker,
-            *(beam_size, consensus, matching, least, self.decoder.config.members, sampling),
-            rounds=rounds,
-            min_length=min_length,
-            max_length=max_length,
-            prefix=tuple(self.vocabulary.encode(words)),
-            temperature=1.0 if temperature is None else temperature,
-            top_p=1.0 if top_p is None else top_p,
-            seed=seed,
-            diversity=diversity,
-        )
+        options = options or SearchOptions()
+        return options.resolve(self.vocabulary, self.reranker, self.decoder.config.members)
+
+    @overload
+    def caption(
+        self, images: StrPath, options: SearchOptions | None = None, **more: Any
+    ) -> str: ...
+
+    @overload
+    def caption(
+        self, images: Iterable[StrPath], options: SearchOptions | None = None, **more: Any
+    ) -> list[str]: ...
 
     def caption(
         self,
-        images: Sequence[StrPath],
-        beam_size: int | None = None,
+        images: StrPath | Iterable[StrPath],
+        options: SearchOptions | None = None,
+        *,
         batch_size: int | None = None,
-        max_length: int | None = None,
-    ) -> list[str]:
-        """Caption images: one text for each, in their order.
+        **search: Any,
+    ) -> str | list[str]:
+        """Return the best caption of each image, in their order; of a single path one string.
 
         Args:
-            images: paths.
-            beam_size: hypotheses kept an image; by default see ``search_config``.
-            batch_size: images a batch; by default 4 on a CPU, 64 elsewhere.
-            max_length: most words in a caption; by default 20, or 40 where characters are tokens.
+            images: paths, or one path.
+            options: how to search.
+            batch_size: images per batch; by default 4 on a CPU, 64 elsewhere.
+            search: fields of ``options``, such as ``beam_size=5``.
 
         Raises:
-            InputError: an image cannot be read; ``stream`` reports it and goes on.
+            InputError: an image cannot be read; ``stream`` reports it and continues.
         """
-        config = self.search_config(beam_size, max_length=max_length)
+        single = isinstance(images, str | os.PathLike)
+        paths = [images] if isinstance(images, str | os.PathLike) else images
         texts = []
-        for prediction in self.stream(images, config, batch_size=batch_size):
+        for prediction in self.stream(paths, options, batch_size=batch_size, **search):
             if prediction.error is not None:
                 raise InputError(f"{prediction.path}: {prediction.error}")
             texts.append(prediction.captions[0].text)
-        return texts
+        return texts[0] if single else texts
 
     def stream(
         self,
         images: Iterable[StrPath],
-        config: SearchConfig | None = None,
-        num_captions: int = 1,
+        options: SearchOptions | None = None,
+        *,
         batch_size: int | None = None,
         workers: int | None = None,
         details: bool = False,
+        **search: Any,
     ) -> Iterator[Prediction]:
-        """Caption images as they come, decoding ahead; memory does not grow with their number.
+        """Caption images one after the other; memory does not grow with their number.
 
         Args:
             images: paths.
-            config: how to search; by default see ``search_config``.
-            num_captions: captions an image, at most ``config.beam_size`` without diversity.
-            batch_size: images a batch; by default 4 on a CPU, 64 elsewhere.
+            options: how to search.
+            batch_size: images per batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
-            details: give each word's probability too.
+            details: return the probability of each word as well.
+            search: fields of ``options``, such as ``num_captions=3``.
 
         Yields:
-            A prediction for every path, in their order, also for those that cannot be read.
+            A prediction for every path, in their order, unreadable images included.
         """
-        config = config or self.search_config(least=num_captions)
+        config = self.search_config(replace(options or SearchOptions(), **search))
         device = self.decoder.feature_mean.device
         batch_size = batch_size or inference_batch_size(device)
         workers = workers or default_workers(device)
@@ -262,7 +218,7 @@ class Captioner:
                 features = numpy.concatenate([encoded.features for encoded in group])
                 names = [Path(paths[key]).name for key in keys]
                 captions = self._caption_features(
-                    torch.from_numpy(features).to(device), names, config, num_captions, details
+                    torch.from_numpy(features).to(device), names, config, details
                 )
                 found = dict(zip(keys, captions, strict=True))
             failures = {key: why for encoded in group for key, why in encoded.failures.items()}
@@ -282,16 +238,15 @@ class Captioner:
         features: torch.Tensor,
         names: Sequence[str],
         config: SearchConfig,
-        num_captions: int,
         details: bool,
     ) -> list[list[Caption]]:
         """Caption features (B, 2048) of images with these file names."""
         if config.diversity:
-            found = diverse_captions(self.decoder, features, config, self.reranker, num_captions)
+            found = diverse_captions(self.decoder, features, config, self.reranker)
         else:
             keys = [zlib.crc32(os.fsencode(name)) for name in names]
             found = best_captions(self.decoder, features, config, self.reranker, keys)
-        best = [hypotheses[:num_captions] for hypotheses in found]
+        best = [hypotheses[: config.num_captions] for hypotheses in found]
         if details:
             return detailed_captions(self.decoder, features, best, self.vocabulary)
         return [captions_of(hypotheses, self.vocabulary) for hypotheses in best]

@@ -24,8 +24,8 @@ from pipeline.datasets.images import unreadable_images
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.datasets.vocabulary import tokenizer_of
 from pipeline.decoding.captions import Caption, captions_of, detailed_captions
-from pipeline.decoding.reranking import best_captions, reranker_of, search_config
-from pipeline.decoding.search import SearchConfig, describe_search
+from pipeline.decoding.options import SearchOptions, describe_search
+from pipeline.decoding.reranking import best_captions, reranker_of
 from pipeline.features.cache import DONE, FeatureCache, default_cache_path
 from pipeline.features.encode_images import encode_images
 from pipeline.features.feature_set import rows_of
@@ -91,17 +91,6 @@ class Evaluation:
     unreadable: dict[Path, str]
 
 
-@dataclass(frozen=True)
-class SearchOptions:
-    """What was said of the search; None is left to ``reranking.search_config``."""
-
-    beam_size: int | None = None
-    consensus: float | None = None
-    matching: float | None = None
-    rounds: int = 1
-    length_penalty: float = SearchConfig.length_penalty
-
-
 @dataclass
 class SplitData:
     """The images of a split as a decoder sees them.
@@ -147,7 +136,7 @@ def evaluate_runs(
         output: where the predictions go, in the COCO results format; by default
             ``predictions.json`` in the first run's folder (in runs/pretrained for the model that
             comes with the program); the scores go to ``scores.json``
-            beside it. The names tell the split if it is not val, and ``-together``.
+            beside it. The names tell the split if it is not val, and ``-ensemble``.
         java: whether METEOR and SPICE are wanted, which take Java and some seconds.
         words: whether each word's probability is wanted, as on a page.
 
@@ -171,7 +160,7 @@ def evaluate_runs(
         folder = Path("runs") / PRETRAINED
     else:
         folder = runs[0] if runs[0].is_dir() else runs[0].parent
-    suffix = "-together" if len(runs) > 1 and not output else ""
+    suffix = "-ensemble" if len(runs) > 1 and not output else ""
     suffix += "" if split == "val" or output else f"-{split}"
     output = output or folder / f"predictions{suffix}.json"
     _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
@@ -205,16 +194,7 @@ def evaluate(
     decoder = checkpoint.build_decoder().to(device)
     vocabulary = checkpoint.vocabulary
     reranker = reranker_of(checkpoint).to(device)
-    config = search_config(
-        reranker,
-        search.beam_size,
-        search.consensus,
-        search.matching,
-        decoders=checkpoint.decoder_config.members,
-        rounds=search.rounds,
-        length_penalty=search.length_penalty,
-        max_length=vocabulary.tokenizer.longest,
-    )
+    config = search.resolve(vocabulary, reranker, checkpoint.decoder_config.members)
 
     def captioned_images() -> Iterator[list[Caption]]:
         for batch in opened.features:

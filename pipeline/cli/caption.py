@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.cli import options
+from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
 from pipeline.outputs.inputs import collect
 from pipeline.utils.errors import UserError
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 # The run folders of stages 3 and 2, the better one first.
 DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
-# What costs a caption a word that another one has in the same place.
-DIVERSITY = 1.0
 PAGE_CAPTIONS = 5
 
 GROUPS = {
@@ -35,11 +34,7 @@ GROUPS = {
         *("layout", "output", "skip_existing", "sidecar", "write_metadata", "overwrite"),
         *("html", "thumbnails"),
     ),
-    "How captions are searched": ("beam_size", "consensus", "matching", "rounds"),
-    "What captions": (
-        *("num_captions", "diverse", "prefix", "min_length", "max_length"),
-        *("temperature", "top_p", "seed", "words"),
-    ),
+    CAPTIONS: ("words",),
     "A page to drop images on": ("serve", "port"),
     "Model and machine": ("model", "weights", "device", "batch_size"),
 }
@@ -57,57 +52,7 @@ GROUPS = {
     show_default=False,
 )
 @options.weights
-@options.beam_size
-@options.consensus
-@options.matching
-@options.rounds
-@click.option(
-    "--num-captions",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Captions an image, best first, with their log-probabilities.  [default: 1, and "
-    f"{PAGE_CAPTIONS} on a page]",
-    show_default=False,
-)
-@click.option(
-    "--diverse",
-    is_flag=True,
-    help="Make several captions say different things; beams alone differ in a word or two.",
-)
-@click.option(
-    "--prefix", default="", help="Words that every caption begins with, such as 'two dogs'."
-)
-@click.option(
-    "--min-length", type=click.IntRange(min=1), default=1, help="Fewest words in a caption."
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Most words in a caption. Longer ones than people wrote in training ramble.  [default: "
-    "20; of characters more, see train_decoder.py --tokenizer]",
-    show_default=False,
-)
-@click.option(
-    "--temperature",
-    type=click.FloatRange(min=0, min_open=True),
-    default=None,
-    help="Draw captions by chance instead of searching for the likeliest: livelier, and more often "
-    "wrong. 1 is as the model has learnt; 0.5 to 0.7 is a good range.",
-)
-@click.option(
-    "--top-p",
-    type=click.FloatRange(min=0, max=1, min_open=True),
-    default=None,
-    help="Draw only from the likeliest words that together have this probability; 0.9 avoids odd "
-    "words.",
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**31 - 1),
-    default=0,
-    help="Of the draws: the same seed and file name, the same caption.",
-)
+@options.from_dataclass(SearchOptions)
 @click.option("--words", is_flag=True, help="Give each word's probability too, in json and jsonl.")
 @click.option(
     "--format",
@@ -182,8 +127,6 @@ def main(
     images: tuple[str, ...],
     model: tuple[Path, ...],
     weights: str | None,
-    num_captions: int | None,
-    diverse: bool,
     words: bool,
     layout: str | None,
     output: Path | None,
@@ -217,7 +160,8 @@ def main(
     Stopped at any moment, the same command goes on where it was, unless captions go to standard
     output alone.
     """
-    _check(images, serve, skip_existing, output, diverse, num_captions, search)
+    search_options = SearchOptions(**search)
+    _check(images, serve, skip_existing, output)
     if serve:
         from pipeline.serve.app import serve as serve_page
 
@@ -243,9 +187,10 @@ def main(
         skip_existing=skip_existing,
     )
     request = Request(
-        search={**search, "diversity": DIVERSITY if diverse else 0.0},
-        num_captions=num_captions or 1,
-        page_captions=num_captions or min(PAGE_CAPTIONS, search["beam_size"] or PAGE_CAPTIONS),
+        search=search_options,
+        num_captions=search_options.num_captions or 1,
+        page_captions=search_options.num_captions
+        or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
         details=words,
         batch_size=batch_size,
         model=_name(models),
@@ -282,24 +227,14 @@ def _check(
     serve: bool,
     skip_existing: bool,
     output: Path | None,
-    diverse: bool,
-    num_captions: int | None,
-    search: dict[str, Any],
 ) -> None:
     """Refuse what makes no sense together, before anything is loaded."""
-    beams = search["beam_size"]
     if not images and not serve:
         raise click.UsageError("name images or a folder of them, or use --serve")
     if images and serve:
         raise click.UsageError("--serve takes no images: they are dropped on its page")
     if skip_existing and output is None:
         raise UserError("--skip-existing: needs the --output to add to")
-    if num_captions and beams and not diverse and num_captions > beams:
-        raise UserError(
-            f"--num-captions {num_captions} needs a --beam-size of at least {num_captions}"
-        )
-    if diverse and (num_captions or 1) < 2:
-        raise UserError("--diverse: is for several captions; add --num-captions 3")
 
 
 def _load(models: Sequence[Path], device: str, weights: str | None, images: int) -> Captioner:
@@ -333,7 +268,7 @@ def default_model() -> Path:
             echo(f"model: {candidate}", err=True)
             return Path(candidate)
     echo(
-        "model: the one that comes with the program (--model pretrained), trained on Flickr8k for "
+        "model: the pretrained model (--model pretrained), trained on Flickr8k for "
         "research and education; see data/pretrained/MODEL_CARD.md",
         err=True,
     )

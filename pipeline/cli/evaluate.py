@@ -5,23 +5,30 @@ The manual is in evaluate.py, the advice in its --help.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from pipeline.cli import options
 from pipeline.datasets.vocabulary import TOKENIZERS
+from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable
 from pipeline.utils.terminal import echo
 
 GROUPS = {
-    "How captions are searched": ("beam_size", "consensus", "matching", "rounds", "length_penalty"),
     "What is written": ("output", "html", "java"),
     "Other data": ("data", "captions", "features", "tokenizer"),
     "Machine": ("device",),
 }
+
+# Only the best caption is scored, and it is searched, not drawn.
+NOT_SCORED = [
+    f.name for f in dataclasses.fields(SearchOptions) if f.metadata.get("heading") == CAPTIONS
+]
 
 
 @options.command(GROUPS)
@@ -56,16 +63,7 @@ GROUPS = {
     "scores beside the predictions, else english]",
     show_default=False,
 )
-@options.beam_size
-@options.consensus
-@options.matching
-@options.rounds
-@click.option(
-    "--length-penalty",
-    type=click.FloatRange(min=0),
-    default=0.9,
-    help="Exponent of the length normalisation: 0 favours short captions, 1 long ones.",
-)
+@options.from_dataclass(SearchOptions, leave_out=NOT_SCORED)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -97,10 +95,10 @@ GROUPS = {
     "another seed gives is not in it.",
 )
 @click.option(
-    "--together",
+    "--ensemble",
     is_flag=True,
     help="Score RUNS as one model whose decoders caption together; they must be of one encoder and "
-    "recipe, with other seeds. The files go into the first run's folder, as predictions-together.",
+    "recipe, with other seeds. The files go into the first run's folder, as predictions-ensemble.",
 )
 @options.device
 def main(
@@ -110,17 +108,13 @@ def main(
     features: Path | None,
     split: str,
     tokenizer: str | None,
-    beam_size: int | None,
-    consensus: float | None,
-    matching: float | None,
-    rounds: int,
-    length_penalty: float,
     output: Path | None,
     html: Path | None,
     java: bool,
     compare: tuple[Path, Path] | None,
-    together: bool,
+    ensemble: bool,
     device: str,
+    **search: Any,
 ) -> None:
     """Score the best epoch of RUNS (run folders, or checkpoints) on a split.
 
@@ -130,18 +124,19 @@ def main(
       python evaluate.py runs/decoder --split test --beam-size 5
       python evaluate.py runs/decoder --html decoder.html
       python evaluate.py runs/seed-0 runs/seed-1 runs/seed-2
-      python evaluate.py --together runs/seed-0 runs/seed-1 runs/seed-2
+      python evaluate.py --ensemble runs/seed-0 runs/seed-1 runs/seed-2
       python evaluate.py --compare a.json b.json
 
     Several runs, such as the same with several seeds, are scored one by one and summed up by
     mean and deviation.
     """
+    wanted_search = SearchOptions(**search)
     if bool(runs) == (compare is not None):
         raise UserError("give the runs to score, or --compare with two predictions files")
-    if output is not None and len(runs) > 1 and not together:
+    if output is not None and len(runs) > 1 and not ensemble:
         raise UserError("--output is for one run; each of several writes into its own folder")
-    if html is not None and (compare is not None or (len(runs) > 1 and not together)):
-        raise UserError("--html is for one run, or several --together; write a page for each")
+    if html is not None and (compare is not None or (len(runs) > 1 and not ensemble)):
+        raise UserError("--html is for one run, or several --ensemble; write a page for each")
     if html is not None:
         check_writable(html)
     if tokenizer is not None and compare is None:
@@ -153,15 +148,23 @@ def main(
         differences = compare_predictions(*compare, data, captions, split, tokenizer)
         print_comparison(differences, *compare)
         return
-    from pipeline.evaluation import SearchOptions, evaluate_runs, print_table
+    from pipeline.evaluation import evaluate_runs, print_table
     from pipeline.utils.devices import choose_device
 
-    search = SearchOptions(beam_size, consensus, matching, rounds, length_penalty)
     chosen = choose_device(device)
-    groups = [runs] if together else [(run,) for run in runs]
+    groups = [runs] if ensemble else [(run,) for run in runs]
     results = {
         " + ".join(map(str, group)): evaluate_runs(
-            group, chosen, data, captions, features, split, search, output, java, html is not None
+            group,
+            chosen,
+            data,
+            captions,
+            features,
+            split,
+            wanted_search,
+            output,
+            java,
+            html is not None,
         )
         for group in groups
     }

@@ -30,6 +30,14 @@ SCRIPTS = {
 }
 
 
+class HeadedOption(click.Option):
+    """An option that knows its heading in the help."""
+
+    def __init__(self, *args: Any, heading: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.heading = heading or "Options"
+
+
 class GroupedCommand(click.Command):
     """A command whose help lists its options under headings.
 
@@ -87,20 +95,25 @@ class GroupedCommand(click.Command):
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
+        options = [found for found in self.get_params(context) if isinstance(found, click.Option)]
+        own = (found.heading for found in options if isinstance(found, HeadedOption))
         rows: dict[str, list[tuple[str, str]]] = {
-            heading: [] for heading in ("Options", *self.groups)
+            heading: [] for heading in ("Options", *own, *self.groups)
         }
-        for parameter in self.get_params(context):
-            record = parameter.get_help_record(context)
-            if record is not None and isinstance(parameter, click.Option):
-                rows[self._heading(parameter.name or "")].append(record)
+        for found in options:
+            record = found.get_help_record(context)
+            if record is not None:
+                rows[self._heading(found)].append(record)
         for heading, records in rows.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
 
-    def _heading(self, name: str) -> str:
-        return next((heading for heading, names in self.groups.items() if name in names), "Options")
+    def _heading(self, option: click.Option) -> str:
+        if isinstance(option, HeadedOption):
+            return option.heading
+        listed = (heading for heading, names in self.groups.items() if option.name in names)
+        return next(listed, "Options")
 
     def get_help(self, context: click.Context) -> str:
         """Write the help; under ``captioner``, with its sub-commands in the examples."""
@@ -175,6 +188,8 @@ def from_dataclass(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that adds a click option for every ``utils.options.option`` field.
 
+    A class's own options come before those that it inherits.
+
     The command receives each as a keyword argument named as the field, so that
     ``SomeOptions(**{f.name: arguments[f.name] for f in fields(SomeOptions)})`` makes the
     dataclass.
@@ -183,7 +198,11 @@ def from_dataclass(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for options_class in reversed(classes):
             hints = typing.get_type_hints(options_class)
-            for field in reversed(dataclasses.fields(options_class)):
+            own = vars(options_class)["__annotations__"]
+            fields = sorted(
+                dataclasses.fields(options_class), key=lambda field: field.name not in own
+            )
+            for field in reversed(fields):
                 if field.metadata.get("help") and field.name not in leave_out:
                     command = _click_option(field, hints[field.name])(command)
         return command
@@ -200,7 +219,14 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any
         help_text += f"  [default: {default_help}]"
     if kinds == {bool}:
         declaration = f"--{name}/--no-{name}" if field.default else f"--{name}"
-        return click.option(declaration, default=field.default, is_flag=True, help=help_text)
+        return click.option(
+            declaration,
+            cls=HeadedOption,
+            heading=metadata["heading"],
+            default=field.default,
+            is_flag=True,
+            help=help_text,
+        )
     kind: click.ParamType | type = str
     if metadata["choices"]:
         kind = click.Choice(metadata["choices"])
@@ -208,7 +234,13 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any
         limits = metadata["limits"]
         kind = click.IntRange(**limits) if kinds == {int} else click.FloatRange(**limits)
     return click.option(
-        f"--{name}", type=kind, default=field.default, help=help_text, show_default=not default_help
+        f"--{name}",
+        cls=HeadedOption,
+        heading=metadata["heading"],
+        type=kind,
+        default=field.default,
+        help=help_text,
+        show_default=not default_help,
     )
 
 
@@ -269,48 +301,9 @@ patience = click.option(
 
 force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 
-beam_size = click.option(
-    "--beam-size",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Hypotheses kept an image. 1 is quickest, and poorest. Where --consensus or --matching "
-    "choose among one decoder's, 5 to 20 do alike; else 3 to 5 is best, and more makes captions "
-    "shorter and blander.  [default: 10 where they choose, 20 where several decoders caption "
-    "together; else 3]",
-    show_default=False,
-)
-
-consensus = click.option(
-    "--consensus",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of a caption's agreement with those of similar training images; 0: none. It "
-    "prefers what people say of such images.  [default: 2 where the model has such images]",
-    show_default=False,
-)
-
-matching = click.option(
-    "--matching",
-    type=click.FloatRange(min=0),
-    default=None,
-    help="Weight of how well a caption fits the image; 0: none. Higher, up to 4, makes captions "
-    "more various.  [default: 2 where the model has a matcher]",
-    show_default=False,
-)
-
 tensorboard = click.option(
     "--tensorboard",
     is_flag=True,
     help="Write the curves, and some captions of every epoch, for TensorBoard too, which must be "
     "installed (pip install -e '.[tensorboard]'): tensorboard --logdir runs",
-)
-
-rounds = click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=1,
-    help="Search so often, each time for captions that differ from those before, so that "
-    "--consensus and --matching have more to choose from. On Flickr8k 5 gain 1.4 of CIDEr-D and "
-    "make captions more various, and lose 0.2 of ROUGE-L, for three and a half times the time "
-    "of the search.",
 )

@@ -8,57 +8,17 @@ so that every search returns captions whatever the model wants.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+from pipeline.decoding.options import SearchConfig
 from pipeline.models.ensemble import CaptionDecoder
 
 FORBIDDEN = (PAD_ID, START_ID, UNKNOWN_ID)
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How captions are searched.
-
-    Attributes:
-        beam_size: hypotheses kept an image; 1 is greedy search.
-        max_length: most words in a caption.
-        min_length: fewest words in a caption.
-        length_penalty: the exponent a in score = log p / (words + 1)^a. 0 prefers short
-            captions, as the sum of log-probabilities does; 1 compares means.
-        consensus: weight of the agreement with similar images' captions, see ``reranking``.
-        matching: weight of how well a caption fits the image; with both 0 the decoder alone
-            chooses.
-        rounds: how often to search for captions to choose among, see ``reranking``.
-        prefix: word ids that every caption begins with.
-        diversity: what it costs a caption, in nats, to have a word where an earlier caption of the
-            image has it, see ``reranking.diverse_captions``; 0: the captions of one search.
-        sampling: draw ``beam_size`` captions, instead of searching for the likeliest.
-        temperature: of the draws; below 1 likelier words are drawn more often than the model
-            says, above 1 less often.
-        top_p: draw from the likeliest words that together have this probability (nucleus
-            sampling, arXiv 1904.09751); 1: from all.
-        seed: of the draws.
-    """
-
-    beam_size: int = 3
-    max_length: int = 20
-    min_length: int = 1
-    length_penalty: float = 0.9
-    consensus: float = 0.0
-    matching: float = 0.0
-    rounds: int = 1
-    prefix: tuple[int, ...] = ()
-    diversity: float = 0.0
-    sampling: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,20 +34,6 @@ class Hypothesis:
     tokens: list[int]
     log_probability: float
     score: float
-
-
-def describe_search(search: Mapping[str, Any]) -> str:
-    """Say in a few words how captions were searched: by the fields of a ``SearchConfig``."""
-    beam = search["beam_size"]
-    if search.get("sampling"):
-        words = [f"sampling, temperature {search['temperature']:g}, top-p {search['top_p']:g}"]
-    else:
-        words = ["greedy" if beam == 1 else f"beam {beam}"]
-    if search.get("rounds", 1) > 1:
-        words.append(f"{search['rounds']} rounds")
-    return ", ".join(
-        [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
-    )
 
 
 def search(

@@ -150,7 +150,7 @@ def captioner_settings(
     """Give the content of captioner.json: all that a runner needs beside the networks."""
     from pipeline.datasets.images import IMAGE_SIZE
     from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
-    from pipeline.decoding.search import SearchConfig
+    from pipeline.decoding.options import SearchConfig
     from pipeline.export.onnx_graphs import OPSET
     from pipeline.models.encoder import NAMED_WEIGHTS
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.captioner import Captioner, Prediction
-from pipeline.decoding.search import describe_search
+from pipeline.decoding.options import SearchOptions, describe_search
 from pipeline.outputs.formats import decodable, name_in, read_predictions, write_predictions
 from pipeline.outputs.gallery import GalleryItem, write_gallery
 from pipeline.outputs.metadata import (
@@ -86,7 +86,7 @@ class Request:
     """What is wanted for each image.
 
     Attributes:
-        search: what ``Captioner.search_config`` takes, except ``least``.
+        search: how to search; ``num_captions`` of it is set here.
         num_captions: captions per image.
         page_captions: captions per image on the page.
         details: each word's probability, too; a page always has them.
@@ -95,7 +95,7 @@ class Request:
         fingerprint: a string that differs for other model files.
     """
 
-    search: Mapping[str, Any]
+    search: SearchOptions
     num_captions: int = 1
     page_captions: int = 1
     details: bool = False
@@ -150,11 +150,12 @@ def caption_images(
     captioner = load(len(wanted))
     count = max(request.num_captions, request.page_captions if places.page else 1)
     details = request.details or places.page is not None
-    config = captioner.search_config(**request.search, least=count)
+    options = replace(request.search, num_captions=count)
+    config = captioner.search_config(options)
     taken = shared_sidecars(paths) if places.sidecar else {}
 
     def stream(images: Sequence[str]) -> Iterator[Prediction]:
-        return captioner.stream(images, config, count, request.batch_size, details=details)
+        return captioner.stream(images, options, batch_size=request.batch_size, details=details)
 
     def deliver(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Write text files and metadata, note failures, and pass the predictions on."""

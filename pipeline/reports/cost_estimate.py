@@ -11,8 +11,8 @@ import torch
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, bucketed_batches, count_batches
 from pipeline.datasets.images import ImageRef
+from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker
-from pipeline.decoding.search import SearchConfig
 from pipeline.features.encode_images import encode_images
 from pipeline.models.encoder import load_encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE

@@ -17,7 +17,7 @@ from pipeline.datasets.encoded_captions import encode_captions, tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
 from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.decoding.search import SearchConfig
+from pipeline.decoding.options import SearchConfig
 from pipeline.features.cache import DONE, FeatureCache, partial_path
 from pipeline.features.feature_set import rows_of
 from pipeline.models.checkpoint import load_checkpoint

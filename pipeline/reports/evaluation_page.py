@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.evaluation import Evaluation, describe_search
+from pipeline.decoding.options import describe_search
+from pipeline.evaluation import Evaluation
 from pipeline.outputs.gallery import GalleryItem, write_gallery
 from pipeline.utils.progress import progress_bar
 

@@ -26,7 +26,7 @@ import click
 from pipeline.datasets.images import ImageError, load_image
 from pipeline.datasets.tar_shards import TarMember
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.evaluation import describe_search
+from pipeline.decoding.options import describe_search
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.reports.curves import best_record, draw_curves, write_curves

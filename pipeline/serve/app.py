@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.captioner import Captioner
+from pipeline.decoding.options import SearchOptions
 from pipeline.outputs.formats import as_record
 from pipeline.utils.errors import UserError
 from pipeline.utils.html import TEMPLATES, environment
@@ -68,9 +69,7 @@ def caption_uploads(
     Returns:
         A JSON record per image: the name that it came with, and captions or an error.
     """
-    search = {"num_captions": 1, **fields}
-    num_captions = search.pop("num_captions")
-    config = captioner.search_config(least=num_captions, **search)
+    options = SearchOptions(**fields)
     with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
         paths = []
         for number, image in enumerate(images):
@@ -80,7 +79,7 @@ def caption_uploads(
             path.parent.mkdir()
             path.write_bytes(content)
             paths.append(path)
-        predictions = list(captioner.stream(paths, config, num_captions, details=True))
+        predictions = list(captioner.stream(paths, options, details=True))
     return [
         {**as_record(prediction), "image": image.filename or ""}
         for image, prediction in zip(images, predictions, strict=True)

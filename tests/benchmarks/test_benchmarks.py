@@ -24,7 +24,8 @@ from small_data import make_small_data
 
 from pipeline.datasets.images import read_square
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
-from pipeline.decoding.search import SearchConfig, beam_search
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.search import beam_search
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 import caption as command
 from pipeline import Captioner
-from pipeline.decoding.search import SearchConfig
+from pipeline.decoding.options import SearchOptions
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.utils.errors import InputError, UserError
 
@@ -124,10 +124,9 @@ def test_formats_say_the_same(drawn_run: DrawnRun, album: Path, tmp_path: Path) 
 def test_captions_do_not_depend_on_the_batch(drawn_run: DrawnRun) -> None:
     captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
     images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:9]
-    config = SearchConfig(beam_size=3)
+    options = SearchOptions(beam_size=3, num_captions=3, consensus=0, matching=0)
     one, four = (
-        [p.captions for p in captioner.stream(images, config, num_captions=3, batch_size=size)]
-        for size in (1, 4)
+        [p.captions for p in captioner.stream(images, options, batch_size=size)] for size in (1, 4)
     )
     assert [[c.text for c in captions] for captions in one] == [
         [c.text for c in captions] for captions in four
@@ -168,6 +167,7 @@ def test_python_interface(drawn_run: DrawnRun, album: Path) -> None:
     texts = captioner.caption([album / "a.JPG", album / "b.jpg"])
     assert len(texts) == 2 and all(isinstance(text, str) and text for text in texts)
     assert captioner.caption([]) == []
+    assert [captioner.caption(str(album / "a.JPG")), captioner.caption(album / "b.jpg")] == texts
     with pytest.raises(InputError, match=r"broken\.jpg: "):
         captioner.caption([album / "broken.jpg"])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
 from pipeline.datasets.vocabulary import END_ID, Vocabulary
-from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.consensus import NEIGHBOURS, TEMPERATURE, Consensus
 from pipeline.decoding.reranking import reranker_of
 from pipeline.decoding.search import Hypothesis
 from pipeline.metrics.cider import Idf, cider_d, ngrams
@@ -53,9 +53,9 @@ def by_hand(
     encoded = [[[*WORDS.encode(c), END_ID] for c in group] for group in groups]
     rarity = Idf({g for caption in group for g in ngrams(caption)} for group in encoded)
     cosines = neighbours.directions.float() @ torch.nn.functional.normalize(image, dim=0)
-    near = min(module.NEIGHBOURS, len(groups))
+    near = min(NEIGHBOURS, len(groups))
     values, photos = cosines.topk(near)
-    shares = (values / module.TEMPERATURE).softmax(0).tolist()
+    shares = (values / TEMPERATURE).softmax(0).tolist()
     candidate = rarity.weigh(ngrams([*tokens, END_ID]))
     return sum(
         share * cider_d(candidate, [rarity.weigh(ngrams(c)) for c in encoded[photo]]) / 100

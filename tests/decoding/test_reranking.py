@@ -1,8 +1,10 @@
-"""The choice among a search's captions by second opinions, and its defaults."""
+"""The choice among a search's captions by rerankers, and its defaults."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ import torch
 from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.consensus import Consensus
-from pipeline.decoding.reranking import Reranker, best_captions, search_config
-from pipeline.decoding.search import SearchConfig, search, token_log_probabilities
+from pipeline.decoding.options import SearchConfig, SearchOptions
+from pipeline.decoding.reranking import Reranker, best_captions
+from pipeline.decoding.search import search, token_log_probabilities
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import choose_neighbours
@@ -33,7 +36,7 @@ def make_reranker(decoder: Decoder) -> Reranker:
     return Reranker(Consensus(neighbours), matcher)
 
 
-def test_without_weight_or_second_opinion_the_search_stands() -> None:
+def test_without_weight_or_reranker_the_search_stands() -> None:
     decoder, features = make_decoder(), torch.randn(4, 3)
     plain = search(decoder, features, SearchConfig(4))
     assert best_captions(decoder, features, SearchConfig(4), make_reranker(decoder)) == plain
@@ -67,47 +70,72 @@ def test_scores_are_the_weighted_sum(weights: tuple[float, float]) -> None:
     assert changed
 
 
+def resolve(reranker: Reranker, decoders: int = 1, **options: Any) -> SearchConfig:
+    return SearchOptions(**options).resolve(WORDS, reranker, decoders)
+
+
 def test_defaults_depend_on_what_the_model_has() -> None:
-    both = make_reranker(make_decoder())
+    none, both = Reranker(), make_reranker(make_decoder())
     one = Reranker(consensus=both.consensus)
-    assert search_config(Reranker()) == SearchConfig(3)
-    assert search_config(one) == SearchConfig(10, consensus=2.0)
-    assert search_config(both) == SearchConfig(10, consensus=2.0, matching=2.0)
-    assert search_config(both, consensus=0.0) == SearchConfig(10, matching=2.0)
-    assert search_config(both, consensus=0.0, matching=0.0) == SearchConfig(3)
-    assert search_config(both, beam_size=7, matching=1.0) == SearchConfig(
-        7, consensus=2.0, matching=1.0
-    )
-    assert search_config(both, beam_size=1) == SearchConfig(1)
-    together = SearchConfig(20, consensus=2.0, matching=2.0)
-    assert search_config(both, decoders=3) == together
-    assert search_config(Reranker(), decoders=3) == SearchConfig(3)
-    assert search_config(both, least=12).beam_size == 12
-    assert search_config(Reranker(), least=2).beam_size == 3
+    assert resolve(none) == SearchConfig(3)
+    assert resolve(one) == SearchConfig(10, consensus=2.0)
+    assert resolve(both) == SearchConfig(10, consensus=2.0, matching=2.0)
+    assert resolve(both, consensus=0.0) == SearchConfig(10, matching=2.0)
+    assert resolve(both, consensus=0.0, matching=0.0) == SearchConfig(3)
+    assert resolve(both, beam_size=7, matching=1.0) == SearchConfig(7, consensus=2.0, matching=1.0)
+    assert resolve(both, beam_size=1) == SearchConfig(1)
+    assert resolve(both, decoders=3) == SearchConfig(20, consensus=2.0, matching=2.0)
+    assert resolve(none, decoders=3) == SearchConfig(3)
+    assert resolve(both, num_captions=12).beam_size == 12
+    assert resolve(none, num_captions=2) == SearchConfig(3, num_captions=2)
+    drawn = resolve(both, temperature=0.5, num_captions=4, seed=7)
+    assert drawn == SearchConfig(4, sampling=True, temperature=0.5, seed=7, num_captions=4)
+    assert resolve(none, diverse=True, num_captions=2).diversity == 1.0
+    assert resolve(none, prefix="b a").prefix == tuple(WORDS.encode(["b", "a"]))
+    passes = resolve(both, search_passes=5, decoders=3)
+    assert (passes.beam_size, passes.consensus, passes.matching) == (10, 3.0, 4.0)
+    assert resolve(both, consensus=1.0, matching=0.0, search_passes=5).consensus == 1.0
 
 
-@pytest.mark.parametrize("option", ["consensus", "matching"])
-def test_what_the_model_lacks_cannot_be_asked_for(option: str) -> None:
-    with pytest.raises(UserError, match=f"--{option} 2: this model has not"):
-        search_config(Reranker(), **{option: 2.0})  # type: ignore[arg-type]
-    assert search_config(Reranker(), **{option: 0.0}) == SearchConfig(3)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"consensus": 2.0}, "--consensus 2: this model has no training captions"),
+        ({"matching": 2.0}, "--matching 2: this model has no matcher"),
+        ({"prefix": "a zebra"}, "--prefix: the model does not know 'zebra'"),
+        ({"prefix": "a b c", "max_length": 2}, "--prefix: has 3 words"),
+        ({"min_length": 21}, "--min-length 21: must not be above --max-length 20"),
+        ({"min_length": 5, "max_length": 4}, "--min-length 5: must not be above --max-length 4"),
+        ({"num_captions": 4, "beam_size": 3}, "--num-captions 4: needs a --beam-size of at least"),
+        ({"diverse": True}, "--diverse: is for several captions"),
+        ({"diverse": True, "num_captions": 2, "top_p": 0.9}, "--diverse: drawn captions differ"),
+        ({"search_passes": 2, "beam_size": 1}, "--search-passes 2"),
+        ({"search_passes": 2, "temperature": 1.0}, "--search-passes 2"),
+        ({"consensus": 2.0, "beam_size": 1}, "--consensus: has nothing to choose from"),
+    ],
+)
+def test_options_without_effect_and_contradictions_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(Reranker(), **options)
 
 
-def test_rounds_add_other_captions_to_choose_from() -> None:
+def test_search_passes_add_other_captions_to_choose_from() -> None:
     decoder, features = make_decoder(), torch.randn(6, 3)
-    with torch.no_grad():  # so sharp that a later round finds some captions again
+    with torch.no_grad():  # so sharp that a later pass finds some captions again
         decoder.projection.weight *= 10
     reranker = make_reranker(decoder)
     one = SearchConfig(4, max_length=6, consensus=2.0, matching=3.0)
-    three = replace(one, rounds=3)
+    three = replace(one, search_passes=3)
     before = best_captions(decoder, features, one, reranker)
     after = best_captions(decoder, features, three, reranker)
-    for first, all_rounds in zip(before, after, strict=True):
-        words = [tuple(h.tokens) for h in all_rounds]
+    for first, of_all in zip(before, after, strict=True):
+        words = [tuple(h.tokens) for h in of_all]
         assert len(set(words)) == len(words)
         assert {tuple(h.tokens) for h in first} <= set(words)
-        assert all_rounds[0].score >= first[0].score
-        scores = [h.score for h in all_rounds]
+        assert of_all[0].score >= first[0].score
+        scores = [h.score for h in of_all]
         assert scores == sorted(scores, reverse=True)
     assert any(b[0].score > a[0].score for a, b in zip(before, after, strict=True))
     assert sum(map(len, before)) < sum(map(len, after)) < 3 * sum(map(len, before))
@@ -120,21 +148,11 @@ def test_rounds_add_other_captions_to_choose_from() -> None:
         assert [h.tokens for h in alone] == found[image]
 
 
-def test_without_second_opinions_the_best_of_all_rounds_is_taken() -> None:
+def test_without_second_opinions_the_best_of_of_all_is_taken() -> None:
     decoder, features = make_decoder(), torch.randn(6, 3)
     plain = best_captions(decoder, features, SearchConfig(4), Reranker())
-    rounds = best_captions(decoder, features, SearchConfig(4, rounds=3), Reranker())
-    for more, few in zip(rounds, plain, strict=True):
+    passes = best_captions(decoder, features, SearchConfig(4, search_passes=3), Reranker())
+    for more, few in zip(passes, plain, strict=True):
         assert {tuple(h.tokens) for h in few} <= {tuple(h.tokens) for h in more}
         scores = [h.score for h in more]
         assert scores == sorted(scores, reverse=True) and scores[0] >= few[0].score
-
-
-def test_rounds_have_weights_of_their_own_and_are_for_beams() -> None:
-    both = make_reranker(make_decoder())
-    config = search_config(both, rounds=5, decoders=3)
-    assert (config.beam_size, config.consensus, config.matching) == (10, 3.0, 4.0)
-    assert search_config(both, consensus=1.0, matching=0.0, rounds=5).consensus == 1.0
-    for wrong in ({"beam_size": 1}, {"sampling": True}):
-        with pytest.raises(UserError, match="--rounds 2"):
-            search_config(both, rounds=2, **wrong)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions, diverse_captions
 from pipeline.decoding.search import (
-    SearchConfig,
     beam_search,
     greedy_search,
     sample,
@@ -289,9 +289,9 @@ def test_a_penalty_decides_which_beams_stay_but_is_not_in_their_probabilities() 
 
 def test_diverse_captions_begin_with_the_best_and_share_fewer_words() -> None:
     decoder, features = make_decoder(sharpness=0.7), some_features(10)
-    config = SearchConfig(beam_size=5, max_length=8, diversity=2.0)
+    config = SearchConfig(beam_size=5, max_length=8, diversity=2.0, num_captions=4)
     best = best_captions(decoder, features, config, Reranker())
-    diverse = diverse_captions(decoder, features, config, Reranker(), 4)
+    diverse = diverse_captions(decoder, features, config, Reranker())
     assert [group[0].tokens for group in diverse] == [group[0].tokens for group in best]
 
     def shared(groups: list[list[list[int]]]) -> int:

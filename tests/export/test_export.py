@@ -24,7 +24,8 @@ from pipeline import Captioner
 from pipeline.cli import export as command
 from pipeline.datasets.images import read_square
 from pipeline.datasets.vocabulary import SPECIALS, Vocabulary, detokenize
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.options import SearchConfig, SearchOptions
+from pipeline.decoding.search import search
 from pipeline.export import onnx as module
 from pipeline.export import onnx_graphs
 from pipeline.export.onnx import RUNNER, SETTINGS, is_export, writing_rules
@@ -113,8 +114,8 @@ def test_the_runner_captions_as_the_captioner(
     drawn_run: DrawnRun, exported: Path, captioner: Captioner, beam_size: int | None
 ) -> None:
     paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:8]
-    config = captioner.search_config(beam_size or 3, consensus=0, matching=0)
-    wanted = [p.captions[0].text for p in captioner.stream(paths, config)]
+    options = SearchOptions(beam_size or 3, consensus=0, matching=0)
+    wanted = [p.captions[0].text for p in captioner.stream(paths, options)]
     more = ["--beam-size", beam_size] if beam_size else []
     ended = run_elsewhere(exported, *paths, *more)
     assert ended.returncode == 0, ended.stderr
@@ -599,6 +600,6 @@ def test_the_model_in_the_box_captions_photographs_as_here(tmp_path: Path) -> No
     result = export("pretrained", "--output", tmp_path / "boxed")
     assert result.exit_code == 0, result.output
     boxed = Captioner.load(device="cpu", precision="fp32")
-    config = boxed.search_config(3, consensus=0, matching=0)
-    wanted = [f"{p.path}\t{p.captions[0].text}" for p in boxed.stream(photographs, config)]
+    options = SearchOptions(3, consensus=0, matching=0)
+    wanted = [f"{p.path}\t{p.captions[0].text}" for p in boxed.stream(photographs, options)]
     assert run_elsewhere(tmp_path / "boxed", *photographs).stdout.splitlines() == wanted

@@ -13,7 +13,8 @@ from small_data import IDENTITY
 from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import captions_of
-from pipeline.decoding.reranking import best_captions, reranker_of, search_config
+from pipeline.decoding.options import SearchOptions
+from pipeline.decoding.reranking import best_captions, reranker_of
 from pipeline.models.checkpoint import Checkpoint, checkpoint_content, load_checkpoint
 from pipeline.models.decoder import DecoderConfig
 from pipeline.models.ensemble import make_decoder
@@ -71,7 +72,8 @@ def use(path: Path) -> None:
     decoder, reranker = checkpoint.build_decoder(), reranker_of(checkpoint)
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(2, checkpoint.decoder_config.feature_size, generator=generator)
-    config = search_config(reranker, decoders=checkpoint.decoder_config.members, max_length=4)
+    decoders = checkpoint.decoder_config.members
+    config = SearchOptions(max_length=4).resolve(checkpoint.vocabulary, reranker, decoders)
     for found in best_captions(decoder, features, config, reranker):
         assert found
         for caption in captions_of(found, checkpoint.vocabulary):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pipeline.datasets.encoded_captions import bucketed_batches, count_batches, encode_captions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.search import search
 from pipeline.features.cache_writer import open_cache_writer
 from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.decoder import Decoder, DecoderConfig, dropout

@@ -15,7 +15,8 @@ import caption
 import evaluate
 import finetune_joint
 from pipeline.datasets.vocabulary import END_ID, START_ID
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.search import search
 from pipeline.models.checkpoint import load_checkpoint, load_ensemble, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder_identity import EncoderIdentity
@@ -166,7 +167,7 @@ def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> No
     ]
     assert lines[0] and lines[0] == lines[1]
     outputs = [tmp_path / "one" / "p.json", tmp_path / "two" / "p.json"]
-    for output, more in zip(outputs, ([], [run, "--together"]), strict=True):
+    for output, more in zip(outputs, ([], [run, "--ensemble"]), strict=True):
         words = [run, *more, "--output", str(output), "--no-java", *SAME]
         output.parent.mkdir()
         result = CliRunner().invoke(evaluate.main, words)

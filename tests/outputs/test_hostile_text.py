@@ -22,7 +22,8 @@ import pipeline.cli.caption
 from pipeline.captioner import Prediction
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, captions_of
-from pipeline.decoding.search import Hypothesis, SearchConfig
+from pipeline.decoding.options import SearchConfig, SearchOptions
+from pipeline.decoding.search import Hypothesis
 from pipeline.outputs.caption_folder import Destinations, Request, caption_images
 from pipeline.outputs.formats import READERS, WRITERS, decodable, name_in, read_predictions
 from pipeline.utils.errors import InputError, UserError
@@ -167,11 +168,11 @@ def test_kept_captions_are_found_again_under_odd_names(layout: str, tmp_path: Pa
         asked.extend(remaining)
         return iter([Prediction(path, [Caption("a dog", -1.0)]) for path in remaining])
 
-    captioner = Mock(stream=stream, search_config=lambda **_: SearchConfig())
+    captioner = Mock(stream=stream, search_config=lambda _: SearchConfig())
     output = tmp_path / "out"
     places = Destinations(layout=layout, output=output, skip_existing=True)
     for _ in range(2):
-        outcome = caption_images(lambda _: captioner, paths, places, Request(search={}))
+        outcome = caption_images(lambda _: captioner, paths, places, Request(SearchOptions()))
     assert asked == paths and outcome.passed_over == len(paths)
     assert [p.path for p in read_predictions(output, layout)] == [name_in(p, layout) for p in paths]
 

@@ -32,6 +32,7 @@ from PIL import Image
 from pipeline import Captioner
 from pipeline.captioner import Prediction
 from pipeline.decoding.captions import Caption
+from pipeline.decoding.options import SearchOptions
 from pipeline.utils.errors import UserError
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
@@ -134,7 +135,7 @@ def test_captions_are_those_of_the_captioner(captioner: Captioner, scenes: list[
     first, broken, second, empty = images = answer.json()["images"]
     assert [image["image"] for image in images] == [name for name, _ in sent]
     assert "truncated" in broken["error"] and empty["error"] == "empty file"
-    direct = captioner.stream(scenes[:2], captioner.search_config(least=3), num_captions=3)
+    direct = captioner.stream(scenes[:2], SearchOptions(num_captions=3))
     for image, expected in zip((first, second), direct, strict=True):
         captions = image["captions"]
         assert [c["caption"] for c in captions] == [c.text for c in expected.captions]

@@ -24,6 +24,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from running_server import running  # noqa: E402
 
+from pipeline.decoding.options import SearchOptions  # noqa: E402
 from pipeline.serve import app as server  # noqa: E402
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
@@ -86,8 +87,7 @@ def captions(page: Page) -> list[list[str]]:
 def direct(
     captioner: Captioner, paths: list[Path], beam_size: int | None, count: int
 ) -> list[list[str]]:
-    config = captioner.search_config(beam_size, least=count)
-    predictions = captioner.stream(paths, config, count)
+    predictions = captioner.stream(paths, SearchOptions(beam_size, num_captions=count))
     return [[caption.text for caption in prediction.captions] for prediction in predictions]
 
 

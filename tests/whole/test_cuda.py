@@ -26,7 +26,8 @@ import extract_features
 import finetune_joint
 import train_decoder
 from pipeline.datasets.images import read_square
-from pipeline.decoding.search import SearchConfig, search
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.search import search
 from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.encoder import load_encoder

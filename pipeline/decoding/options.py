@@ -1,0 +1,285 @@
+"""Search options: what users choose, and what a search of one model makes of it.
+
+``SearchOptions`` is the one place of an option: its field is a click option of the commands, a
+keyword of the Python API and, with its help, documentation. ``SearchOptions.resolve`` fills in
+what depends on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.utils.errors import UserError
+from pipeline.utils.options import option
+
+if TYPE_CHECKING:  # the commands need no torch for their help
+    from pipeline.datasets.vocabulary import Vocabulary
+    from pipeline.decoding.reranking import Reranker
+
+# Defaults with reranking: more candidates than the decoder alone needs, and more yet of an
+# ensemble, whose lower ranks are better; the weights of a consensus of 1 (of 10) and of a cosine
+# of 1 against a log-probability of 1. With several passes other weights are best. Chosen on
+# Flickr8k's val.
+RERANKED_BEAM, RERANKED_BEAM_OF_ENSEMBLE = 10, 20
+CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
+PASSES_CONSENSUS, PASSES_MATCHING = 3.0, 4.0
+
+SEARCH, CAPTIONS = "Search", "Captions"
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How one model's captions are searched.
+
+    Attributes:
+        beam_size: hypotheses per image; 1 is greedy search; the number of draws with ``sampling``.
+        max_length, min_length: most and fewest words of a caption.
+        length_penalty: the exponent a in score = log p / (words + 1)^a. 0 prefers short
+            captions, as the sum of log-probabilities does; 1 compares means.
+        consensus: weight of the agreement with similar images' captions, see ``reranking``.
+        matching: weight of the image-text matcher; with both 0 the decoder alone chooses.
+        search_passes: number of searches whose candidates are pooled, see ``reranking``.
+        prefix: token ids that every caption begins with.
+        diversity: Hamming penalty, in nats, per token shared with an earlier caption of the image
+            at the same position, see ``reranking.diverse_captions``; 0: captions of one search.
+        sampling: draw captions instead of searching for the likeliest.
+        temperature: of the draws; below 1 likelier words are drawn more often, above 1 less often.
+        top_p: nucleus sampling (arXiv 1904.09751): draw from the likeliest words that together
+            have this probability; 1: from all.
+        seed: of the draws.
+        num_captions: captions per image.
+    """
+
+    beam_size: int = 3
+    max_length: int = 20
+    min_length: int = 1
+    length_penalty: float = 0.9
+    consensus: float = 0.0
+    matching: float = 0.0
+    search_passes: int = 1
+    prefix: tuple[int, ...] = ()
+    diversity: float = 0.0
+    sampling: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    num_captions: int = 1
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What users choose of a search; None is decided by ``resolve``.
+
+    ``diversity`` is the penalty of ``diverse``, in nats per shared word; it has no click option.
+
+    Raises:
+        UserError: options contradict each other, or one has no effect in the combination.
+    """
+
+    beam_size: int | None = option(
+        None,
+        "Hypotheses per image. 1 is fastest and worst. With --consensus or --matching, 5 to 20 "
+        "score alike; without, 3 to 5 are best, and more make captions shorter and blander.",
+        min=1,
+        heading=SEARCH,
+        default_help="10 with --consensus or --matching, 20 with them and an ensemble; else 3",
+    )
+    consensus: float | None = option(
+        None,
+        "Weight of a caption's agreement with the captions of similar training images; 0: none.",
+        min=0,
+        heading=SEARCH,
+        default_help="2 if the model has training captions",
+    )
+    matching: float | None = option(
+        None,
+        "Weight of the image-text matcher, which scores how well a caption fits the image; 0: "
+        "none. Higher weights, up to 4, make captions more varied.",
+        min=0,
+        heading=SEARCH,
+        default_help="2 if the model has a matcher",
+    )
+    search_passes: int = option(
+        1,
+        "Number of diverse search passes whose candidates are pooled before reranking. 5 passes "
+        "on Flickr8k: CIDEr-D +0.5, ROUGE-L -0.2, 3.5 times the search time.",
+        min=1,
+        heading=SEARCH,
+    )
+    length_penalty: float = option(
+        SearchConfig.length_penalty,
+        "Exponent of the length normalisation: 0 prefers short captions, 1 long ones.",
+        min=0,
+        heading=SEARCH,
+    )
+    num_captions: int | None = option(
+        None,
+        "Captions per image, best first, with their log-probabilities.",
+        min=1,
+        heading=CAPTIONS,
+        default_help="1, and 5 on a page",
+    )
+    diverse: bool = option(
+        False,
+        "Make the captions of an image differ; those of one beam differ in a word or two.",
+        heading=CAPTIONS,
+    )
+    prefix: str = option(
+        "", "Words that every caption begins with, such as 'two dogs'.", heading=CAPTIONS
+    )
+    min_length: int = option(1, "Fewest words of a caption.", min=1, heading=CAPTIONS)
+    max_length: int | None = option(
+        None,
+        "Most words of a caption. Captions longer than those in training ramble.",
+        min=1,
+        heading=CAPTIONS,
+        default_help="20, more if characters are tokens, see train_decoder.py --tokenizer",
+    )
+    temperature: float | None = option(
+        None,
+        "Draw captions at random instead of searching for the likeliest: more lively, more often "
+        "wrong. 1 is the model's own distribution; 0.5 to 0.7 is a good range.",
+        min=0,
+        open_min=True,
+        heading=CAPTIONS,
+    )
+    top_p: float | None = option(
+        None,
+        "Draw captions from the likeliest words that together have this probability; 0.9 avoids "
+        "odd words.",
+        min=0,
+        max=1,
+        open_min=True,
+        heading=CAPTIONS,
+    )
+    seed: int = option(
+        0,
+        "Seed of the draws: the same seed and file name give the same caption.",
+        min=0,
+        max=2**31 - 1,
+        heading=CAPTIONS,
+    )
+    diversity: float = 1.0
+
+    @property
+    def sampling(self) -> bool:
+        """True if captions are drawn at random."""
+        return self.temperature is not None or self.top_p is not None
+
+    def __post_init__(self) -> None:
+        beams, count = self.beam_size, self.num_captions or 1
+        if self.diverse and count < 2:
+            raise UserError("--diverse: is for several captions; add --num-captions 3")
+        if self.diverse and self.sampling:
+            raise UserError("--diverse: drawn captions differ anyway; leave out --temperature")
+        if beams is not None and count > beams and not self.diverse:
+            raise UserError(f"--num-captions {count}: needs a --beam-size of at least {count}")
+        if self.search_passes > 1 and (self.sampling or beams == 1):
+            raise UserError(
+                f"--search-passes {self.search_passes}: is for beam search, not for greedy search "
+                "or drawn captions"
+            )
+        if beams == 1 and (self.consensus or self.matching):
+            name = "--consensus" if self.consensus else "--matching"
+            raise UserError(f"{name}: has nothing to choose from with --beam-size 1")
+        if self.max_length is not None:
+            self._check_min_length(self.max_length)
+
+    def _check_min_length(self, max_length: int) -> None:
+        if self.min_length > max_length:
+            raise UserError(
+                f"--min-length {self.min_length}: must not be above --max-length {max_length}"
+            )
+
+    def resolve(
+        self, vocabulary: Vocabulary, reranker: Reranker, decoders: int = 1
+    ) -> SearchConfig:
+        """Return how to search with a model: by default with every reranker that it has.
+
+        Args:
+            vocabulary: the model's.
+            reranker: the model's rerankers.
+            decoders: number of decoders in the ensemble.
+
+        Raises:
+            UserError: the model lacks a reranker that is asked for, does not know a word of the
+                prefix, or the prefix is too long.
+        """
+        max_length = self.max_length or vocabulary.tokenizer.longest
+        self._check_min_length(max_length)
+        several = self.search_passes > 1
+        consensus = self._weight(
+            "consensus",
+            reranker.consensus is not None,
+            PASSES_CONSENSUS if several else CONSENSUS_WEIGHT,
+        )
+        matching = self._weight(
+            "matching",
+            reranker.matcher is not None,
+            PASSES_MATCHING if several else MATCHING_WEIGHT,
+        )
+        count = self.num_captions or 1
+        usual = SearchConfig.beam_size
+        if self.sampling:
+            usual = count
+        elif consensus or matching:
+            usual = RERANKED_BEAM if decoders == 1 or several else RERANKED_BEAM_OF_ENSEMBLE
+        return SearchConfig(
+            beam_size=self.beam_size or max(usual, count),
+            max_length=max_length,
+            min_length=self.min_length,
+            length_penalty=self.length_penalty,
+            consensus=consensus,
+            matching=matching,
+            search_passes=self.search_passes,
+            prefix=self._prefix_ids(vocabulary, max_length),
+            diversity=self.diversity if self.diverse else 0.0,
+            sampling=self.sampling,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=self.seed,
+            num_captions=count,
+        )
+
+    def _weight(self, name: str, available: bool, usual: float) -> float:
+        """Return the weight of a reranker; 0 if there is nothing to choose from."""
+        weight: float | None = getattr(self, name)
+        if weight and not available:
+            needed = "matcher" if name == "matching" else "training captions"
+            raise UserError(
+                f"--{name} {weight:g}: this model has no {needed}; retrain it, or pass --{name} 0"
+            )
+        if weight is None:
+            greedy_or_drawn = self.beam_size == 1 or self.sampling
+            return usual if available and not greedy_or_drawn else 0.0
+        return weight
+
+    def _prefix_ids(self, vocabulary: Vocabulary, max_length: int) -> tuple[int, ...]:
+        words = vocabulary.tokenize(self.prefix)
+        unknown = [word for word in words if word not in vocabulary]
+        if unknown:
+            raise UserError(
+                f"--prefix: the model does not know {unknown[0]!r}; it has "
+                f"{len(vocabulary):,} words"
+            )
+        if len(words) > max_length:
+            raise UserError(
+                f"--prefix: has {len(words)} words, more than --max-length {max_length}"
+            )
+        return tuple(vocabulary.encode(words))
+
+
+def describe_search(search: Mapping[str, Any]) -> str:
+    """Describe a search in a few words, by the fields of its ``SearchConfig``."""
+    beam = search["beam_size"]
+    if search.get("sampling"):
+        words = [f"sampling, temperature {search['temperature']:g}, top-p {search['top_p']:g}"]
+    else:
+        words = ["greedy" if beam == 1 else f"beam {beam}"]
+    if search.get("search_passes", 1) > 1:
+        words.append(f"{search['search_passes']} passes")
+    return ", ".join(
+        [*words, *(f"{n} {search[n]:g}" for n in ("consensus", "matching") if search[n])]
+    )
