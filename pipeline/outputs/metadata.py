@@ -1,12 +1,11 @@
 """Captions in the images' own metadata, where photo programs show and search them.
 
-An image is rewritten beside itself and replaced only when its pixels proved to be the same
-and the description reads back.
+An image is rewritten beside itself, and replaced only if its pixels are equal and the description
+reads back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import os
@@ -15,9 +14,8 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from pipeline.datasets import images
 from pipeline.outputs.metadata_tools import (
@@ -31,50 +29,34 @@ from pipeline.outputs.metadata_tools import (
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import temporary_path
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-# IPTC's limit for a caption (IIM 4.2, dataset 2:120).
-MAXIMUM_BYTES = 2000
-# What cameras and their programs put where a description belongs: these words, alone or together.
+MAX_BYTES = 2000  # of an IPTC caption (IIM 4.2, dataset 2:120)
+# What cameras and their programs write as a description: these words, alone or together.
 FILLER_WORDS = frozenset(
     "agfa canon casio fuji fujifilm hp jenoptik kodak konica leica minolta nikon olympus panasonic "
     "pentax polaroid ricoh samsung sanyo sigma sony vivitar "
-    "camera default digital dsc exif_jpeg_image image jpeg photo image still untitled "
+    "camera default digital dsc exif_jpeg_picture image jpeg photo picture still untitled "
     "bty cof dav edf hdr mde nor oznor rbt rhdr sdr smart_cuv vsco".split()
 )
 FILE_NAME = re.compile(r"\S+\.(jpe?g|tiff?|png|heic|dng)", re.IGNORECASE)
-# How the descriptions begin that microscopes' programs read again: OME, tifffile, ImageJ.
+# Beginnings of descriptions that microscope programs read again: OME, tifffile, ImageJ.
 DATA = ("<", "{", "ImageJ=", "SCIFIO=")
+ORIENTATION = 0x0112
 
 
 class MetadataError(Exception):
     """A description that cannot be written or read; the text is the reason, without the name."""
 
 
-@dataclass(frozen=True)
-class Appearance:
-    """What is seen of an image, and what Pillow finds in it that the tools may not know.
+class Appearance(NamedTuple):
+    """How an image looks: a digest of each frame's pixels, colour profile, EXIF orientation."""
 
-    Attributes:
-        frames: a digest of each frame's pixels.
-        profile: the colour profile.
-        orientation: EXIF's number for how to turn it.
-        notes: comments, texts and other programs' segments, sorted.
-    """
-
-    frames: tuple[str, ...]
+    frames: list[str]
     profile: bytes | None
     orientation: int
-    notes: tuple[tuple[str, str], ...]
 
 
 def check_available() -> None:
-    """Make sure that something is installed that writes metadata.
-
-    Raises:
-        UserError: neither pyexiv2 nor exiftool is.
-    """
+    """Raise UserError unless a tool that writes metadata is installed."""
     if not any(tool.available() for tool in TOOLS):
         raise UserError(
             "to write into images, install pyexiv2 (pip install pyexiv2) or the program "
@@ -83,25 +65,22 @@ def check_available() -> None:
 
 
 def read_description(path: Path) -> str | None:
-    """Read what an image's metadata say that it shows: XMP, else IPTC, else EXIF.
+    """Return the description in an image's metadata: XMP, else IPTC, else EXIF.
 
-    What a camera or its program puts there describes nothing and counts as none: words such
-    as "OLYMPUS DIGITAL CAMERA", "SONY DSC" and "Exif_JPEG_PICTURE", and names of files. It
-    does so wherever it stands, since programs copy it from EXIF to XMP. All else may be a
-    person's own words, and is returned.
+    What cameras and their programs write there, such as "OLYMPUS DIGITAL CAMERA", "SONY DSC",
+    "Exif_JPEG_PICTURE" and file names, describes nothing and counts as none, wherever it stands:
+    programs copy it from EXIF to XMP.
 
     Returns:
-        The text; None where there is none, and where the file is no image or of a format
-        that carries none.
+        The text; None if there is none, and if the file is no image or of a format without
+        metadata.
 
     Raises:
         MetadataError: the file cannot be opened, or its format needs a tool that is missing.
     """
-    try:
+    with _reasons():
         _check_regular(path)
         data = path.read_bytes()
-    except OSError as error:
-        raise MetadataError(_reason(error)) from error
     try:
         format, _ = _format(path)
     except images.ImageError:
@@ -113,52 +92,62 @@ def read_description(path: Path) -> str | None:
             found = tool.read(data)
         except ToolError:
             continue
-        texts = [text for text in (found.xmp, found.iptc, found.exif) if text is not None]
-        return next((text for text in texts if not is_filler(text)), None)
+        return next((text for text in found if text is not None and not is_filler(text)), None)
     return None
 
 
 def is_filler(text: str) -> bool:
-    """Tell whether a description was put there by a camera, or is empty."""
+    """True if a description was written by a camera, or is empty."""
     text = text.strip(" \0\t\r\n")
     words = re.findall(r"\w+", text.lower())
     return FILLER_WORDS.issuperset(words) or FILE_NAME.fullmatch(text) is not None
 
 
 def write_description(path: Path, text: str) -> None:
-    """Write what an image shows into its metadata, and change nothing else of it.
+    """Write a description into an image's metadata, and change nothing else of it.
 
     It becomes XMP's dc:description (x-default; other languages stay) and EXIF's
-    ImageDescription (in a GIF, XMP alone), in a JPEG IPTC's Caption-Abstract too, in other
-    formats where IPTC is there already. What stood there is replaced. Pixels, all other
-    metadata, owner, permissions and the times of reading and changing are kept. Of a symbolic
-    link the file that it points to is rewritten; of several hard links only the one named.
+    ImageDescription (in a GIF, XMP alone), in a JPEG also IPTC's Caption-Abstract, in other
+    formats if IPTC is there already. Earlier values are replaced. Pixels, all other metadata,
+    owner, permissions and the times of access and modification are kept. Of a symbolic link the
+    target is rewritten; of several hard links only the one named.
 
     Args:
         path: a JPEG, PNG, WebP, TIFF or JPEG 2000; with exiftool also a HEIC, AVIF or GIF.
         text: not empty, at most 2,000 bytes of UTF-8.
 
     Raises:
-        MetadataError: that cannot be, and the file is as it was.
+        MetadataError: it cannot be written, and the file is as it was.
     """
     if not text.strip():
         raise MetadataError("the description is empty")
-    if len(text.encode(errors="replace")) > MAXIMUM_BYTES:
-        raise MetadataError(f"the description is longer than {MAXIMUM_BYTES:,} bytes")
-    try:
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise MetadataError(f"the description is longer than {MAX_BYTES:,} bytes")
+    with _reasons():
         _rewrite(Path(os.path.realpath(path, strict=True)), text)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Turn errors of files and images into MetadataError."""
+    try:
+        yield
     except images.ImageError as error:
         raise MetadataError(str(error)) from error
+    except FileNotFoundError as error:
+        raise MetadataError("no such file") from error
     except OSError as error:
-        raise MetadataError(_reason(error)) from error
+        loop = error.errno == errno.ELOOP
+        reason = "its symbolic links run in a circle" if loop else error.strerror or str(error)
+        raise MetadataError(reason) from error
 
 
 def _rewrite(path: Path, text: str) -> None:
     status = _check_regular(path)
-    if _is_read_only(path):
-        raise MetadataError("the file is read-only")
-    if _is_read_only(path.parent):
-        raise MetadataError("its folder is read-only")
+    for place, name in ((path, "the file"), (path.parent, "its folder")):
+        # Root may write where nobody else may; the owner's wish counts.
+        if not place.stat().st_mode & 0o222 or not os.access(place, os.W_OK):
+            raise MetadataError(f"{name} is read-only")
     data = path.read_bytes()
     format, frames = _format(path)
     tools = _tools(format)
@@ -171,7 +160,7 @@ def _rewrite(path: Path, text: str) -> None:
             if format == "TIFF" and (tool.read(data).exif or "").lstrip().startswith(DATA):
                 raise MetadataError("its description holds data of the program that made it")
             written = tool.write(data, format, text)
-            with _beside(path, written, status) as temporary:
+            with _replacing(path, written, status) as temporary:
                 _check(temporary, tool, format, text, appearance)
             return
         except ToolError as error:
@@ -180,28 +169,22 @@ def _rewrite(path: Path, text: str) -> None:
 
 
 def _check_regular(path: Path) -> os.stat_result:
-    """Keep off folders and pipes."""
+    """Return the status of a file; refuse folders, and pipes, which may never end."""
     status = path.stat()
-    if stat.S_ISDIR(status.st_mode):
-        raise MetadataError("it is a folder")
     if not stat.S_ISREG(status.st_mode):
-        raise MetadataError("it is not a file")
+        folder = stat.S_ISDIR(status.st_mode)
+        raise MetadataError("it is a folder" if folder else "it is not a file")
     return status
 
 
-def _is_read_only(path: Path) -> bool:
-    """Tell whether nobody may write there, which does not hinder root, or not this user."""
-    return not path.stat().st_mode & 0o222 or not os.access(path, os.W_OK)
-
-
 def _format(path: Path) -> tuple[str, int]:
-    """Give Pillow's name of an image's format, and the number of frames."""
+    """Return Pillow's name of an image's format, and the number of frames."""
     with images.opened(path) as image:
         return image.format or "", getattr(image, "n_frames", 1)
 
 
 def _tools(format: str) -> list[Tool]:
-    """Choose the installed tools that write a format, the better one first."""
+    """Return the installed tools that write a format, the better one first."""
     able = [tool for tool in TOOLS if format in tool.formats]
     if not able:
         raise MetadataError(f"a file of format {format} cannot carry a description")
@@ -223,62 +206,36 @@ def _appearance(path: Path) -> Appearance:
             digest.update(repr(image.info.get("transparency")).encode())
             frames.append(digest.hexdigest())
         image.seek(0)
-        orientation = image.getexif().get(0x0112, 1)
-        profile = image.info.get("icc_profile")
-        return Appearance(tuple(frames), profile, orientation, _notes(image))
-
-
-def _notes(image: Image.Image) -> tuple[tuple[str, str], ...]:
-    """List a JPEG's segments and a PNG's texts, but those in which descriptions stand."""
-    # The list of a second image's place (MPF) may move with it; its pixels are compared.
-    segments = [
-        (name, repr(content.rstrip(b"\0")))  # pyexiv2 ends comments with a zero
-        for name, content in getattr(image, "applist", ())
-        if name not in ("APP1", "APP13") and not content.startswith((b"ICC_PROFILE", b"MPF"))
-    ]
-    texts = getattr(image, "text", {}) if image.format == "PNG" else {}
-    notes = [
-        (key, str(value))
-        for key, value in texts.items()
-        if key != "XML:com.adobe.xmp" and not key.startswith("Raw profile type")
-    ]
-    return tuple(sorted(segments + notes))
+        orientation = image.getexif().get(ORIENTATION, 1)
+        return Appearance(frames, image.info.get("icc_profile"), orientation)
 
 
 def _check(path: Path, tool: Tool, format: str, text: str, appearance: Appearance) -> None:
-    """Make sure that a rewritten image looks the same, and says what it should.
-
-    Raises:
-        ToolError: it does not.
-    """
+    """Raise ToolError unless a rewritten image looks the same and has the description."""
     try:
         now = _appearance(path)
     except images.ImageError as error:
         raise ToolError(f"the rewritten image cannot be read ({error})") from error
-    if dataclasses.replace(now, notes=appearance.notes) != appearance:
-        raise ToolError("the rewritten image would look different")
     if now != appearance:
-        raise ToolError("a comment or another program's data would be lost")
+        raise ToolError("the rewritten image would look different")
     found = tool.read(path.read_bytes())
-    if found != Descriptions(
-        xmp=text,
-        iptc=text if format in IPTC_FORMATS or found.iptc is not None else None,
-        exif=None if format in WITHOUT_EXIF else text,
-    ):
+    with_iptc = format in IPTC_FORMATS or found.iptc is not None
+    exif = None if format in WITHOUT_EXIF else text
+    if found != Descriptions(text, text if with_iptc else None, exif):
         raise ToolError("the description does not read back as it was written")
 
 
 @contextmanager
-def _beside(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path]:
-    """Write a temporary file beside ``path`` and, when the block ends well, move it there.
+def _replacing(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path]:
+    """Write a temporary file beside ``path``; replace ``path`` when the block ends well.
 
-    It gets the owner, permissions, extended attributes and times of ``path``, which
-    ``status`` tells as they were before it was read.
+    The file gets the owner, permissions, extended attributes and times that ``path`` had
+    (``status``) before it was read.
     """
     temporary = temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
-        # A new file, never a link that somebody laid there, and for no other eyes meanwhile.
+        # A new file, never a link that somebody put there, and unreadable for others until moved.
         temporary.touch(mode=0o600, exist_ok=False)
         with temporary.open("wb") as handle:
             handle.write(content)
@@ -294,18 +251,11 @@ def _beside(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path
         shutil.copystat(path, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         now = path.stat()
-        if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-            *(status.st_ino, status.st_size, status.st_mtime_ns),
+        if any(
+            getattr(now, name) != getattr(status, name)
+            for name in ("st_ino", "st_size", "st_mtime_ns")
         ):
             raise MetadataError("it was changed by another program meanwhile")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if error.errno == errno.ELOOP:
-        return "its symbolic links run in a circle"
-    return error.strerror or str(error)

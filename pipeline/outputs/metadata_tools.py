@@ -1,7 +1,7 @@
-"""Descriptions in the metadata of an image's bytes, by pyexiv2 or by exiftool.
+"""The two tools that write descriptions into an image's metadata: pyexiv2 and exiftool.
 
-Both work from bytes to bytes, so that no name of a file, however odd, passes through them.
-pyexiv2 takes milliseconds, exiftool a quarter of a second, but writes more formats.
+Both work from bytes to bytes, so file names never pass through them. pyexiv2 takes milliseconds;
+exiftool takes a quarter of a second, but writes more formats.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import types
@@ -23,18 +22,17 @@ if TYPE_CHECKING:
     import pyexiv2
 
 EXIFTOOL_SECONDS = 120
-# Pillow's names of the formats in which IPTC is at home; elsewhere it is only kept in step.
+# Pillow's names of the formats that get an IPTC caption, and of those that may have IPTC: there it
+# is only kept in step.
 IPTC_FORMATS = frozenset({"JPEG", "MPO"})
-# Where it may stand.
 IPTC_POSSIBLE = IPTC_FORMATS | {"PNG", "TIFF", "JPEG2000"}
-# XMP is all that a GIF carries.
 WITHOUT_EXIF = frozenset({"GIF"})
 
 XMP, EXIF = "Xmp.dc.description", "Exif.Image.ImageDescription"
 IPTC, IPTC_CHARACTERS = "Iptc.Application2.Caption", "Iptc.Envelope.CharacterSet"
 DEFAULT_LANGUAGE = 'lang="x-default"'
-UTF_8_MARK = "\x1b%G"  # ISO 2022's change to UTF-8, by which IPTC tells it
-# What says where in the file something lies, or holds a copy of what has been changed.
+UTF_8_MARK = "\x1b%G"  # ISO 2022's switch to UTF-8, by which IPTC marks it
+# EXIF tags that hold positions in the file, or copies of what is changed.
 POSITIONS = re.compile(
     r"(Offsets?|Start|Pointer|ExifTag|GPSTag|InteroperabilityTag|SubIFDs|MakerNote"
     r"|JPEGInterchangeFormat|XMLPacket|IPTCNAA|ImageResources)$"
@@ -42,29 +40,27 @@ POSITIONS = re.compile(
 
 
 class ToolError(Exception):
-    """A tool cannot do it with this image; the text is the reason."""
+    """A tool cannot handle this image; the text is the reason."""
 
 
-@dataclass(frozen=True)
-class Descriptions:
-    """What an image's metadata say that it shows; None where they say nothing."""
+class Descriptions(NamedTuple):
+    """The descriptions in an image's metadata; None where there is none."""
 
     xmp: str | None
     iptc: str | None
     exif: str | None
 
 
-@dataclass(frozen=True)
-class Tool:
-    """A tool for metadata, here or missing.
+class Tool(NamedTuple):
+    """A tool for metadata, installed or not.
 
     Attributes:
-        name: what the user knows it by.
+        name: its name, for messages.
         formats: Pillow's names of the formats that it writes.
-        available: tells whether it is installed.
-        read: takes a file's bytes.
-        write: takes a file's bytes, its format and a text; gives the bytes with the text.
-            Both raise ToolError.
+        available: returns whether it is installed.
+        read: takes a file's bytes; raises ToolError.
+        write: takes a file's bytes, its format and a text, and returns the bytes with the text;
+            raises ToolError.
     """
 
     name: str
@@ -79,15 +75,14 @@ class Tool:
 
 @functools.cache
 def load_pyexiv2() -> types.ModuleType | None:
-    """Import pyexiv2 where it is installed and fits the system.
+    """Import pyexiv2 if it is installed and fits the system.
 
-    Its log is switched off: it would print on standard output, and an error logged for one
-    image would be raised for the next. What it does is checked afterwards. Each of its calls
-    holds Python's lock from start to end, so threads cannot meet within it.
+    Its log is off: it prints on standard output, and an error logged for one image is raised for
+    the next. Each of its calls holds Python's lock, so threads cannot meet within it.
     """
     try:
         import pyexiv2
-    except (ImportError, OSError, RuntimeError):  # not there, or not for this system
+    except (ImportError, OSError, RuntimeError):  # not installed, or not for this system
         return None
     pyexiv2.set_log_level(4)
     return pyexiv2
@@ -105,36 +100,29 @@ def _opened(data: bytes) -> Iterator[pyexiv2.ImageData]:
             image.close()
     except (ToolError, MemoryError):
         raise
-    except Exception as error:
-        # It raises RuntimeError for whatever Exiv2 reports, and UnicodeDecodeError of its own.
+    except Exception as error:  # RuntimeError for what Exiv2 reports, UnicodeDecodeError of its own
         raise ToolError(str(error)) from error
 
 
 def read_with_pyexiv2(data: bytes) -> Descriptions:
-    """Read the descriptions of a file's bytes.
-
-    Raises:
-        ToolError: the metadata cannot be read.
-    """
+    """Read the descriptions of a file's bytes; raises ToolError."""
     with _opened(data) as image:
         xmp = image.read_xmp().get(XMP)
-        iptc = image.read_iptc(encoding="latin-1").get(IPTC)
-        exif = image.read_exif(encoding="latin-1").get(EXIF)
+        iptc = _decode(image.read_iptc(encoding="latin-1").get(IPTC))
+        exif = _decode(image.read_exif(encoding="latin-1").get(EXIF))
     if isinstance(xmp, dict):
         xmp = xmp.get(DEFAULT_LANGUAGE, next(iter(xmp.values()), None))
-    return Descriptions(_first(xmp), _decode(_first(iptc)), _decode(_first(exif)))
+    # A tag may occur several times.
+    return Descriptions(
+        *(next(iter(v), None) if isinstance(v, list) else v for v in (xmp, iptc, exif))
+    )
 
 
-def _first(value: Any) -> str | None:
-    """Take the first value of a tag that may stand there several times."""
-    return next(iter(value), None) if isinstance(value, list) else value
-
-
-def _decode(text: str | None) -> str | None:
-    """Make text of bytes that came as Latin-1: they are UTF-8, or else old Windows text."""
-    if text is None:
-        return None
-    content = text.encode("latin-1")
+def _decode(value: Any) -> Any:
+    """Decode text, or a list of texts, that was read as Latin-1: UTF-8, else old Windows text."""
+    if value is None or isinstance(value, list):
+        return value and [_decode(item) for item in value]
+    content = value.encode("latin-1")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError:
@@ -142,10 +130,9 @@ def _decode(text: str | None) -> str | None:
 
 
 def write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
-    """Write a description into a copy of a file's bytes, and check that the rest is kept.
+    """Write a description into a copy of a file's bytes; raises ToolError if anything else changes.
 
-    Raises:
-        ToolError: it cannot, or other metadata would be lost or changed.
+    IPTC texts in another encoding are written anew, because the mark for UTF-8 would garble them.
     """
     with _opened(data) as image:
         before = _others(image)
@@ -155,7 +142,10 @@ def write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
         image.modify_xmp({XMP: {**languages, DEFAULT_LANGUAGE: text}})
         iptc = image.read_iptc(encoding="latin-1")
         if iptc or format in IPTC_FORMATS:
-            image.modify_iptc({**_as_utf_8(iptc), IPTC_CHARACTERS: UTF_8_MARK, IPTC: text})
+            utf_8 = iptc.get(IPTC_CHARACTERS) == UTF_8_MARK
+            texts = {} if utf_8 else {key: _decode(value) for key, value in iptc.items()}
+            again = {key: value for key, value in texts.items() if not str(value).isascii()}
+            image.modify_iptc({**again, IPTC_CHARACTERS: UTF_8_MARK, IPTC: text})
         written = image.get_bytes()
     with _opened(written) as image:
         after = _others(image)
@@ -165,34 +155,18 @@ def write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
     return written
 
 
-def _as_utf_8(iptc: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the IPTC texts that the mark for UTF-8 would garble, as text to be written anew."""
-    if iptc.get(IPTC_CHARACTERS) == UTF_8_MARK:
-        return {}
-    texts = {key: _decoded(value) for key, value in iptc.items()}
-    return {key: value for key, value in texts.items() if not str(value).isascii()}
-
-
-def _decoded(value: Any) -> Any:
-    return [_decode(item) for item in value] if isinstance(value, list) else _decode(value)
-
-
 def _others(image: pyexiv2.ImageData) -> dict[str, Any]:
-    """Read all that must stay as it is: EXIF, XMP, IPTC, colour profile, thumbnail, comment."""
+    """Read everything that must not change: EXIF, XMP, IPTC, profile, thumbnail, comment."""
     xmp = image.read_xmp()
     languages = xmp.pop(XMP, None)
     if isinstance(languages, dict):
+        languages.pop(DEFAULT_LANGUAGE, None)
         xmp |= {f"{XMP} {key}": value for key, value in languages.items()}
-        xmp.pop(f"{XMP} {DEFAULT_LANGUAGE}", None)
-    iptc = image.read_iptc(encoding="latin-1")
+    iptc = {key: _decode(v) for key, v in image.read_iptc(encoding="latin-1").items()}
     exif = image.read_exif(encoding="latin-1")
     return {
         **xmp,
-        **{
-            key: _decoded(value)
-            for key, value in iptc.items()
-            if key not in (IPTC, IPTC_CHARACTERS)
-        },
+        **{key: value for key, value in iptc.items() if key not in (IPTC, IPTC_CHARACTERS)},
         **{key: value for key, value in exif.items() if key != EXIF and not POSITIONS.search(key)},
         "the colour profile": image.read_icc(),
         "the thumbnail": image.read_thumbnail(),
@@ -204,15 +178,15 @@ def _others(image: pyexiv2.ImageData) -> dict[str, Any]:
 
 
 def find_exiftool() -> str | None:
-    """Find the program exiftool on the PATH."""
+    """Return the path of the program exiftool."""
     return shutil.which("exiftool")
 
 
 def _exiftool(data: bytes, *arguments: str) -> bytes:
-    """Run exiftool on a file's bytes; the user's own configuration of it is not used."""
+    """Run exiftool on a file's bytes, without the user's configuration of it."""
     program = find_exiftool()
     assert program is not None
-    # "-E" takes character references in arguments, so that no locale touches the text.
+    # "-E" reads and prints character references, so the text does not depend on the locale.
     command = [program, "-config", "", "-E", "-q", "-q", *arguments, "-"]
     try:
         result = subprocess.run(command, input=data, capture_output=True, timeout=EXIFTOOL_SECONDS)
@@ -225,38 +199,24 @@ def _exiftool(data: bytes, *arguments: str) -> bytes:
 
 
 def _tags(data: bytes, *tags: str) -> dict[str, str]:
-    """Read tags with exiftool, numbers as they are written."""
+    """Read tags with exiftool; numbers stay text."""
     output = _exiftool(data, "-j", *tags).decode("utf-8", "replace")
     try:
-        (tags_found,) = json.loads(output, parse_int=str, parse_float=str)
+        (found,) = json.loads(output, parse_int=str, parse_float=str)
     except ValueError as error:
         raise ToolError("its answer cannot be read") from error
-    return {
-        # "-E" works on what is printed, too.
-        key: html.unescape(value) if isinstance(value, str) else str(value)
-        for key, value in tags_found.items()
-        if key != "SourceFile"
-    }
+    return {k: html.unescape(str(value)) for k, value in found.items() if k != "SourceFile"}
 
 
 def read_with_exiftool(data: bytes) -> Descriptions:
-    """Read the descriptions of a file's bytes.
-
-    Raises:
-        ToolError: the metadata cannot be read.
-    """
+    """Read the descriptions of a file's bytes; raises ToolError."""
     tags = _tags(data, "-XMP-dc:Description*", "-IPTC:Caption-Abstract", "-IFD0:ImageDescription")
     iptc, exif = tags.pop("Caption-Abstract", None), tags.pop("ImageDescription", None)
-    xmp = tags.get("Description", next(iter(tags.values()), None))
-    return Descriptions(xmp, iptc, exif)
+    return Descriptions(tags.get("Description", next(iter(tags.values()), None)), iptc, exif)
 
 
 def write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
-    """Write a description into a copy of a file's bytes.
-
-    Raises:
-        ToolError: it cannot.
-    """
+    """Write a description into a copy of a file's bytes; raises ToolError."""
     escaped = html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
     escaped = escaped.replace("\n", "&#10;")
     arguments = [f"-XMP-dc:Description-x-default={escaped}"]
@@ -265,22 +225,28 @@ def write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
     iptc = _tags(data, "-IPTC:all") if format in IPTC_POSSIBLE else {}
     if iptc or format in IPTC_FORMATS:
         if iptc.get("CodedCharacterSet") != "UTF8":
-            # The texts that stand there are read, and written anew as UTF-8.
+            # Existing texts are read, and written anew as UTF-8.
             arguments += ["-tagsfromfile", "@", "-IPTC:all"] if iptc else []
             arguments.append("-IPTC:CodedCharacterSet=UTF8")
         arguments.append(f"-IPTC:Caption-Abstract={escaped}")
     return _exiftool(data, *arguments, "-o", "-")
 
 
-# What each writes was found by trying: exiv2 0.28 and exiftool 12.57.
+# Which formats each writes was found by trying: exiv2 0.28 and exiftool 12.57.
 _BOTH = frozenset({"JPEG", "MPO", "PNG", "WEBP", "TIFF", "JPEG2000"})
 TOOLS = (
     Tool(
-        *("pyexiv2", _BOTH, lambda: load_pyexiv2() is not None),
-        *(read_with_pyexiv2, write_with_pyexiv2),
+        "pyexiv2",
+        _BOTH,
+        lambda: load_pyexiv2() is not None,
+        read_with_pyexiv2,
+        write_with_pyexiv2,
     ),
     Tool(
-        *("exiftool", _BOTH | {"HEIF", "AVIF", "GIF"}, lambda: find_exiftool() is not None),
-        *(read_with_exiftool, write_with_exiftool),
+        "exiftool",
+        _BOTH | {"HEIF", "AVIF", "GIF"},
+        lambda: find_exiftool() is not None,
+        read_with_exiftool,
+        write_with_exiftool,
     ),
 )

@@ -248,19 +248,6 @@ def test_other_programs_segments(
     assert all(body in written for body in (copyrighted, authenticity, unknown))
 
 
-def test_two_comments_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_only(monkeypatch, "pyexiv2")
-    path = make_tagged(tmp_path / "x.jpg")
-    content = path.read_bytes()
-    path.write_bytes(content[:20] + segment(0xFE, b"Another comment") + content[20:])
-    # Exiv2 writes the first as often as there were any.
-    assert reason(path) == "pyexiv2: a comment or another program's data would be lost"
-    monkeypatch.setattr(metadata, "TOOLS", TOOLS)
-    if EXIFTOOL.available():
-        write_description(path, TEXT)
-        assert b"Another comment" in path.read_bytes() and b"A comment" in path.read_bytes()
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nothing_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
