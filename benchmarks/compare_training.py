@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import sys
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import baselines
 import torch
 from material import Material, inception_weights
-from measure import ROOT, Comparison, echo, interleave
+from measure import Comparison, echo, interleave
 from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
@@ -22,10 +20,11 @@ from pipeline.decoding.search import search
 from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder
-from pipeline.training.decoder_stage import DecoderOptions, DecoderStage, build_decoder
+from pipeline.training.decoder_stage import DecoderStage, build_decoder
 from pipeline.training.ema import EMA
-from pipeline.training.joint_stage import JointOptions, JointStage, TrainingImage
+from pipeline.training.joint_stage import JointStage, TrainingImage
 from pipeline.training.loop import learning_rate_factor, make_optimizer, train_epoch
+from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.training.stage import Phase, TrainingConfig
 from pipeline.training.validation import Validator, mean_loss
 from pipeline.utils.devices import choose_training_precision, default_workers
@@ -123,16 +122,8 @@ def equal_epochs(
 
 
 def default_options() -> DecoderOptions:
-    """Give what ``python train_decoder.py`` trains with."""
-    sys.path.insert(0, str(ROOT))
-    import train_decoder
-
-    defaults = {parameter.name: parameter.default for parameter in train_decoder.main.params}
-    fields = DecoderOptions.__dataclass_fields__
-    options: dict[str, Any] = {field: defaults[field] for field in fields}
-    options |= {"data": "", "features": ""}
-    options["precision"] = choose_training_precision("auto", CPU)
-    return DecoderOptions(**options)
+    """Return what ``python train_decoder.py`` trains with."""
+    return DecoderOptions(data="", features="", precision=choose_training_precision("auto", CPU))
 
 
 def plain_options(size: int = SIZE, batch: int = BATCH) -> DecoderOptions:
@@ -285,8 +276,6 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
         options=JointOptions(
             start=(),
             data="",
-            captions=None,
-            weights=None,
             features="",
             epochs=1,
             batch_size=JOINT_BATCH,
@@ -298,9 +287,6 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
             ema_decay=0.0,
             unfreeze_from="Mixed_7a",
             min_crop=0.85,
-            flip=True,
-            patience=0,
-            seed=0,
             precision=choose_training_precision("auto", CPU),
         ),
         workers=default_workers(CPU),

@@ -14,6 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ from measure import echo
 
 from pipeline.datasets.images import IMAGE_SIZE, find_images, read_square
 from pipeline.models.encoder import load_encoder
-from pipeline.training.decoder_stage import DecoderOptions, prepare_stage
+from pipeline.training.decoder_stage import prepare_stage
 from pipeline.training.ema import EMA
 from pipeline.training.loop import make_optimizer, train_epoch
 from pipeline.utils.devices import choose_device, cpu_has_amx
@@ -111,12 +112,12 @@ def training_rates(
     device: torch.device, data: str, features: str
 ) -> Iterator[tuple[str, float, str]]:
     """Train some epochs with the defaults; the fastest counts, as the first one warms up."""
-    defaults = vars(default_options()) | {"data": data, "features": features}
-    sizes = sorted({defaults["batch_size"], 4 * defaults["batch_size"]})
+    defaults = replace(default_options(), data=data, features=features)
+    sizes = sorted({defaults.batch_size, 4 * defaults.batch_size})
     fast = device.type == "cuda" or cpu_has_amx()
     precisions = ("fp32", "bf16") if fast else ("fp32",)
     for size, precision in itertools.product(sizes, precisions):
-        options = DecoderOptions(**(defaults | {"batch_size": size, "precision": precision}))
+        options = replace(defaults, batch_size=size, precision=precision)
         with tempfile.TemporaryDirectory() as run:
             stage = prepare_stage(options, Path(run), device, 2e9, force=True)
         optimizer, config = make_optimizer(stage), stage.config()

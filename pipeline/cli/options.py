@@ -198,9 +198,10 @@ def from_dataclass(
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for options_class in reversed(classes):
             hints = typing.get_type_hints(options_class)
-            own = vars(options_class)["__annotations__"]
+            own = [*vars(options_class)["__annotations__"]]
             fields = sorted(
-                dataclasses.fields(options_class), key=lambda field: field.name not in own
+                dataclasses.fields(options_class),
+                key=lambda field: own.index(field.name) if field.name in own else len(own),
             )
             for field in reversed(fields):
                 if field.metadata.get("help") and field.name not in leave_out:
@@ -246,13 +247,6 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any
 
 device = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
 
-training_precision = click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16"]),
-    default="auto",
-    help="auto takes bf16 on CPUs with AMX, and in stage 3 on GPUs that have it.",
-)
-
 captions = click.option(
     "--captions",
     type=click.Path(path_type=Path),
@@ -266,37 +260,6 @@ weights = click.option(
     default=None,
     help="The encoder's weights, where they moved since training; checked to be the same. A model "
     "of finetune_joint.py has them inside.",
-)
-
-weight_decay = click.option(
-    "--weight-decay", type=click.FloatRange(min=0), default=1e-2, help="AdamW's weight decay."
-)
-
-label_smoothing = click.option(
-    "--label-smoothing",
-    type=click.FloatRange(min=0, max=1, max_open=True),
-    default=0.1,
-    help="Share of the target spread over all words.",
-)
-
-
-def ema_decay(default: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give the option of the running mean of the weights, with a stage's own default."""
-    return click.option(
-        "--ema-decay",
-        type=click.FloatRange(min=0, max=1, max_open=True),
-        default=default,
-        help="Decay of a running mean of the weights, which is the model that is scored and "
-        "saved; 0: no mean. Nearer to 1 is over more steps.",
-    )
-
-
-patience = click.option(
-    "--patience",
-    type=click.IntRange(min=0),
-    default=0,
-    help="Stop after so many epochs without a better CIDEr-D on val; 0: never. The last epochs, "
-    "at a low learning rate, are often the best: stopping saves time, not quality.",
 )
 
 force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")

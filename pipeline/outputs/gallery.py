@@ -22,7 +22,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.datasets.images import ImageError, load_image, opened, prefetch
+from pipeline.datasets.images import ImageError, ImageRef, load_image, opened, prefetch
 from pipeline.decoding.captions import Caption
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write, check_writable, temporary_path
@@ -105,7 +105,7 @@ def write_gallery(
         for item, thumbnail, missing in thumbnailed:
             source = None
             if thumbnail is not None and thumbnails == "inside":
-                source = _data_uri(thumbnail)
+                source = data_uri(thumbnail)
             elif thumbnail is not None:
                 name = _write_thumbnail(thumbnail, folder)
                 names.add(name)
@@ -187,7 +187,7 @@ def _thumbnailed(item: GalleryItem) -> tuple[GalleryItem, Thumbnail | None, str 
         return item, None, str(error)
 
 
-def make_thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> Thumbnail:
+def make_thumbnail(path: ImageRef, side: int = THUMBNAIL_SIDE) -> Thumbnail:
     """Scale an image to ``side`` pixels on its long side; smaller ones keep their size.
 
     Raises:
@@ -202,7 +202,8 @@ def make_thumbnail(path: Path, side: int = THUMBNAIL_SIDE) -> Thumbnail:
     return Thumbnail(content.getvalue(), image.width, image.height, shown)
 
 
-def _data_uri(thumbnail: Thumbnail) -> str:
+def data_uri(thumbnail: Thumbnail) -> str:
+    """Return a thumbnail as the source of an image element."""
     return "data:image/webp;base64," + base64.b64encode(thumbnail.content).decode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""A training or an evaluation to look at: curves, report, evaluation page, data check.
+"""Pages and figures of a training or an evaluation: report, curves, evaluation page, data check.
 
 May import ``outputs`` and the rooms below it. Start with ``training_report``.
 """

@@ -1,4 +1,4 @@
-"""The page that shows what a score is made of: every image, its captions and references."""
+"""The page of an evaluation: every image with its captions and references, worst first."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write_page(result: Evaluation, run: str, target: Path) -> None:
 
     Args:
         result: of ``evaluate_runs``.
-        run: what the model is called.
+        run: name of the model.
         target: the HTML file.
 
     Raises:
@@ -27,9 +27,8 @@ def write_page(result: Evaluation, run: str, target: Path) -> None:
     """
     total = len(result.images) + len(result.unreadable)
     items = progress_bar(_items(result), total=total, unit="image", desc="page")
-    write_gallery(
-        items, target, f"Captions of {result.facts['split']} by {run}", _facts(result, run)
-    )
+    title = f"Captions of {result.facts['split']} by {run}"
+    write_gallery(items, target, title, _facts(result, run))
 
 
 def _items(result: Evaluation) -> Iterator[GalleryItem]:
@@ -46,7 +45,7 @@ def _items(result: Evaluation) -> Iterator[GalleryItem]:
 
 
 def _facts(result: Evaluation, run: str) -> dict[str, str]:
-    """Say what was scored and how, then the scores with their intervals."""
+    """Return what was scored and how, then the scores with their intervals."""
     facts = result.facts
     described = {
         "Run": run,
@@ -56,7 +55,7 @@ def _facts(result: Evaluation, run: str) -> dict[str, str]:
         "Date": time.strftime("%Y-%m-%d %H:%M"),
     }
     for name, value in result.scores.items():
-        if name[0].isupper():  # not the counts of what differs
+        if name[0].isupper():  # a score, not a count
             interval = result.intervals.get(name)
             spread = f" (95 %: {interval.low:.1f} to {interval.high:.1f})" if interval else ""
             described[name] = f"{value:.1f}{spread}"

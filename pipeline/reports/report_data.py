@@ -1,11 +1,11 @@
-"""What a report tells of a run's data: splits, words, and the images that it shows."""
+"""The data of a run for its report: splits, vocabulary, and the images and references to show."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from pipeline.datasets.caption_readers import SPLITS
 from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
-from pipeline.datasets.tar_shards import TarMember
-from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.datasets.images import ImageRef
+from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
+from pipeline.reports.caption_statistics import Coverage, coverage
+from pipeline.training.run_folder import split_hashes
 from pipeline.utils.errors import UserError
 
-Tokenised = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each caption
-
-MOST_MISSED = 24  # words that a report lists
+Tokenized = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each caption
 
 
 @dataclass(frozen=True)
@@ -28,156 +28,111 @@ class SplitFacts:
     """A split in numbers.
 
     Attributes:
-        images, captions, words: how many.
-        unknown_words: how many of ``words`` the vocabulary misses.
-        unknown_captions: how many captions have such a word.
-        lengths: mean, median and longest of the captions, in words.
+        images: how many.
+        coverage: its captions and tokens, and how many the vocabulary lacks.
+        lengths: mean, median and maximum of the captions, in words.
     """
 
     images: int
-    captions: int
-    words: int
-    unknown_words: int
-    unknown_captions: int
+    coverage: Coverage
     lengths: tuple[float, float, int]
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """The data of a run, as a report tells of it.
+    """What a report shows of a run's data.
 
     Attributes:
         source: the captions file, its layout, and where the splits come from.
-        notes: what was dropped or mended, in words, with how often.
+        notes: what was dropped or repaired, with counts.
         hashes: split to the hash of its list of images.
         splits: "train" and "val" in numbers.
-        vocabulary: how many words it has, special tokens not counted.
-        train_words: how many different words the training captions have.
-        missed: words of val that the vocabulary misses, the most frequent first.
-        references: captions by image name, as people wrote them.
-        images: where the image of an image should be.
+        vocabulary: the run's.
+        train_words: number of distinct words in the train captions.
+        val: tokenized captions of val.
+        references: the captions of val images, as written.
+        images: files of the val images, as far as they are on this machine.
     """
 
     source: tuple[str, str, str]
     notes: Mapping[str, int]
     hashes: Mapping[str, str]
     splits: Mapping[str, SplitFacts]
-    vocabulary: int
+    vocabulary: Vocabulary
     train_words: int
-    missed: Sequence[tuple[str, int]]
-    references: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    images: Mapping[str, Path | TarMember] = field(default_factory=dict)
+    val: Tokenized
+    references: Mapping[str, Sequence[str]]
+    images: Mapping[str, ImageRef]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Words of the vocabulary, without special tokens."""
+        return len(self.vocabulary) - len(SPECIALS)
 
 
-def describe_data(
-    table: CaptionTable,
-    source: ImageSource,
-    names: Mapping[str, str],
-    train: Tokenised,
-    val: Tokenised,
-    vocabulary: Vocabulary,
-    shown: Iterable[str],
-) -> ReportData:
-    """Sum up the captions of a run.
-
-    Args:
-        table: the captions, of images that have an image.
-        source: where the images are; of what is far away none is shown.
-        names: image name -> name in ``source``.
-        train, val: tokenised captions of the two splits.
-        vocabulary: the run's.
-        shown: images whose captions and images are to be kept.
-    """
-    kept = set(shown)
-    counts = [_count(split) for split in (train, val)]
-    missed = Counter({word: n for word, n in counts[1].items() if word not in vocabulary})
-    return ReportData(
-        source=(str(table.source), table.layout, table.split_source),
-        notes=dict(table.notes),
-        hashes={split: table.split_hash(split) for split in SPLITS if table.of_split(split)},
-        splits={"train": _facts(train, vocabulary), "val": _facts(val, vocabulary)},
-        vocabulary=len(vocabulary) - 4,
-        train_words=len(counts[0]),
-        missed=sorted(missed.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_MISSED],
-        references={i.name: i.captions for i in table.images if i.name in kept},
-        images=_images(source, {name: names[name] for name in kept & names.keys()}),
-    )
-
-
-def _images(source: ImageSource, names: Mapping[str, str]) -> dict[str, Path | TarMember]:
-    """Find images to be shown: none where that would take long, or they are no longer there."""
-    if not source.is_local:
-        return {}
-    try:
-        return {name: source.image(path) for name, path in names.items()}
-    except UserError:  # shards that are gone; features are enough to train on
-        return {}
-
-
-def _count(captions: Tokenised) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for group in captions.values():
-        for words in group:
-            counts.update(words)
-    return counts
-
-
-def _facts(captions: Tokenised, vocabulary: Vocabulary) -> SplitFacts:
-    unknown = [
-        sum(word not in vocabulary for word in words)
-        for group in captions.values()
-        for words in group
-    ]
-    lengths = [len(words) for group in captions.values() for words in group]
-    return SplitFacts(
-        images=len(captions),
-        captions=len(lengths),
-        words=sum(lengths),
-        unknown_words=sum(unknown),
-        unknown_captions=sum(map(bool, unknown)),
-        lengths=(statistics.mean(lengths), statistics.median(lengths), max(lengths)),
-    )
-
-
-def read_data(
-    settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabulary
-) -> tuple[ReportData, Tokenised]:
-    """Read a run's captions again, and sum them up.
+def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabulary) -> ReportData:
+    """Read the captions of a run again.
 
     Args:
         settings: the run's, from its config.json.
-        data: the data folder, where it moved since the training.
+        data: the data folder, if it moved since the training.
         vocabulary: the run's.
-
-    Returns:
-        What a report tells of them, and the tokenised captions of val.
 
     Raises:
         UserError: they cannot be read, or are not those of the training.
     """
     source = open_source(data or settings["data"])
-    captions = Path(settings["captions"]) if settings.get("captions") and data is None else None
-    table = read_captions(source.captioned, captions)
-    table, names = _restricted(table, source, Path(settings["features"]), settings)
-    train, val = (
-        tokenized(table.of_split(split), vocabulary.tokenizer.name) for split in ("train", "val")
+    captions = Path(settings["captions"]) if settings["captions"] and data is None else None
+    table, names = _used_in_training(
+        read_captions(source.captioned, captions), source, Path(settings["features"]), settings
     )
+    tokenizer = vocabulary.tokenizer.name
+    train, val = (tokenized(table.of_split(split), tokenizer) for split in ("train", "val"))
     if not train or not val:
         raise UserError(f"{table.source}: no captions of the images trained on")
-    return describe_data(table, source, names, train, val, vocabulary, val), val
+    return ReportData(
+        source=(str(table.source), table.layout, table.split_source),
+        notes=table.notes,
+        hashes={split: table.split_hash(split) for split in SPLITS if table.of_split(split)},
+        splits={"train": _facts(train, vocabulary), "val": _facts(val, vocabulary)},
+        vocabulary=vocabulary,
+        train_words=len(Counter(w for group in train.values() for words in group for w in words)),
+        val=val,
+        references={image.name: image.captions for image in table.of_split("val")},
+        images=_images(source, {name: names[name] for name in val}),
+    )
 
 
-def _restricted(
+def _used_in_training(
     table: CaptionTable, source: ImageSource, features: Path, settings: Mapping[str, Any]
 ) -> tuple[CaptionTable, dict[str, str]]:
-    """Keep the images that were trained with: those with features, or with images."""
+    """Keep the images that the run was trained on: those with features, or those that exist."""
     available: list[Sequence[str]] = []
     if features.is_file():
         available.append(FeatureCache(features).names(DONE))
     available.append(source.names)
     for names in available:
         kept, images = table.restrict(names)
-        hashes = {f"{split}_images": kept.split_hash(split) for split in ("train", "val")}
-        if all(settings.get(name, found) == found for name, found in hashes.items()):
+        if split_hashes(kept).items() <= settings.items():
             return kept, images
     raise UserError(f"{table.source}: not the captions and images that the run was trained with")
+
+
+def _images(source: ImageSource, names: Mapping[str, str]) -> dict[str, ImageRef]:
+    """Find the image files; none where that would need a network, or they are gone."""
+    if not source.is_local:
+        return {}
+    try:
+        return {name: source.image(path) for name, path in names.items()}
+    except UserError:  # tar shards that are gone; features are enough to train on
+        return {}
+
+
+def _facts(captions: Tokenized, vocabulary: Vocabulary) -> SplitFacts:
+    flat = [words for group in captions.values() for words in group]
+    lengths = [len(words) for words in flat]
+    return SplitFacts(
+        len(captions),
+        coverage(vocabulary, flat),
+        (statistics.mean(lengths), statistics.median(lengths), max(lengths)),
+    )

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run, an extra: ``pip install -e '.[tensorboard]'``."""
+"""TensorBoard files of a run, an extra: ``pip install -e '.[tensorboard]'``."""
 
 from __future__ import annotations
 
@@ -15,24 +15,19 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def check_tensorboard() -> None:
-    """Make sure that the package is there, without the time and the warnings of importing it.
+def tensorboard_writer(run: Path) -> EpochCallback:
+    """Return a callback that adds an epoch's record, and its captions as text, one tag per image.
+
+    What the files hold of that epoch and later ones, from before a run was stopped, is purged.
 
     Raises:
-        UserError: it is not installed.
+        UserError: tensorboard is not installed.
     """
-    if importlib.util.find_spec("tensorboard") is None:
+    if importlib.util.find_spec("tensorboard") is None:  # importing it now would take seconds
         raise UserError("--tensorboard: not installed; pip install -e '.[tensorboard]'")
-
-
-def tensorboard_writer(run: Path) -> EpochCallback:
-    """Make what adds an epoch's line of the log, and its captions as text, one tag an image.
-
-    What the files have of that epoch and later ones, from before a run was stopped, is purged.
-    """
     writer: SummaryWriter | None = None
 
-    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+    def write(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
         nonlocal writer
         epoch = int(record["epoch"])
         if writer is None:
@@ -46,4 +41,4 @@ def tensorboard_writer(run: Path) -> EpochCallback:
             writer.add_text(f"captions/{name}", caption, epoch)
         writer.flush()
 
-    return watch
+    return write

@@ -1,17 +1,13 @@
-"""The report of a training run: one page, ``report.html``, that needs nothing beside it.
+"""The report of a training run: ``report.html``, one page that loads nothing else.
 
-    captioner report runs/decoder
-
-Training writes it after every epoch and, with the worst and best captions, at its end. All that
-it shows is read from the run folder, and from the data set's captions and images, as far as
-they are there.
+Training writes it between epochs and, with the worst and best captions, at its end; ``captioner
+report`` writes it again. Everything comes from the run folder, and from the data set's captions and
+images as far as they are there.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
+import dataclasses
 import itertools
 import json
 import statistics
@@ -19,18 +15,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import click
+from markupsafe import Markup
 
-from pipeline.datasets.images import ImageError, load_image
-from pipeline.datasets.tar_shards import TarMember
-from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.datasets.images import ImageError
 from pipeline.decoding.options import describe_search
+from pipeline.evaluation import evaluate_runs, print_table
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.reports.curves import best_record, draw_curves, write_curves
-from pipeline.reports.report_data import ReportData, Tokenised, read_data
+from pipeline.outputs.gallery import data_uri, make_thumbnail
+from pipeline.reports.curves import best_record, read_svg, write_curves
+from pipeline.reports.report_data import ReportData, read_data
+from pipeline.reports.tensorboard import tensorboard_writer
+from pipeline.training.loop import Progress
+from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.training.run_folder import (
     CONFIG,
     LOG,
@@ -43,28 +42,36 @@ from pipeline.training.run_folder import (
 from pipeline.training.stage import EpochCallback
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
+from pipeline.utils.html import environment
 from pipeline.utils.terminal import echo
+
+if TYPE_CHECKING:
+    import torch
 
 THUMBNAIL = 224  # pixels, the longer side
 EXTREMES = 8  # predictions shown, of the worst and of the best
-# A stretch of captions is folded away where there are more, but the first and last ones.
-MOST_STRETCHES = 11
 COLUMNS = (
-    *("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"),
-    *("METEOR", "SPICE", "ROUGE-L", "CIDEr-D", "distinct"),
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "SPICE",
+    "ROUGE-L",
+    "CIDEr-D",
+    "distinct",
 )
-# An epoch's report may take this share of the time since the last one.
+# Curves and report may take this share of the time since they were last written.
 SHARE = 0.01
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An option of the run; ``default`` is in words, and empty where the value is the default."""
+    """An option of the run; ``default`` is empty where the value is the default."""
 
     name: str
     value: str
     default: str
-    help: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Shown:
-    """An image: its name, its thumbnail as a data URI or empty, and what people say of it."""
+    """An image: its name, its thumbnail as a data URI or empty, and its references."""
 
     name: str
     thumbnail: str
@@ -88,7 +95,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Epochs, one after the other, that have the same caption; ``best``: among them the best."""
+    """Successive epochs with the same caption; ``best`` if the best epoch is among them."""
 
     first: int
     last: int
@@ -96,124 +103,111 @@ class Stretch:
     best: bool
 
 
-@dataclass(frozen=True)
-class Evolution:
-    """How an image's caption changed: stretches in order, in blocks that are folded or not."""
+def make_callbacks(run: Path, tensorboard: bool) -> list[EpochCallback]:
+    """Return what a training command calls after every epoch.
 
-    image: Shown
-    blocks: Sequence[tuple[bool, Sequence[Stretch]]]
+    Raises:
+        UserError: ``tensorboard`` is asked for and not installed.
+    """
+    return [epoch_reporter(run), *([tensorboard_writer(run)] if tensorboard else [])]
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A prediction with its CIDEr-D."""
-
-    image: Shown
-    caption: str
-    cider: float
+def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
+    """Print the scores of a finished run's best epoch, decoded with all defaults, and write its
+    predictions, scores and report.
+    """
+    echo(
+        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
+        err=True,
+    )
+    print_table({str(run): evaluate_runs([run], device, java=False)})
+    write_report(run)
 
 
 def write_report(run: Path, data: Path | None = None) -> None:
-    """Write ``report.html`` of a run from what its folder holds.
+    """Write curves and ``report.html`` of a run from what its folder holds.
 
-    Without the data set, which is said aloud, the report has no images, references and facts
-    of it.
+    If the data set cannot be read, the report lacks images, references and facts about it, and a
+    message says so.
 
     Args:
         run: the run folder.
-        data: the data folder, where it moved since the training.
+        data: the data folder, if it moved since the training.
 
     Raises:
         UserError: the folder holds no run.
     """
-    if not read_epochs(run / LOG) or _read_json(run / CONFIG) is None:
-        raise UserError(f"{run}: no run of train_decoder.py or finetune_joint.py with an epoch")
     settings = _read_json(run / CONFIG)
-    vocabulary = load_checkpoint(run).vocabulary
+    if settings is None or not read_epochs(run / LOG):
+        raise UserError(f"{run}: no run of train_decoder.py or finetune_joint.py with an epoch")
+    described, missing = None, ""
     try:
-        described, val = read_data(settings, data, vocabulary)
+        described = read_data(settings, data, load_checkpoint(run).vocabulary)
     except UserError as error:
+        missing = str(error)
         echo(f"{run / REPORT}: without images and references ({error})", err=True)
-        _write(run, None, {}, str(error))
-    else:
-        _write(run, described, val, "", vocabulary)
     write_curves(run)
+    _write_page(run, described, missing)
     echo(f"report: {run / REPORT}", err=True)
 
 
 def epoch_reporter(run: Path) -> EpochCallback:
-    """Return a callback that writes the curves every epoch, and the report when that is cheap.
+    """Return a callback that writes curves and report, as often as their time share allows.
 
-    The data set's captions are read once more, at the first epoch.
+    The data set's captions are read once, at the first epoch.
     """
     due = 0.0
     data: ReportData | None = None
 
-    def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
+    def write(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
         nonlocal due, data
-        write_curves(run)
-        if time.monotonic() < due:
+        began = time.monotonic()
+        if began < due:
             return
         if data is None:
             data = _read_run_data(run)
-        began = time.monotonic()
-        _write(run, data, {}, "")
+        write_curves(run)
+        _write_page(run, data)
         ended = time.monotonic()
         due = ended + (ended - began) / SHARE
 
-    return watch
+    return write
 
 
 def _read_run_data(run: Path) -> ReportData | None:
-    """Read the captions of a run; None, for a report without images, where they are gone."""
+    """Read the captions of a run; None where they are gone."""
     try:
-        return read_data(_read_json(run / CONFIG), None, load_checkpoint(run).vocabulary)[0]
+        return read_data(_read_json(run / CONFIG), None, load_checkpoint(run).vocabulary)
     except UserError:
         return None
 
 
-def _write(
-    run: Path,
-    data: ReportData | None,
-    val: Tokenised,
-    missing: str,
-    vocabulary: Vocabulary | None = None,
-) -> None:
-    """Fill in the page.
-
-    ``missing`` says why there are no data; ``val`` is to score the predictions with, whose tokens
-    are those of ``vocabulary``.
-    """
-    from markupsafe import Markup
-
-    from pipeline.utils.html import environment
-
+def _write_page(run: Path, data: ReportData | None, missing: str = "") -> None:
+    """Render the page; ``missing`` says why there is no ``data``."""
     settings = _read_json(run / CONFIG)
     log = read_epochs(run / LOG)
     best = best_record(log)
     scores = _read_json(run / SCORES)
     if scores and scores["split"] != "val":
         scores = None
-    rows = _rows(log, best, scores)
-    scored = _scored(_read_json(run / PREDICTIONS), val, vocabulary) if vocabulary else []
+    rows = _score_rows(log, best, scores)
+    scored = _scored_predictions(_read_json(run / PREDICTIONS) or [], data)
     shown = min(EXTREMES, len(scored) // 2)
-    predictions = [
-        (title, [Scored(_image(name, data), caption, cider) for cider, name, caption in part])
-        for title, part in (("Worst", scored[:shown]), ("Best", scored[::-1][:shown]))
-    ]
     page = environment().get_template("report.html").render(
         run=run.name or str(run),
         joint=_is_joint(settings),
         settings=describe_settings(settings),
-        epochs=settings.get("epochs"),
+        options=settings,
         log=log,
         best=best,
-        curves=Markup(draw_curves(log)),
+        curves=Markup(read_svg(run)),
         rows=rows,
         columns=[name for name in COLUMNS if any(name in row.scores for row in rows)],
-        options=settings,
         evolutions=_evolutions(read_epochs(run / SAMPLES), best["epoch"], data),
-        predictions=[(title, part) for title, part in predictions if part],
+        predictions=[
+            (title, [(_shown(name, data), caption, cider) for cider, name, caption in part])
+            for title, part in (("Worst", scored[:shown]), ("Best", scored[::-1][:shown]))
+        ] if shown else [],
         scored=len(scored),
         data=data,
         missing=missing,
@@ -221,15 +215,15 @@ def _write(
         times=_times(log),
     )  # fmt: skip
     with atomic_write(run / REPORT, "wb") as handle:
-        # Paths of this machine may hold bytes that are no text.
+        # Paths may hold bytes that are not UTF-8.
         handle.write(page.encode("utf-8", "replace"))
 
 
 def _read_json(path: Path) -> Any:
-    """Read a file of the run; None where there is none, or it is broken."""
+    """Read a file of the run; None where there is none, or it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return None
 
 
@@ -238,130 +232,95 @@ def _is_joint(settings: Mapping[str, Any]) -> bool:
 
 
 def describe_settings(settings: Mapping[str, Any]) -> list[Setting]:
-    """Set each option beside its default; those that differ come first."""
-    from pipeline.cli import finetune, train
-
-    command = finetune.main if _is_joint(settings) else train.main
+    """Compare each option of a run with its default; those that differ come first."""
     found = []
-    for parameter in command.params:
-        if parameter.name not in settings or not isinstance(parameter, click.Option):
+    for field in dataclasses.fields(JointOptions if _is_joint(settings) else DecoderOptions):
+        if field.name not in settings:
             continue
-        value = _in_words(settings[parameter.name])
-        default = _in_words(parameter.get_default(click.Context(command)))
-        # "auto" and paths that follow from others are written down as what they came to.
+        value, default = _in_words(settings[field.name]), _in_words(field.default)
+        # Paths have no default here, and "auto" is saved as the value chosen for it.
         same = value == default or default in ("", "auto")
-        found.append(
-            Setting(parameter.opts[0], value, "" if same else default, parameter.help or "")
-        )
+        found.append(Setting(f"--{field.name.replace('_', '-')}", value, "" if same else default))
     return sorted(found, key=lambda setting: not setting.default)
 
 
 def _in_words(value: Any) -> str:
+    if value is None or value is dataclasses.MISSING:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return "" if value is None else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _rows(
+def _score_rows(
     log: Sequence[Mapping[str, Any]], best: Mapping[str, Any], scores: Mapping[str, Any] | None
 ) -> list[Row]:
-    """Give the score table: start, best epoch and last; ``best.pt`` as it was scored."""
-    roles = (("before training", 0), ("best", best["epoch"]), ("last", log[-1]["epoch"]))
+    """Return the score table: start, best and last epoch, and the best one's final scores."""
+    roles = {"before training": 0, "best": best["epoch"], "last": log[-1]["epoch"]}
     rows = []
     for record in log:
-        words = [role for role, epoch in roles if epoch == record["epoch"]]
+        words = [role for role, epoch in roles.items() if epoch == record["epoch"]]
         if words:
             rows.append(Row(f"epoch {record['epoch']}, {', '.join(words)}", "beam 3", record, {}))
     if scores:
-        found = dict(scores["scores"])
-        found["distinct"] = found.get("distinct_captions")
-        # Older files have not all of this.
-        search = describe_search({"consensus": 0, "matching": 0, **scores["search"]})
+        found = {**scores["scores"], "distinct": scores["scores"]["distinct_captions"]}
+        search = describe_search(scores["search"])
         intervals = scores.get("intervals_95_percent", {})
-        rows.append(Row(f"best.pt, epoch {scores['epoch']}", search, found, intervals))
+        rows.append(Row(f"best checkpoint, epoch {scores['epoch']}", search, found, intervals))
     return rows
 
 
 def _evolutions(
     samples: Sequence[Mapping[str, Any]], best: int, data: ReportData | None
-) -> list[Evolution]:
-    """Collapse the epochs in which an image's caption did not change, image by image."""
-    names = list(samples[-1]["captions"]) if samples else []
-    found = []
-    for name in names:
-        stretches: list[Stretch] = []
-        pairs = [(r["epoch"], r["captions"][name]) for r in samples if name in r["captions"]]
+) -> list[tuple[Shown, list[Stretch]]]:
+    """Return the history of each sample image's caption, epochs with equal captions merged."""
+    evolutions = []
+    for name in samples[-1]["captions"] if samples else ():
+        pairs = [(line["epoch"], line["captions"][name]) for line in samples]
+        stretches = []
         for caption, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
             epochs = [epoch for epoch, _ in group]
             stretches.append(Stretch(epochs[0], epochs[-1], caption, best in epochs))
-        found.append(Evolution(_image(name, data), _folded(stretches)))
-    return found
+        evolutions.append((_shown(name, data), stretches))
+    return evolutions
 
 
-def _folded(stretches: Sequence[Stretch]) -> list[tuple[bool, list[Stretch]]]:
-    """Fold those in the middle, except the one of the best epoch, where there are many."""
-    edge = MOST_STRETCHES // 2
-    many = len(stretches) > MOST_STRETCHES
-    return [
-        (folded, [stretch for _, stretch in group])
-        for folded, group in itertools.groupby(
-            enumerate(stretches),
-            key=lambda pair: many and edge <= pair[0] < len(stretches) - edge and not pair[1].best,
-        )
-    ]
-
-
-def _scored(
-    predictions: Any, val: Tokenised, vocabulary: Vocabulary
+def _scored_predictions(
+    predictions: Sequence[Mapping[str, str]], data: ReportData | None
 ) -> list[tuple[float, str, str]]:
-    """Give CIDEr-D, name and caption of each prediction of val, the lowest first."""
-    try:
-        captions = {entry["image_id"]: str(entry["caption"]) for entry in predictions or ()}
-    except (TypeError, LookupError):
+    """Return CIDEr-D, name and caption of each prediction of val, the lowest first."""
+    if data is None:
         return []
-    captions = {name: caption for name, caption in captions.items() if name in val}
+    captions = {p["image_id"]: p["caption"] for p in predictions if p["image_id"] in data.val}
     if not captions:
         return []
-    scorer = Scorer({name: val[name] for name in captions})
+    scorer = Scorer({name: data.val[name] for name in captions})
     found = scorer.per_image_cider(
-        {name: vocabulary.tokenize(text) for name, text in captions.items()}
+        {name: data.vocabulary.tokenize(text) for name, text in captions.items()}
     )
     return sorted((cider, name, captions[name]) for name, cider in found.items())
 
 
-def _image(name: str, data: ReportData | None) -> Shown:
+def _shown(name: str, data: ReportData | None) -> Shown:
     if data is None:
         return Shown(name, "", ())
-    path = data.images.get(name)
-    return Shown(name, thumbnail(path) if path else "", data.references.get(name, ()))
-
-
-@functools.lru_cache(maxsize=64)
-def thumbnail(path: Path | TarMember) -> str:
-    """Give a small JPEG of an image as a data URI, or nothing if it cannot be read."""
     try:
-        image = load_image(path, THUMBNAIL)
-    except ImageError:
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    packed = io.BytesIO()
-    image.save(packed, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode("ascii")
+        thumbnail = data_uri(make_thumbnail(data.images[name], THUMBNAIL))
+    except (LookupError, ImageError):
+        thumbnail = ""
+    return Shown(name, thumbnail, data.references.get(name, ()))
 
 
 def _times(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Give seconds: of training and validation in all, and of an epoch."""
-    training = [record["seconds"] for record in log if "seconds" in record]
-    validation = [record["validation_seconds"] for record in log]
-    both = [r["seconds"] + r["validation_seconds"] for r in log if "seconds" in r] or [0.0]
+    """Return seconds: total training and validation, and those of an epoch."""
+    trained = [record for record in log if "seconds" in record]
+    epochs = [record["seconds"] + record["validation_seconds"] for record in trained] or [0.0]
     return {
-        "training": sum(training),
-        "validation": sum(validation),
-        "median": statistics.median(both),
-        "quickest": min(both),
-        "slowest": max(both),
+        "training": sum(record["seconds"] for record in trained),
+        "validation": sum(record["validation_seconds"] for record in log),
+        "median": statistics.median(epochs),
+        "fastest": min(epochs),
+        "slowest": max(epochs),
     }

@@ -1,5 +1,5 @@
-"""Stages 2 and 3: the loop they share, what each stage trains, EMA, validation, the run folder.
+"""Stages 2 and 3: the loop they share, the model and data of each, options, EMA, run folder.
 
-May import ``decoding`` and the rooms below it, but no command, page or report: those are handed in
-as callbacks. Start with ``loop`` and ``decoder_stage``.
+May import ``decoding`` and the rooms below it, but no command, page or report: commands pass those
+in as callbacks. Start with ``loop`` (``train``), then ``decoder_stage``.
 """

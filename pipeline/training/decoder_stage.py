@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,8 @@ from pipeline.datasets.encoded_captions import (
     count_batches,
     encode_captions,
     load_table,
-    tokenized,
 )
 from pipeline.datasets.image_sources import open_source
-from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics, rows_of
@@ -28,52 +26,21 @@ from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.neighbours import choose_neighbours, sampled_images
-from pipeline.training.loop import SEED_STRIDE, Progress, train
+from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
-from pipeline.training.run_folder import open_run
+from pipeline.training.options import DecoderOptions
+from pipeline.training.run_folder import open_run, split_hashes
 from pipeline.training.self_critical import SAMPLES, SelfCritical
-from pipeline.training.stage import EpochCallback, Phase, TrainingConfig
-from pipeline.training.validation import Validation, Validator
+from pipeline.training.stage import SEED_STRIDE, EpochCallback, Phase, TrainingConfig
+from pipeline.training.validation import Validation, Validator, split_captions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
 
 
-@dataclass(frozen=True)
-class DecoderOptions:
-    """The options of ``train_decoder.py`` that decide the result.
-
-    Attributes are explained by ``python train_decoder.py --help``.
-    """
-
-    data: str
-    captions: str | None
-    features: str
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    label_smoothing: float
-    embed_size: int
-    hidden_size: int
-    dropout: float
-    feature_dropout: float
-    init_state_from_image: bool
-    tie_embeddings: bool
-    ema_decay: float
-    min_count: int
-    self_critical_epochs: int
-    self_critical_lr: float
-    self_critical_truth: float
-    patience: int
-    seed: int
-    precision: str
-    tokenizer: str = ENGLISH
-
-
 @dataclass
 class CaptionBatch:
-    """Captions to learn by heart: features (B, 2048) and captions (B, T), padded."""
+    """Captions to train on: features (B, 2048) and captions (B, T), padded."""
 
     features: Tensor
     captions: Tensor
@@ -81,7 +48,7 @@ class CaptionBatch:
 
 @dataclass
 class ImageBatch:
-    """Images to draw captions for: features (B, 2048) and the images' numbers (B,)."""
+    """Images to sample captions for: features (B, 2048) and numbers of the images (B,)."""
 
     features: Tensor
     images: Tensor
@@ -89,7 +56,7 @@ class ImageBatch:
 
 @dataclass
 class DecoderStage:
-    """The decoder, its captions and features, as ``training.train`` wants them."""
+    """The decoder with its captions and features: a ``loop.Stage``."""
 
     decoder: Decoder
     vocabulary: Vocabulary
@@ -113,63 +80,62 @@ class DecoderStage:
         ]
 
     def config(self) -> TrainingConfig:
-        """Say how to train: epochs on people's captions, then self-critical ones."""
+        """Epochs of cross-entropy, then self-critical ones."""
         options = self.options
-        plain = options.epochs - options.self_critical_epochs
-        tokens = int((self.captions.lengths - 1).sum())  # that are predicted: all but <start>
+        tokens = int((self.captions.lengths - 1).sum())  # all but <start> are predicted
         phases = (
-            Phase(plain, divisor=tokens / self.batches_per_epoch(1)),
-            Phase(options.self_critical_epochs, options.self_critical_lr / options.lr),
+            Phase(
+                options.epochs - options.self_critical_epochs,
+                tokens_per_batch=tokens / self.batches_per_epoch(1),
+            ),
+            Phase(options.self_critical_epochs, lr_scale=options.self_critical_lr / options.lr),
         )
-        return TrainingConfig(
-            phases, options.patience, options.seed, options.precision, ema_decay=options.ema_decay
-        )
+        return TrainingConfig.of(options, phases)
 
     def is_self_critical(self, epoch: int) -> bool:
-        """Tell whether an epoch, counted from 1, learns from drawn captions."""
+        """True if an epoch, counted from 1, learns from sampled captions."""
         return epoch > self.options.epochs - self.options.self_critical_epochs
 
     @property
-    def images_a_batch(self) -> int:
-        """Images whose drawn captions make a batch."""
+    def images_per_batch(self) -> int:
+        """Images whose sampled captions make a batch."""
         return max(1, self.options.batch_size // SAMPLES)
 
     def batches_per_epoch(self, epoch: int) -> int:
-        """Count the batches of captions, or of images to draw captions for."""
+        """Count the batches of captions, or of images to sample captions for."""
         if self.is_self_critical(epoch):
-            return -(-len(self.features) // self.images_a_batch)
+            return -(-len(self.features) // self.images_per_batch)
         return count_batches(len(self.captions), self.options.batch_size)
 
     def batches(self, epoch: int) -> Iterator[CaptionBatch | ImageBatch | None]:
-        """Give this process's share of captions of like length, or of images, in a new order."""
+        """Yield this process's share of captions of similar length, or of images, shuffled."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
         if self.is_self_critical(epoch):
             self.self_critical.reset()
             order = torch.randperm(len(self.features), generator=generator)
-            for batch in order.split(self.images_a_batch):
+            for batch in order.split(self.images_per_batch):
                 images = self.world.share(batch)
                 yield ImageBatch(self.features[images], images) if len(images) else None
             return
         for batch in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
-            yield self._caption_batch(self.world.share(batch))
-
-    def _caption_batch(self, indices: Tensor) -> CaptionBatch | None:
-        if not len(indices):
-            return None
-        features = self.features[self.captions.images[indices]]
-        return CaptionBatch(features, self.captions.padded(indices))
+            indices = self.world.share(batch)
+            if not len(indices):
+                yield None
+                continue
+            features = self.features[self.captions.images[indices]]
+            yield CaptionBatch(features, self.captions.padded(indices))
 
     @functools.cached_property
     def self_critical(self) -> SelfCritical:
-        """What self-critical epochs need, made when the first one begins."""
-        return SelfCritical(self.captions, self.options.self_critical_truth, self.validator.search)
+        """The loss of self-critical epochs, created when the first one begins."""
+        return SelfCritical(self.captions, self.options.cross_entropy_weight, self.validator.search)
 
     def set_training(self, training: bool) -> None:
         """Switch dropout."""
         self.decoder.train(training)
 
     def loss(self, batch: CaptionBatch | ImageBatch) -> tuple[Tensor, int]:
-        """Cross-entropy of a batch of captions, or the self-critical loss of images."""
+        """Return the cross-entropy of a batch of captions, or the self-critical loss of images."""
         features = batch.features.to(self.device, non_blocking=True)
         smoothing = self.options.label_smoothing
         if isinstance(batch, ImageBatch):
@@ -177,20 +143,20 @@ class DecoderStage:
         captions = batch.captions.to(self.device, non_blocking=True)
         return self.decoder.loss(features, captions, smoothing)
 
-    def facts(self) -> dict[str, float]:
-        """The mean reward of the captions drawn, if any were."""
+    def extra_metrics(self) -> dict[str, float]:
+        """Return the mean reward, in percent, of the captions sampled in this epoch, if any."""
         if "self_critical" not in vars(self):
             return {}
         critic = self.self_critical
-        rewards, drawn = self.world.all_reduce(critic.rewards, critic.drawn)
-        return {"reward": 100 * rewards / drawn} if drawn else {}
+        rewards, sampled = self.world.all_reduce(critic.reward_sum, critic.sampled)
+        return {"reward": 100 * rewards / sampled} if sampled else {}
 
     def validate(self) -> Validation:
-        """Loss, scores and some captions on val."""
+        """Return loss, scores and some captions on val."""
         return self.validator.validate(self.decoder, self.val_features, self.world)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        """Describe the present weights."""
+        """Return the current weights, with neighbours for reranking."""
         kept = sampled_images(len(self.features))
         features = (self.features[images] for images in kept.split(4096))
         return Checkpoint(
@@ -214,15 +180,15 @@ def train_decoder(
     callbacks: Sequence[EpochCallback] = (),
     world: World = SINGLE_PROCESS,
 ) -> Progress:
-    """Train a decoder in the folder ``run``, or go on with the training there.
+    """Train a decoder in the folder ``run``, or resume the training there.
 
     Args:
-        options: what decides the result.
+        options: the settings of the run.
         run: the run folder.
         device: where to train.
-        memory: bytes that features may take; more are read from the cache batch by batch.
+        memory: bytes for features; larger sets are read from the cache batch by batch.
         force: start over, whatever the folder holds.
-        watchers, job: see ``training.train``.
+        callbacks, world: see ``loop.train``.
 
     Raises:
         UserError: captions or features are missing, do not belong together, or leave train
@@ -236,7 +202,7 @@ def train_decoder(
 
 
 def add_matcher(stage: DecoderStage, run: Path) -> None:
-    """Give ``best.pt`` of a finished run its matcher (see ``matching``)."""
+    """Train the matcher of a finished run, and save it in the best checkpoint."""
     best = load_checkpoint(run)
     if best.matcher is None:
         best.matcher = train_matcher(
@@ -260,17 +226,12 @@ def prepare_stage(
 ) -> DecoderStage:
     """Read captions and features, open the run folder, and build the decoder.
 
-    See ``train_decoder``. Of the captions' text only that of val is kept.
+    Arguments and errors are those of ``train_decoder``.
     """
     cache = FeatureCache(Path(options.features))
-    source = open_source(options.data)
     captions_file = Path(options.captions) if options.captions else None
-    table, names = load_table(source, captions_file, cache.names(DONE))
-    train_captions = tokenized(table.of_split("train"), options.tokenizer)
-    val_captions = tokenized(table.of_split("val"), options.tokenizer)
-    for split, images in (("train", train_captions), ("val", val_captions)):
-        if not images:
-            raise UserError(f"{table.source}: no image with features is in the {split} split")
+    table, names = load_table(open_source(options.data), captions_file, cache.names(DONE))
+    train_captions, val_captions = split_captions(table, options.tokenizer, "image with features")
     last = run / "last.pt"
     force = force and not world.restarted
     saved = world.broadcast(lambda: load_checkpoint(last) if last.is_file() and not force else None)
@@ -279,7 +240,7 @@ def prepare_stage(
         mismatch = saved.encoder.mismatch(cache.identity)
         if mismatch:
             raise UserError(
-                f"{options.features}: other features than {run} began with ({mismatch})"
+                f"{options.features}: not the features that {run} started with ({mismatch})"
             )
     else:
         vocabulary = Vocabulary.build(
@@ -289,8 +250,7 @@ def prepare_stage(
         )
     train_rows = rows_of(cache, [names[name] for name in train_captions])
     val_rows = rows_of(cache, [names[name] for name in val_captions])
-    splits = {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
-    open_run(run, {**asdict(options), **splits}, force, world)
+    open_run(run, {**asdict(options), **split_hashes(table)}, force, world)
     features = FeatureSet(cache, train_rows, memory)
     val_features = FeatureSet(cache, val_rows, memory - features.size)
     decoder = build_decoder(options, len(vocabulary))
@@ -305,33 +265,24 @@ def prepare_stage(
         f"{weights:,} weights, {options.precision} on {device.type}",
         err=True,
     )
-    validator = Validator(val_captions, vocabulary)
-    stage = DecoderStage(
+    return DecoderStage(
         decoder=decoder.to(device),
         vocabulary=vocabulary,
         encoder=cache.identity,
         features=features,
         captions=captions,
-        validator=validator,
+        validator=Validator(val_captions, vocabulary),
         val_features=val_features,
         options=options,
         device=device,
         world=world,
     )
-    return stage
 
 
 def build_decoder(options: DecoderOptions, vocabulary_size: int) -> Decoder:
-    """Make an untrained decoder, its weights drawn by the seed."""
+    """Create an untrained decoder with weights from the seed."""
     torch.manual_seed(options.seed)
-    return Decoder(
-        DecoderConfig(
-            vocabulary_size=vocabulary_size,
-            embed_size=options.embed_size,
-            hidden_size=options.hidden_size,
-            dropout=options.dropout,
-            feature_dropout=options.feature_dropout,
-            init_state_from_image=options.init_state_from_image,
-            tie_embeddings=options.tie_embeddings,
-        )
-    )
+    # Options that describe the network have the names of DecoderConfig's fields.
+    names = [field.name for field in fields(DecoderConfig) if hasattr(options, field.name)]
+    sizes = {name: getattr(options, name) for name in names}
+    return Decoder(DecoderConfig(vocabulary_size=vocabulary_size, **sizes))

@@ -1,4 +1,4 @@
-"""A running mean of the weights, which is the model that is scored and saved."""
+"""The exponential moving average (EMA) of the weights: the model that is scored and saved."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ from torch import Tensor
 
 
 class EMA:
-    """A running mean of weights over the steps of training, or nothing where decay is 0.
+    """A moving average of weights over optimizer steps; empty if ``decay`` is 0.
 
-    The decay rises from 0.1 to its full value, as the mean would else hold on to the random start.
+    The decay rises from 0.1 to its full value, or else the average would keep the random start.
 
     Attributes:
-        others: what is not in the parameters now: the mean, or the trained weights while the
-            mean stands in for them.
-        steps: how many there were.
+        shadow: the average, or, while ``swap`` is in effect, the trained weights.
+        steps: optimizer steps averaged so far.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
         self.parameters = list(parameters) if decay else []
         self.decay = decay
-        self.others = [parameter.detach().clone() for parameter in self.parameters]
+        self.shadow = [parameter.detach().clone() for parameter in self.parameters]
         self.steps = 0
 
+    @torch.no_grad()
     def update(self) -> None:
-        """Take in the weights after a step."""
-        if self.others:
+        """Average in the weights after an optimizer step."""
+        if self.shadow:
             self.steps += 1
             decay = min(self.decay, self.steps / (self.steps + 9))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.others, self.parameters, 1 - decay)
+            torch._foreach_lerp_(self.shadow, self.parameters, 1 - decay)
 
-    def exchange(self) -> None:
-        """Put the mean in place of the trained weights, or those back."""
-        for parameter, other in zip(self.parameters, self.others, strict=True):
-            trained = parameter.detach().clone()
-            parameter.data.copy_(other)
-            other.copy_(trained)
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the trained weights and the average."""
+        for parameter, shadow in zip(self.parameters, self.shadow, strict=True):
+            trained = parameter.clone()
+            parameter.copy_(shadow)
+            shadow.copy_(trained)
 
-    def load(self, trained: list[Tensor], steps: int) -> None:
-        """Go on from a checkpoint, whose model has the mean: ``trained`` are the others."""
-        for parameter, other, saved in zip(self.parameters, self.others, trained, strict=True):
-            other.copy_(parameter.detach())
-            parameter.data.copy_(saved)
+    @torch.no_grad()
+    def load(self, trained: Sequence[Tensor], steps: int) -> None:
+        """Restore the state; the parameters hold the average, ``trained`` the other weights."""
+        for shadow, saved in zip(self.shadow, trained, strict=True):
+            shadow.copy_(saved)
+        self.swap()
         self.steps = steps

@@ -1,9 +1,9 @@
-"""What stage 3 trains: encoder and decoder together, on images.
+"""The model and data of stage 3: encoder and decoder, trained together on images.
 
-Each image goes through the network once a step, with all of its captions. The layers
-below the first unfrozen one only infer: they run without autograd, with BatchNorm folded.
-Above it convolutions and BatchNorm's scale and shift learn, while its statistics stay
-those of ImageNet: batches are far too small to estimate them anew.
+Each image passes the network once per epoch, with all of its captions. The layers below the first
+unfrozen one run without autograd and with BatchNorm folded. Above it, convolutions and BatchNorm's
+scale and shift are trained, while its statistics stay those of ImageNet: batches are far too small
+to estimate them.
 """
 
 from __future__ import annotations
@@ -34,44 +34,17 @@ from pipeline.features.encode_images import encode_distributed
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.encoder import TRUNK_LAYERS, Encoder, fold_for_inference
 from pipeline.models.ensemble import CaptionDecoder
-from pipeline.training.loop import SEED_STRIDE
+from pipeline.training.options import JointOptions
+from pipeline.training.stage import SEED_STRIDE, Phase, TrainingConfig
 from pipeline.training.validation import Validation, Validator
 from pipeline.utils.devices import inference_batch_size
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import InputError
 
 
-@dataclass(frozen=True)
-class JointOptions:
-    """The options of ``finetune_joint.py`` that decide the result.
-
-    Attributes are explained by ``python finetune_joint.py --help``.
-    """
-
-    start: tuple[str, ...]
-    data: str
-    captions: str | None
-    weights: str | None
-    features: str
-    epochs: int
-    batch_size: int
-    grad_accum_steps: int
-    encoder_lr: float
-    decoder_lr: float
-    weight_decay: float
-    label_smoothing: float
-    ema_decay: float
-    unfreeze_from: str
-    min_crop: float
-    flip: bool
-    patience: int
-    seed: int
-    precision: str
-
-
 @dataclass
 class TrainingImage:
-    """One training image: where it is, and whether it may be flipped."""
+    """A training image, and whether it may be flipped."""
 
     image: ImageRef
     flip: bool
@@ -94,7 +67,7 @@ class JointBatch:
 
 @dataclass
 class JointStage:
-    """Encoder, decoder, images and captions, as ``training.train`` wants them."""
+    """Encoder and decoder with their images and captions: a ``stage.Stage``."""
 
     encoder: Encoder
     decoder: CaptionDecoder
@@ -121,7 +94,7 @@ class JointStage:
         self.first_caption = self.captions.first_of_image
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Encoder and decoder, each with its learning rate."""
+        """Decoder and encoder, each with its learning rate."""
         decay = self.options.weight_decay
         return [
             {
@@ -136,17 +109,21 @@ class JointStage:
             },
         ]
 
+    def config(self) -> TrainingConfig:
+        """One phase of all epochs."""
+        phases = [Phase(self.options.epochs)]
+        return TrainingConfig.of(self.options, phases, self.options.grad_accum_steps)
+
     def batches_per_epoch(self, epoch: int) -> int:
         """Count the batches of images."""
         return -(-len(self.images) // self.options.batch_size)
 
     def batches(self, epoch: int) -> Iterator[JointBatch | None]:
-        """Give this process's share of batches of augmented images, with their captions, in a
-        new order.
+        """Yield this process's share of batches of augmented images with their captions, shuffled.
 
-        An image that cannot be read is passed over and remembered. Each process reads its share
-        of the next so many images, and hears which of the others' cannot be read: so all know
-        what is a batch, and it is what one process would make of the same images.
+        An image that cannot be read is skipped and recorded in ``unreadable``. Each process reads
+        its share of the next images, and all exchange which could not be read: so they agree on
+        the batches, which are those of a single process.
         """
         seed = self.options.seed * SEED_STRIDE + epoch
         order = torch.randperm(
@@ -155,7 +132,7 @@ class JointStage:
 
         def read(number: int) -> numpy.ndarray | ImageError:
             photo = self.images[number]
-            # Chance belongs to the image and the epoch, whichever thread reads it.
+            # Seeded by image and epoch, whichever thread reads it.
             random = Random(seed * len(self.images) + number)
             try:
                 image = load_image(photo.image, 2 * IMAGE_SIZE)
@@ -169,8 +146,8 @@ class JointStage:
         mine = [number for group in groups for number in self.world.share(group)]
         ahead = 2 * -(-size // self.world.size)
         squares = zip(mine, prefetch(read, mine, self.workers, ahead), strict=True)
-        readable: list[int] = []  # the next batches, of all processes
-        pixels: dict[int, numpy.ndarray] = {}  # of this one's
+        readable: list[int] = []  # images of the next batches, of all processes
+        pixels: dict[int, numpy.ndarray] = {}  # of this process's images
         for group in groups:
             failures: dict[int, str] = {}
             for number, square in itertools.islice(squares, len(self.world.share(group))):
@@ -179,9 +156,8 @@ class JointStage:
                     failures[number] = str(square)
                 else:
                     pixels[number] = square
-            failures = {
-                n: why for part in self.world.all_gather(failures) for n, why in part.items()
-            }
+            for part in self.world.all_gather(failures):
+                failures |= part
             for number in group:
                 if number in failures:
                     self.unreadable[str(self.images[number].image)] = failures[number]
@@ -194,7 +170,7 @@ class JointStage:
             yield self._batch(readable, pixels)
 
     def _batch(self, batch: list[int], squares: dict[int, numpy.ndarray]) -> JointBatch | None:
-        """Make this process's share of a batch, those of ``squares``, which are taken out."""
+        """Return this process's share of a batch: its images in ``squares``, which are removed."""
         numbers = [number for number in batch if number in squares]
         if not numbers:
             return None
@@ -215,9 +191,9 @@ class JointStage:
         self.decoder.train(training)
 
     def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
-        """Cross-entropy of all captions of the batch's images."""
+        """Return the cross-entropy of all captions of the batch's images."""
         pixels = self.encoder.normalise(batch.pixels.to(self.device, non_blocking=True))
-        # Few at a time, as in extraction: what lies between two layers then stays in the cache.
+        # Few at a time, as in extraction: activations then stay in the core's cache.
         few = pixels.split(inference_batch_size(self.device))
         with torch.no_grad():
             hidden = torch.cat([self.frozen(part) for part in few])
@@ -228,23 +204,25 @@ class JointStage:
             self.options.label_smoothing,
         )
 
-    def facts(self) -> dict[str, float]:
-        """Nothing else."""
+    def extra_metrics(self) -> dict[str, float]:
+        """Return none."""
         return {}
 
     def validate(self) -> Validation:
-        """Encode the val images with the present encoder, and score the decoder on them."""
+        """Encode the val images with the current encoder, and score the decoder on them."""
         encoder = copy.deepcopy(self.encoder)
         encoder.precision = self.options.precision
         encoder.for_inference()
         features, failures = encode_distributed(encoder, self.val_images, self.workers, self.world)
         if failures:
             number, reason = next(iter(failures.items()))
-            raise InputError(f"{self.val_images[number]}: {reason}, though it was whole before")
+            raise InputError(
+                f"{self.val_images[number]}: {reason}, although it was readable before"
+            )
         return self.validator.validate(self.decoder, features, self.world)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        """Describe the present weights, the encoder's among them."""
+        """Return the current weights, including the encoder's."""
         self.encoder.forget_identity()
         return Checkpoint(
             decoder_config=self.decoder.config,

@@ -11,23 +11,20 @@ from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.utils.progress import progress_bar
 
-# How it is trained. On val a space of 1024, other rates of dropout, or batches twice as large chose
-# captions as well, within noise.
-EPOCHS, BATCH_SIZE = 10, 512
-
-
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.05
-
-
-# A million captions are not seen ten times.
-MOST_STEPS = 4000
+# A space of 1024 dimensions, other dropout rates, or batches twice as large rerank val captions
+# equally well, within noise.
+EPOCHS = 10
+BATCH_SIZE = 512
+LEARNING_RATE = 1e-3
+WEIGHT_DECAY = 0.05
+MAX_STEPS = 4000  # for millions of captions
 
 
 class Features(Protocol):
-    """Features by their image's number: a tensor (N, 2048), or ``dataset.ImageFeatures``."""
+    """Features by image number: a tensor (N, 2048), or a ``FeatureSet``."""
 
     def __getitem__(self, images: Tensor) -> Tensor:
-        """Give the features of images, int64 (B,), as float (B, 2048)."""
+        """Return the features of images, int64 (B,), as float (B, 2048)."""
 
 
 def train_matcher(
@@ -38,14 +35,14 @@ def train_matcher(
     seed: int,
     device: torch.device,
 ) -> Matcher:
-    """Train a matcher on the captions of training images.
+    """Train a matcher on training images and their captions.
 
     Args:
         features: of the images.
-        captions: theirs.
-        vocabulary_size: tokens V.
-        statistics: mean and scale (2048,) that bring the features to standard, as the decoder's.
-        seed: of weights, order and dropout.
+        captions: their captions.
+        vocabulary_size: number of tokens V.
+        statistics: mean and scale, each (2048,), that standardize the features.
+        seed: of initial weights, order and dropout.
         device: where to train.
     """
     torch.manual_seed(seed)
@@ -54,13 +51,16 @@ def train_matcher(
     matcher.feature_scale.copy_(statistics[1])
     matcher.to(device).train()
     optimizer = torch.optim.AdamW(
-        matcher.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        matcher.parameters(),
+        lr=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        fused=device.type in ("cpu", "cuda"),
     )
     batches = -(-len(captions) // BATCH_SIZE)
-    steps = min(EPOCHS * batches, MOST_STEPS)
+    steps = min(EPOCHS * batches, MAX_STEPS)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.empty(0, dtype=torch.int64)
-    for _ in progress_bar(range(steps), desc="matching", unit="batch", leave=False):
+    for _ in progress_bar(range(steps), desc="matcher", unit="batch", leave=False):
         if not len(order):
             order = torch.randperm(len(captions))
         indices, order = order[:BATCH_SIZE], order[BATCH_SIZE:]

@@ -1,64 +1,77 @@
-"""The folder of a training run: its settings, and its files of one line an epoch.
+"""The folder of a training run.
 
-A run folder holds
+It holds
 
-    config.json     the options of the run
-    log.jsonl       one line an epoch: losses, scores, learning rate, seconds
-    samples.jsonl   one line an epoch: the captions of a few val images, always the same ones
-    curves.svg      what log.jsonl says, drawn
-    report.html     the run at a glance: open it in a browser
-    last.pt         everything needed to go on
-    best.pt         the epoch with the best CIDEr-D on val: the model to use
+    config.json              the options of the run
+    log.jsonl                one line per epoch: losses, scores, learning rate, seconds
+    samples.jsonl            one line per epoch: captions of a few val images, always the same ones
+    curves.svg, curves.png   log.jsonl as a figure
+    report.html              an overview of the run for the browser
+    last.pt                  the last epoch, with everything needed to resume
+    best.pt                  the epoch with the best CIDEr-D on val: the model to use
 
-and after the training ``predictions.json`` and ``scores.json``, those of ``best.pt``.
+and after the training ``predictions.json`` and ``scores.json``, those of the best epoch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from pipeline.datasets.caption_table import CaptionTable
+from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 
-CONFIG, LOG, SAMPLES, CURVES, REPORT, PREDICTIONS, SCORES = (
-    "config.json",
-    "log.jsonl",
-    "samples.jsonl",
-    "curves.svg",
-    "report.html",
-    "predictions.json",
-    "scores.json",
+CONFIG = "config.json"
+LOG = "log.jsonl"
+SAMPLES = "samples.jsonl"
+CURVES = "curves.svg"
+CURVES_PNG = "curves.png"
+REPORT = "report.html"
+PREDICTIONS = "predictions.json"
+SCORES = "scores.json"
+RUN_FILES = (
+    "last.pt",
+    "best.pt",
+    LOG,
+    SAMPLES,
+    CURVES,
+    CURVES_PNG,
+    REPORT,
+    CONFIG,
+    PREDICTIONS,
+    SCORES,
 )
-RUN_FILES = ("last.pt", "best.pt", LOG, SAMPLES, CURVES, REPORT, CONFIG, PREDICTIONS, SCORES)
 TENSORBOARD = "tensorboard"  # a folder
+# Data may move, so these may change when a run is resumed; the hashes of its splits may not.
 PATH_OPTIONS = {"data", "captions", "features", "weights"}
-# What runs had that were begun before there was a choice.
-EARLIER_OPTIONS = {"tokenizer": "english"}
+
+
+def split_hashes(table: CaptionTable) -> dict[str, str]:
+    """Return the settings that identify the training data: hashes of the lists of images."""
+    return {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
 
 
 def open_run(
     run: Path, settings: dict[str, Any], force: bool, world: World = SINGLE_PROCESS
 ) -> None:
-    """Make the run folder and its ``config.json``, or check that the run there is the same one.
+    """Create the run folder and its ``config.json``, or check that it holds the same run.
 
-    To be called when all inputs are known to be good: ``force`` deletes the run there.
-    Paths are not compared, as data may move; the hashes of the splits are. Of a job's processes,
-    which must have the same settings, rank 0 alone does this.
+    Call it after all inputs are checked, as ``force`` deletes what is there. All processes must
+    have the same settings; rank 0 alone touches the folder.
 
     Raises:
         UserError: the folder holds a run with other settings, and ``force`` is not set; or the
             processes' settings differ.
     """
     world.refuse_differences(settings)
-    if world.rank == 0:
-        _open_run(run, settings, force)
-
-
-def _open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
+    if world.rank > 0:
+        return
     if force:
         for file in (run / name for name in RUN_FILES):
             try:
@@ -73,30 +86,42 @@ def _open_run(run: Path, settings: dict[str, Any], force: bool) -> None:
 
 
 def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
-    """Check that the run in a folder, if there is one, can go on with these settings.
+    """Check that a run in the folder, if there is one, has the same settings.
+
+    An option that is missing in its ``config.json`` is taken to have its default.
 
     Raises:
-        UserError: it has others; see ``open_run``.
+        UserError: it has others, or its ``config.json`` is damaged.
     """
     path = run / CONFIG
-    settings = json.loads(json.dumps(settings))  # as it will be read again: tuples as lists
-    if path.is_file() and (run / "last.pt").is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        before |= {k: v for k, v in EARLIER_OPTIONS.items() if k in settings and k not in before}
-        for option in sorted((before.keys() | settings.keys()) - PATH_OPTIONS):
-            if before.get(option) != settings.get(option):
-                raise UserError(
-                    f"{run} was started with {option} {before.get(option)}, not "
-                    f"{settings.get(option)}: give that to go on with it, another --run for a "
-                    "new one, or --force to start it over"
-                )
+    if not path.is_file() or not (run / "last.pt").is_file():
+        return
+    try:
+        saved = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); --force starts over") from error
+    settings = json.loads(json.dumps(settings))  # tuples as lists
+    options_class = JointOptions if "unfreeze_from" in settings else DecoderOptions
+    for field in dataclasses.fields(options_class):
+        if field.default is not dataclasses.MISSING:
+            saved.setdefault(field.name, field.default)
+    for name in sorted(settings.keys() - PATH_OPTIONS):
+        before, now = saved.get(name), settings[name]
+        same = before == now
+        if name == "start" and not same and before:
+            same = [Path(path).resolve() for path in before] == [Path(p).resolve() for p in now]
+        if not same:
+            raise UserError(
+                f"{run} was started with {name} {before}, not {now}: resume with that value, "
+                "choose another --run, or restart with --force"
+            )
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one line an epoch; one that is not there has none.
+    """Read a file of one JSON object per epoch; a missing file has none.
 
     Raises:
-        UserError: the file cannot be read, or is not one of these.
+        UserError: the file cannot be read, or is not such a file.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -106,18 +131,18 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
         return []
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{path}: not a file of one JSON object an epoch") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path}: not a file of one JSON object per epoch") from error
 
 
 def trim_epochs(path: Path, epoch: int) -> None:
-    """Drop the lines of epochs after ``epoch``: they were written, but never saved."""
+    """Drop the lines of epochs after ``epoch``, which were written but never saved."""
     if path.is_file():
         _write(path, [record for record in read_epochs(path) if record["epoch"] <= epoch])
 
 
 def append_epoch(path: Path, record: dict[str, Any]) -> None:
-    """Add the line of an epoch, whole or not at all."""
+    """Add the line of an epoch, completely or not at all."""
     _write(path, [*read_epochs(path), record])
 
 

@@ -1,9 +1,9 @@
-"""Self-critical training: the decoder draws captions itself and learns from their CIDEr-D.
+"""Self-critical training: the decoder samples captions and learns from their CIDEr-D.
 
-Rennie et al. (arXiv 1612.00563): a drawn caption with reward r gets the loss
--(r - b) log p(caption). The baseline b is the mean reward of the other captions drawn for the
-same image (Luo, arXiv 2003.09971), which spares a search for each. <end> counts as a token
-in the reward, as captions otherwise learn to break off; it never does in a score.
+Rennie et al. (arXiv 1612.00563): a sampled caption with reward r has the loss
+-(r - b) log p(caption). The baseline b is the mean reward of the other captions sampled for the
+same image (Luo, arXiv 2003.09971), which saves a greedy search per image. In the reward <end>
+counts as a token, or else captions learn to stop mid-sentence; in scores it never does.
 """
 
 from __future__ import annotations
@@ -23,29 +23,28 @@ from pipeline.decoding.search import sample
 from pipeline.metrics.cider import Idf, Weighed, cider_d, ngrams
 from pipeline.models.decoder import Decoder
 
-# Captions drawn for an image, as many as Flickr8k's people wrote.
-SAMPLES = 5
+SAMPLES = 5  # captions sampled per image, as many as Flickr8k has references
 
 
 class Reward:
-    """CIDEr-D of drawn captions against the training captions of their images.
+    """CIDEr-D of sampled captions against the training captions of their images.
 
-    Document frequencies are those of all training images. The captions themselves are weighed
-    when they are asked for: kept, they would take many times the memory of their numbers.
+    Document frequencies are those of all training images. TF-IDF vectors of the references are
+    computed when needed: storing them would take many times the memory of the captions.
     """
 
     def __init__(self, captions: EncodedCaptions) -> None:
         self._tokens = captions.tokens
         self._offsets = captions.offsets
         self._first = captions.first_of_image
-        self._rarity = Idf(self._ngrams_of_images())
+        self._idf = Idf(self._ngrams_of_images())
 
     def _ngrams_of_images(self) -> Iterator[set[tuple[object, ...]]]:
         for image in range(len(self._first) - 1):
             yield {ngram for caption in self._captions(image) for ngram in ngrams(caption)}
 
     def _captions(self, image: int) -> list[list[int]]:
-        """Give the captions of an image as numbers, without <start>, with <end>."""
+        """Return the captions of an image as token ids, without <start>, with <end>."""
         first, last = int(self._first[image]), int(self._first[image + 1])
         bounds = self._offsets[first : last + 1].tolist()
         tokens = self._tokens[bounds[0] : bounds[-1]].tolist()
@@ -54,13 +53,13 @@ class Reward:
             for start, end in itertools.pairwise(bounds)
         ]
 
-    def __call__(self, image: int, drawn: Sequence[Sequence[int]]) -> list[float]:
-        """Reward captions, without <start> and <end>, of one image: CIDEr-D from 0 to 10."""
-        references = [self._weigh(caption) for caption in self._captions(image)]
-        return [cider_d(self._weigh([*tokens, END_ID]), references) / 100 for tokens in drawn]
+    def __call__(self, image: int, sampled: Sequence[Sequence[int]]) -> list[float]:
+        """Return the CIDEr-D, 0 to 10, of captions of one image, without <start> and <end>."""
+        references = [self._tf_idf(caption) for caption in self._captions(image)]
+        return [cider_d(self._tf_idf([*tokens, END_ID]), references) / 100 for tokens in sampled]
 
-    def _weigh(self, tokens: Sequence[int]) -> Weighed:
-        return self._rarity.weigh(ngrams(tokens))
+    def _tf_idf(self, tokens: Sequence[int]) -> Weighed:
+        return self._idf.weigh(ngrams(tokens))
 
 
 @dataclass
@@ -69,59 +68,57 @@ class SelfCritical:
 
     Attributes:
         captions: the training captions.
-        truth: weight of the ordinary loss of one training caption an image: it keeps the
-            captions sound where CIDEr-D does not look.
-        search: the lengths that drawn captions may have.
-        rewards, drawn: sum of the rewards, and number of captions, since ``reset``.
+        cross_entropy_weight: weight of the cross-entropy of one training caption per image, which
+            keeps captions grammatical where CIDEr-D does not measure it.
+        search: limits the lengths of sampled captions.
+        reward_sum, sampled: sum of the rewards, and number of captions, since ``reset``.
     """
 
     captions: EncodedCaptions
-    truth: float
+    cross_entropy_weight: float
     search: SearchConfig = field(default_factory=SearchConfig)
-    rewards: float = 0.0
-    drawn: int = 0
+    reward_sum: float = 0.0
+    sampled: int = 0
 
     def __post_init__(self) -> None:
         self.reward = Reward(self.captions)
         self.first = self.captions.first_of_image
 
     def reset(self) -> None:
-        """Begin to count anew."""
-        self.rewards, self.drawn = 0.0, 0
-
-    @property
-    def mean_reward(self) -> float:
-        """The mean CIDEr-D, in percent, of the captions drawn since ``reset``."""
-        return 100 * self.rewards / max(1, self.drawn)
+        """Start the sums of an epoch."""
+        self.reward_sum, self.sampled = 0.0, 0
 
     def loss(
         self, decoder: Decoder, features: Tensor, images: Tensor, label_smoothing: float
     ) -> tuple[Tensor, int]:
-        """Draw captions for some images, and sum their loss.
+        """Sample captions for some images, and sum their loss.
 
         Args:
-            decoder: in training mode. Captions are drawn without dropout.
+            decoder: in training mode. Captions are sampled without dropout.
             features: float (B, 2048), on the decoder's device.
-            images: int64 (B,): the images' numbers.
-            label_smoothing: of the ordinary loss.
+            images: int64 (B,): numbers of the images.
+            label_smoothing: of the cross-entropy.
 
         Returns:
-            The loss, and the number of drawn captions that it is a sum over.
+            The loss, and the number of sampled captions that it is a sum over.
         """
         decoder.eval()
-        drawn = [
+        sampled = [
             [hypothesis.tokens for hypothesis in group]
             for group in sample(decoder, features, SAMPLES, self.search)
         ]
         decoder.train()
         rewards = torch.tensor(
-            [self.reward(image, group) for image, group in zip(images.tolist(), drawn, strict=True)]
+            [
+                self.reward(image, group)
+                for image, group in zip(images.tolist(), sampled, strict=True)
+            ]
         )  # (B, SAMPLES)
-        self.rewards += float(rewards.sum())
-        self.drawn += rewards.numel()
+        self.reward_sum += float(rewards.sum())
+        self.sampled += rewards.numel()
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (SAMPLES - 1)
         captions = pad_sequence(
-            [torch.tensor([START_ID, *tokens, END_ID]) for group in drawn for tokens in group],
+            [torch.tensor([START_ID, *tokens, END_ID]) for group in sampled for tokens in group],
             batch_first=True,
             padding_value=PAD_ID,
         )
@@ -130,11 +127,11 @@ class SelfCritical:
             captions.to(features.device),
             weights=(rewards - baseline).flatten().to(features.device),
         )
-        if self.truth:
+        if self.cross_entropy_weight:
             counts = self.first[images + 1] - self.first[images]
             chosen = self.first[images] + (torch.rand(len(images)) * counts).long()
-            truth, _ = decoder.loss(
+            cross_entropy, _ = decoder.loss(
                 features, self.captions.padded(chosen).to(features.device), label_smoothing
             )
-            loss = loss + self.truth * SAMPLES * truth
+            loss = loss + self.cross_entropy_weight * SAMPLES * cross_entropy
         return loss, rewards.numel()

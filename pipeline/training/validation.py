@@ -1,4 +1,4 @@
-"""Scoring a decoder on a split: loss teacher-forced, captions decoded."""
+"""Scoring a decoder on a split: teacher-forced loss, and scores of decoded captions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
+from pipeline.datasets.caption_table import CaptionTable
+from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions, tokenized
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions
@@ -17,8 +18,23 @@ from pipeline.features.feature_set import FeatureSet
 from pipeline.metrics.coco import Scorer
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.distributed import SINGLE_PROCESS, World
+from pipeline.utils.errors import UserError
 
-SAMPLES = 8
+SAMPLES = 8  # val images whose captions are logged after every epoch
+Tokenized = dict[str, list[list[str]]]  # image name -> tokens of each caption
+
+
+def split_captions(table: CaptionTable, tokenizer: str, what: str) -> tuple[Tokenized, Tokenized]:
+    """Return the tokenized captions of train and val.
+
+    Raises:
+        UserError: a split has no image; the message calls it ``what``.
+    """
+    train, val = (tokenized(table.of_split(split), tokenizer) for split in ("train", "val"))
+    for split, images in (("train", train), ("val", val)):
+        if not images:
+            raise UserError(f"{table.source}: no {what} is in the {split} split")
+    return train, val
 
 
 def search_all(
@@ -27,7 +43,7 @@ def search_all(
     config: SearchConfig,
     reranker: Reranker,
 ) -> Iterator[list[Hypothesis]]:
-    """Search captions for features that come in batches (B, 2048), on the decoder's device."""
+    """Yield the captions of images whose features come in batches (B, 2048)."""
     device = decoder.feature_mean.device
     for batch in features:
         yield from best_captions(decoder, batch.to(device), config, reranker)
@@ -41,9 +57,9 @@ def mean_loss(
     batch_size: int = 256,
     world: World = SINGLE_PROCESS,
 ) -> float:
-    """Mean cross-entropy a token, in nats; ``captions.images`` index ``features``.
+    """Return the mean cross-entropy per token, in nats; ``captions.images`` index ``features``.
 
-    The processes of ``job`` share the batches.
+    The processes of ``world`` share the batches.
     """
     device = decoder.feature_mean.device
 
@@ -62,10 +78,7 @@ def mean_loss(
 
 
 def sample_names(names: Iterable[str]) -> list[str]:
-    """Choose eight names, or all of fewer, spread evenly over the sorted ones.
-
-    They follow from the names alone: for a split they are the same in every run.
-    """
+    """Choose at most eight names, evenly spaced in sorted order: for a split always the same."""
     ordered = sorted(names)
     count = min(SAMPLES, len(ordered))
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
@@ -73,11 +86,11 @@ def sample_names(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation found.
+    """The result of a validation.
 
     Attributes:
         scores: ``val_loss``, ``CIDEr-D`` and others by name.
-        samples: the captions of a few images by the images' names, always the same images.
+        samples: captions of a few images by image name, always the same images.
     """
 
     scores: dict[str, float]
@@ -85,11 +98,10 @@ class Validation:
 
 
 class Validator:
-    """The val split, prepared once: captions as numbers, references for the scorer.
+    """The val split, prepared once: captions as token ids, references for the scorer.
 
-    Captions are searched with three beams, not greedily: greedy scores rank epochs
-    otherwise than the search that people use, and were seen to favour early ones. Second
-    opinions (``reranking``) are left out, as they would take longer than they tell.
+    Captions are decoded with three beams: greedy decoding ranks epochs differently from the
+    default search and was seen to favour early ones. Reranking is left out to save time.
     """
 
     def __init__(
@@ -114,12 +126,12 @@ class Validator:
     ) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
-        The processes of ``job`` share the work batch by batch: the batches of one process, so
-        that captions and scores are the same, whatever their number.
+        The processes of ``world`` share the work batch by batch, in the batches of one process, so
+        that captions and scores do not depend on their number.
 
         Returns:
-            ``val_loss``, the scores of captions searched with three beams, and ``distinct``,
-            the number of different captions; and the captions of ``samples``.
+            ``val_loss``, the scores of the captions, ``distinct``, the number of different
+            captions, and the captions of ``samples``.
         """
 
         def search(images: Tensor) -> list[list[int]]:

@@ -105,7 +105,7 @@ def test_a_kill_before_the_second_opinions_is_made_good(
     whole = load_checkpoint(run)
     save_checkpoint(run / "best.pt", replace(whole, neighbours=None, matcher=None))
     result = finetune(drawn_run, run, "--epochs", "3")
-    assert result.exit_code == 0 and "going on after epoch 3" in result.stderr, result.output
+    assert result.exit_code == 0 and "resuming after epoch 3" in result.stderr, result.output
     again = load_checkpoint(run)
     assert whole.matcher is not None and again.matcher is not None
     for name, tensor in whole.matcher.state_dict().items():

@@ -29,12 +29,12 @@ def captions() -> EncodedCaptions:
 
 
 def test_the_reward_is_cider_d_with_the_end_as_a_token() -> None:
-    drawn = ["a red car".split(), "the blue car".split(), "the green house on a hill".split()]
+    sampled = ["a red car".split(), "the blue car".split(), "the green house on a hill".split()]
     reward = Reward(captions())
     # The scorer knows no <end>, so a word that no caption has stands for it.
     scorer = Scorer({str(n): [[*words, "END"] for words in g] for n, g in enumerate(GROUPS)})
-    expected = scorer.per_image_cider({str(n): [*words, "END"] for n, words in enumerate(drawn)})
-    for image, words in enumerate(drawn):
+    expected = scorer.per_image_cider({str(n): [*words, "END"] for n, words in enumerate(sampled)})
+    for image, words in enumerate(sampled):
         [found] = reward(image, [WORDS.encode(words)])
         assert 100 * found == pytest.approx(expected[str(image)])
 
@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     torch.manual_seed(1)
     decoder = Decoder(DecoderConfig(len(words), 8, 8, dropout=0.0, feature_size=2))
     features = torch.tensor([[2.0, -1.0]])
-    critic = SelfCritical(encoded, truth=0.0, search=SearchConfig(max_length=2))
+    critic = SelfCritical(encoded, cross_entropy_weight=0.0, search=SearchConfig(max_length=2))
     # No token but x, y and <end> is ever likely, so that what is forbidden does not matter.
     with torch.no_grad():
         decoder.projection.bias[[PAD_ID, START_ID, 3]] = -30.0
@@ -75,7 +75,7 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     x, y = words.encode(["x", "y"])
     # Of two words <end> must come next, of none it may not: the policy is not the plain model's
     # there. One gradient step of the estimate is compared with one of the same estimate exact:
-    # sum over captions of q(c) r(c) grad log p(c), q being how often c is drawn.
+    # sum over captions of q(c) r(c) grad log p(c), q being how often c is sampled.
     every = [[x], [y], [x, x], [x, y], [y, x], [y, y]]
     decoder.eval()
     torch.manual_seed(2)
@@ -105,10 +105,10 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     assert (total - exact).norm() < 0.1 * exact.norm()
 
 
-@pytest.mark.parametrize("truth", [0.0, 0.05])
-def test_the_decoder_learns_what_is_rewarded(truth: float) -> None:
+@pytest.mark.parametrize("cross_entropy_weight", [0.0, 0.05])
+def test_the_decoder_learns_what_is_rewarded(cross_entropy_weight: float) -> None:
     decoder = make_decoder(dropout=0.1)
-    critic = SelfCritical(captions(), truth)
+    critic = SelfCritical(captions(), cross_entropy_weight)
     optimizer = torch.optim.Adam(decoder.parameters(), lr=0.01)
     images = torch.arange(3).repeat(4)
     means = []
@@ -122,7 +122,7 @@ def test_the_decoder_learns_what_is_rewarded(truth: float) -> None:
             optimizer.zero_grad()
             (loss / count).backward()
             optimizer.step()
-        assert critic.drawn == 60 * 12 * SAMPLES
-        means.append(critic.mean_reward)
+        assert critic.sampled == 60 * 12 * SAMPLES
+        means.append(100 * critic.reward_sum / critic.sampled)
     assert means[0] < 150
     assert means[-1] > 250

@@ -110,7 +110,7 @@ def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
         assert ": cannot be written (" in refusal(data, run)
     assert load_checkpoint(run / "last.pt").epoch == 2
     result = invoke(data, run)
-    assert result.exit_code == 0 and "going on after epoch 2" in result.stderr
+    assert result.exit_code == 0 and "resuming after epoch 2" in result.stderr
     assert contents(run) == whole
 
 
@@ -142,7 +142,7 @@ def test_a_run_folder_that_is_deleted(
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         before_epoch(patch, 2, lambda: shutil.rmtree(run))
-        assert f"{run}: is gone; the same command begins the run anew" in refusal(data, run)
+        assert f"{run}: is gone; the same command starts the run anew" in refusal(data, run)
     assert not run.exists()
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
@@ -219,7 +219,7 @@ class Spoilt(ScriptedStage):
 
 
 @pytest.mark.parametrize(
-    ("where", "told"),
+    ("where", "message"),
     [
         ("loss", "the loss is inf in epoch 2"),
         ("gradient", "the gradient is nan in epoch 2"),
@@ -227,11 +227,13 @@ class Spoilt(ScriptedStage):
     ],
 )
 def test_what_is_no_number_stops_the_run_with_the_last_good_weights(
-    tmp_path: Path, where: str, told: str
+    tmp_path: Path, where: str, message: str
 ) -> None:
     stage, run = Spoilt([]), tmp_path / "run"
     stage.where = where
-    with pytest.raises(UserError, match=f"{told}; a lower learning rate may help. What was saved"):
+    with pytest.raises(
+        UserError, match=f"{message}; a lower learning rate may help. Earlier epochs are saved"
+    ):
         train(stage, run, config(3))
     assert load_checkpoint(run / "last.pt").epoch == 1
     for name in ("last.pt", "best.pt"):

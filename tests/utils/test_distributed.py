@@ -22,12 +22,12 @@ from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder
 from pipeline.training.decoder_stage import (
     CaptionBatch,
-    DecoderOptions,
     DecoderStage,
     ImageBatch,
     prepare_stage,
 )
-from pipeline.training.joint_stage import JointBatch, JointOptions, JointStage, TrainingImage
+from pipeline.training.joint_stage import JointBatch, JointStage, TrainingImage
+from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.training.validation import Validator
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
@@ -65,26 +65,15 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> DecoderStage:
     data, features = make_small_data(folder)
     options = DecoderOptions(
         data=str(data),
-        captions=None,
         features=str(features),
         epochs=2,
         batch_size=7,
-        lr=1e-3,
-        weight_decay=0.01,
-        label_smoothing=0.1,
         embed_size=8,
         hidden_size=8,
         dropout=0.0,
-        feature_dropout=0.0,
-        init_state_from_image=True,
-        tie_embeddings=True,
         ema_decay=0.0,
         min_count=1,
         self_critical_epochs=1,
-        self_critical_lr=1e-4,
-        self_critical_truth=0.05,
-        patience=0,
-        seed=0,
         precision="fp32",
     )
     return prepare_stage(options, folder / "run", CPU, 1e9, force=False)
@@ -167,22 +156,13 @@ def joint_stage(tmp_path_factory: pytest.TempPathFactory) -> JointStage:
     options = JointOptions(
         start=("none",),
         data=str(folder),
-        captions=None,
-        weights=None,
         features="none.h5",
         epochs=2,
         batch_size=5,
         grad_accum_steps=1,
-        encoder_lr=1e-4,
-        decoder_lr=1e-4,
-        weight_decay=0.01,
-        label_smoothing=0.1,
         ema_decay=0.0,
         unfreeze_from="Mixed_7c",
         min_crop=0.8,
-        flip=True,
-        patience=0,
-        seed=0,
         precision="fp32",
     )
     decoder = Decoder(DecoderConfig(len(vocabulary), 8, 8, dropout=0.0))

@@ -110,7 +110,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     """Thirty steps on people's captions, and twenty on drawn ones; alone in this process."""
     one, two = tmp_path / "one", tmp_path / "two"
-    more = ("--epochs", "17", "--self-critical-epochs", "2", "--self-critical-truth", "0")
+    more = ("--epochs", "17", "--self-critical-epochs", "2", "--cross-entropy-weight", "0")
     monkeypatch.setattr(self_critical, "sample", fixed_draws)
     alone = CliRunner().invoke(train_decoder.main, [*map(str, small), *more, "--run", str(one)])
     assert alone.exit_code == 0, alone.stderr
@@ -201,7 +201,7 @@ def test_another_number_of_processes_goes_on_with_a_run(
     done = load_checkpoint(run / "last.pt").epoch
     ended = run_command(launchers[then], *arguments)
     assert ended.returncode == 0, ended.stderr
-    assert 5 <= done + 1 < 60 and f"going on after epoch {done}\n" in ended.stderr
+    assert 5 <= done + 1 < 60 and f"resuming after epoch {done}\n" in ended.stderr
     assert_same_training(whole, run, 1e-5)
 
 
@@ -227,7 +227,7 @@ def test_killed_processes_are_restarted_and_end_as_undisturbed_to_the_bit(
         assert ended.returncode == 0, ended.stderr
         assert len(list(faults.iterdir())) == kill.count(":")
         for epoch in (3, 6, 9):
-            assert (f"going on after epoch {epoch}\n" in ended.stderr) == bool(kill)
+            assert (f"resuming after epoch {epoch}\n" in ended.stderr) == bool(kill)
     assert_same_training(runs[0], runs[1], 0.0)
     assert_same_scores(runs[0], runs[1])
     for name in ("samples.jsonl", "predictions.json", "scores.json", "curves.svg"):

@@ -130,7 +130,7 @@ def test_a_run_in_bf16_learns_goes_on_and_is_read_on_the_cpu(
     monkeypatch.setattr(DecoderStage, "validate", validate)
     run(train_decoder.main, f"{options} --run {tmp_path / 'cut'}", code=130)
     ended = run(train_decoder.main, f"{options} --run {tmp_path / 'cut'}")
-    assert "going on after epoch 7" in ended.stderr
+    assert "resuming after epoch 7" in ended.stderr
     for one, other in zip(log, log_of(tmp_path / "cut"), strict=True):
         assert one["train_loss"] == pytest.approx(other["train_loss"], rel=0.02)
 

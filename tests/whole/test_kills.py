@@ -127,14 +127,14 @@ def lines_of(path: Path) -> int:
             "train",
             slowed(decoder_stage.DecoderStage, "loss"),
             lambda folder: (folder / "run/last.pt").is_file(),
-            "going on after epoch ",
+            "resuming after epoch ",
             id="train",
         ),
         pytest.param(
             "finetune",
             slowed(joint_stage, "load_image"),
             lambda folder: "epoch 1/2" in said(folder),
-            "going on after epoch 1",
+            "resuming after epoch 1",
             id="finetune",
         ),
         pytest.param(
