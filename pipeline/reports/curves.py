@@ -30,7 +30,7 @@ HEIGHTS = [3, 3, 1]
 COLORS = ["#0969da", "#bc4c00", "#1a7f37"]
 BEST_COLOR = "#8250df"
 # The same log gives the same bytes; text stays text.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "curves",
     "svg.fonttype": "none",
     "font.size": 10,
@@ -83,6 +83,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     best = best_record(log)
     for axes, (title, series) in zip(panels, PANELS.items(), strict=True):
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
         axes.axvline(best["epoch"], color=BEST_COLOR, linestyle="--", linewidth=1.2)
         _draw_series(axes, log, series)
@@ -93,8 +94,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         color=BEST_COLOR,
     )
     panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[-1].ticklabel_format(axis="y", scilimits=(-2, 4))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure
 
 
