@@ -5,9 +5,9 @@
     python train_decoder.py --data photos --check             # are they fit to train on?
 
 The run folder holds best.pt (the model to use), last.pt, config.json, log.jsonl and
-samples.jsonl (scores and a few captions after every epoch), curves.svg, report.html (open it in a
-browser, also while the training goes on), and the scores and predictions of best.pt on val. The
-same command goes on with a run that was stopped. Exit codes: 0 done, 2 the command was wrong; with
+samples.jsonl (scores and a few captions after every epoch), curves.svg and curves.png, report.html
+(for the browser, also during training), and the scores and predictions of best.pt on val. The same
+command resumes a run that was stopped. Exit codes: 0 done, 2 the command was wrong; with
 --check 0 training can start, 1 features have to be extracted first, 2 it cannot start.
 """
 

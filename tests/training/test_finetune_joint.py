@@ -22,7 +22,8 @@ from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.images import read_square
 from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.training.finetune import may_flip
+from pipeline.training.finetune import may_flip, settings_to_start_from
+from pipeline.utils.errors import UserError
 
 FAST = ["--batch-size", "8", "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
 
@@ -79,7 +80,7 @@ def test_the_result_captions_by_itself(
     assert result.stdout.startswith(f"{image}\t")
 
 
-def test_second_opinions_are_of_the_encoder_that_was_chosen(
+def test_reranking_uses_features_of_the_fine_tuned_encoder(
     drawn_run: DrawnRun, joint_run: Path
 ) -> None:
     """Neighbours and matcher are made of features as the model's own encoder gives them."""
@@ -98,7 +99,7 @@ def test_second_opinions_are_of_the_encoder_that_was_chosen(
     assert torch.equal(after.matcher.feature_mean, captioner.decoder.feature_mean)
 
 
-def test_a_kill_before_the_second_opinions_is_made_good(
+def test_a_kill_before_the_matcher_is_trained_is_made_good(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
 ) -> None:
     run = shutil.copytree(joint_run, tmp_path / "run")
@@ -181,6 +182,13 @@ def test_a_broken_image_is_left_out_and_named(
     assert f"failed: {broken}: " in result.stderr
 
 
+def test_a_run_in_progress_does_not_need_the_run_it_started_from(joint_run: Path) -> None:
+    settings = settings_to_start_from(joint_run, ["gone"], force=False)
+    assert settings["unfreeze_from"] == "Mixed_7c"
+    with pytest.raises(UserError, match="gone"):
+        settings_to_start_from(joint_run, ["gone"], force=True)
+
+
 def test_wrong_commands(drawn_run: DrawnRun, tmp_path: Path) -> None:
     for arguments, message in (
         (["--unfreeze-from", "Mixed_9z"], "Mixed_7a"),
@@ -194,7 +202,7 @@ def test_wrong_commands(drawn_run: DrawnRun, tmp_path: Path) -> None:
     assert (drawn_run.run / "best.pt").is_file()
 
 
-def test_a_image_whose_captions_tell_sides_is_not_flipped() -> None:
+def test_an_image_whose_captions_mention_sides_is_not_flipped() -> None:
     assert may_flip(["a dog runs", "brightly coloured birds"])
     assert not may_flip(["a dog runs", "A dog on the LEFT of a man"])
     assert not may_flip(["the man right of the car"])

@@ -341,6 +341,35 @@ def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     assert not (tmp_path / "last.pt").exists()
 
 
+def test_settings_that_an_older_run_lacks_have_their_default(tmp_path: Path) -> None:
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    open_run(tmp_path, {"seed": 0, "patience": 0}, force=False)
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    with pytest.raises(UserError, match="patience 0, not 3"):
+        open_run(tmp_path, {"seed": 0, "patience": 3}, force=False)
+
+
+def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    for content in ("{", "[1]", "3"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config.json: not readable.*--force"):
+            open_run(tmp_path, {"seed": 0}, force=False)
+
+
+def test_the_same_start_may_be_written_in_two_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"unfreeze_from": "Mixed_7a", "start": ("runs/a",)}
+    open_run(tmp_path, settings, force=False)
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    open_run(tmp_path, {**settings, "start": (str(tmp_path / "runs/a"),)}, force=False)
+    with pytest.raises(UserError, match=r"start \[.*runs/a'\], not \['runs/b'\]"):
+        open_run(tmp_path, {**settings, "start": ("runs/b",)}, force=False)
+
+
 def arguments(data: Path, features: Path, run: Path, *more: str) -> list[str]:
     """A command that trains in a second or two."""
     options = {
