@@ -18,15 +18,16 @@ REGULARIZATION = "Regularization"
 AUGMENTATION = "Image augmentation"
 
 
+def _fraction(default: float, help: str) -> Any:
+    """Return an option from 0 up to, but not including, 1."""
+    return option(default, help, min=0, max=1, open_max=True, heading=REGULARIZATION)
+
+
 def _ema_decay(default: float) -> Any:
-    return option(
+    return _fraction(
         default,
         "Decay per step of the exponential moving average (EMA) of the weights, which is the model "
         "that is scored and saved; nearer to 1 averages over more steps. 0 turns it off.",
-        min=0,
-        max=1,
-        open_max=True,
-        heading=REGULARIZATION,
     )
 
 
@@ -46,13 +47,8 @@ class TrainingOptions:
     weight_decay: float = option(
         1e-2, "Weight decay of the AdamW optimizer.", min=0, heading=REGULARIZATION
     )
-    label_smoothing: float = option(
-        0.1,
-        "Share of the target probability that is spread over all words.",
-        min=0,
-        max=1,
-        open_max=True,
-        heading=REGULARIZATION,
+    label_smoothing: float = _fraction(
+        0.1, "Share of the target probability that is spread over all words."
     )
     ema_decay: float = 0.0
     patience: int = option(
@@ -107,22 +103,14 @@ class DecoderOptions(TrainingOptions):
         "steps.",
         heading="Decoder",
     )
-    dropout: float = option(
+    dropout: float = _fraction(
         0.5,
         "Dropout on the LSTM's inputs and outputs. Raise it when val loss starts to rise early.",
-        min=0,
-        max=1,
-        open_max=True,
-        heading=REGULARIZATION,
     )
-    feature_dropout: float = option(
+    feature_dropout: float = _fraction(
         0.0,
         "Dropout on the image's 2048 features. 0.25 keeps val loss low for longer, but the best "
         "epoch's captions are better without.",
-        min=0,
-        max=1,
-        open_max=True,
-        heading=REGULARIZATION,
     )
     ema_decay: float = _ema_decay(0.998)
     min_count: int = option(

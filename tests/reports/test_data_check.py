@@ -22,7 +22,6 @@ from pipeline.reports import data_check
 from pipeline.reports.caption_statistics import (
     better_tokenizer,
     coverage,
-    most_shared,
     unspaced_example,
 )
 
@@ -326,10 +325,6 @@ def test_coverage() -> None:
 
 def images(*captions: tuple[str, ...]) -> list[CaptionedImage]:
     return [CaptionedImage(f"{number}.jpg", "train", own) for number, own in enumerate(captions)]
-
-
-def test_most_shared_caption() -> None:
-    assert most_shared(images(("a", "a", "a", "b"), ("b",), ("c",))) == ("b", 2)
 
 
 def test_english_with_a_few_foreign_words_stays_english() -> None:
