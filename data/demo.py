@@ -1,12 +1,11 @@
-"""Caption photographs, and run every stage on drawn scenes: what ``make demo`` does.
+"""Caption photographs, and run every stage on drawn scenes: ``make demo``.
 
     python data/demo.py
 
-First the captioner that comes with the program captions a few photographs, those that
-scikit-image brings along. Then it draws 400 captioned scenes, extracts their features, trains a
-decoder, fine-tunes both networks for a moment, scores both models, and captions drawings that
-neither has seen. Each command is printed before it runs. Nothing is downloaded: the encoder of
-the drawings is that of the captioner in the box.
+First the pretrained model captions a few photographs that come with scikit-image. Then the demo
+draws 400 captioned scenes, extracts their features, trains a decoder, fine-tunes both networks for
+two epochs, scores both models, and captions drawings that neither has seen. Each command is printed
+before it runs. Nothing is downloaded: features come from the pretrained model's encoder.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ def main() -> None:
     run("evaluate.py runs/demo --split test --no-java")
     run("evaluate.py runs/demo-joint --split test --no-java --html runs/demo-joint/test.html")
     show_captions()
-    echo("To look at in a browser: runs/demo/report.html, runs/demo-joint/test.html")
+    echo("Open in a browser: runs/demo/report.html, runs/demo-joint/test.html")
 
 
 def caption_photographs() -> None:
-    """Caption scikit-image's photographs with the model that comes with the program."""
+    """Caption scikit-image's photographs with the pretrained model."""
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         echo(
@@ -51,7 +50,7 @@ def caption_photographs() -> None:
         )
         return
     folder = os.path.relpath(Path(package.origin).parent / "data", ROOT)
-    echo("Photographs of scikit-image, and the captioner in the box:")
+    echo("Photographs from scikit-image, captioned by the pretrained model:")
     run("caption.py --model pretrained " + " ".join(f"{folder}/{name}" for name in PHOTOGRAPHS))
 
 
@@ -64,7 +63,7 @@ def run(command: str) -> None:
 
 
 def show_captions() -> None:
-    """Caption test images with caption.py and set each beside a person's words."""
+    """Caption test images with caption.py and print each beside two references."""
     with (ROOT / "data/scenes/captions.csv").open(encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     references: dict[str, list[str]] = {}
@@ -87,7 +86,7 @@ def show_captions() -> None:
 
 
 def echo(line: str) -> None:
-    """Print a line that stands out, before what the commands print."""
+    """Print a line in bold, before the output of the commands."""
     click.secho(f"\n{line}", bold=True)
     sys.stdout.flush()
 
