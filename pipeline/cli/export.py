@@ -1,7 +1,4 @@
-"""Write a captioner as ONNX files.
-
-The manual is in its --help, and in docs/export.md.
-"""
+"""Export a captioner as ONNX files; see docs/export.md."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from pipeline.utils.terminal import echo
     "--model",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="The same as RUNS, as caption.py has it.",
+    help="The same as RUNS, as in caption.py.",
 )
 @options.weights
 @click.option(
@@ -32,11 +29,11 @@ from pipeline.utils.terminal import echo
     "--beam-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Hypotheses kept an image where the runner is not told. Without second opinions, as "
-    "there, 3 to 5 is best.  [default: 3]",
+    help="Default of the runner's --beam-size. The runner does not rerank; 3 to 5 are best.  "
+    "[default: 3]",
     show_default=False,
 )
-@click.option("--force", is_flag=True, help="Also write into a folder with other things in it.")
+@click.option("--force", is_flag=True, help="Also write into a folder with other files in it.")
 def main(
     runs: tuple[Path, ...],
     model: tuple[Path, ...],
@@ -45,9 +42,9 @@ def main(
     beam_size: int | None,
     force: bool,
 ) -> None:
-    """Write RUNS as ONNX files, with a program that captions without PyTorch.
+    """Export RUNS as ONNX files, with a program that captions without PyTorch.
 
-    RUNS are run folders or checkpoints; of several, the decoders caption together. By default
+    RUNS are run folders or checkpoints; several are exported as an ensemble. By default
     runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program.
 
     \b

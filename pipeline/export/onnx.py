@@ -1,10 +1,10 @@
-"""Taking it elsewhere: a captioner as ONNX files, with a small program that runs them.
+"""Export a captioner as ONNX files, with a small program that runs them.
 
     captioner export runs/decoder --output captioner-onnx/
     python captioner-onnx/run_captioner.py photo.jpg
 
-The folder needs neither PyTorch nor this program: numpy, Pillow and ONNX Runtime do. docs/export.md
-says what is in it. Exporting needs the extra ``onnx``, and PyTorch 2.6 or newer.
+The folder needs neither PyTorch nor this program, only numpy, Pillow and ONNX Runtime;
+docs/export.md describes its files. Exporting needs the extra ``onnx``.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from pipeline.datasets.vocabulary import Vocabulary
     from pipeline.models.checkpoint import Checkpoint
 
-# The runner has its own copies, as it reads nothing of this package.
+# The runner has its own copies, because it imports nothing from this package.
 FORMAT, VERSION = "show-and-tell-captioner-onnx", 1
 SETTINGS, RUNNER = "captioner.json", "run_captioner.py"
 TEMPORARY = ".export.tmp"
 GRAPHS = {name: f"{name}.onnx" for name in ("encoder", "decoder_start", "decoder_step")}
 
 SEARCH_REMARK = (
-    "Plain beam search. The second opinions of the program that exported this (captions of similar "
-    "training images, a matcher of images and captions) are not among the files."
+    "Plain beam search. The rerankers of the program that exported this (captions of similar "
+    "training images, an image-text matcher) are not among the files."
 )
 PRETRAINED_REMARK = (
-    "For research and education only: the model that comes with the program was trained on "
-    "Flickr8k, whose terms allow no more. Its encoder, decoders and vocabulary are in these files."
+    "For research and education only: the pretrained model was trained on Flickr8k, whose terms "
+    "allow nothing else. Its encoder, decoders and vocabulary are in these files."
 )
 OWN_REMARK = (
-    "The program that exported this is under the MIT licence; for the model, the terms of the "
-    "images, captions and encoder weights that it was trained with hold."
+    "The program that exported this is under the MIT licence; the model is under the terms of the "
+    "images, captions and encoder weights that it was trained with."
 )
 
 
@@ -53,23 +53,22 @@ def export_captioner(
 ) -> list[Path]:
     """Write a captioner as three ONNX files, captioner.json and a program that runs them.
 
-    All is made, and compared with PyTorch, in a temporary folder; then it takes the place of what
-    was there. captioner.json goes first and comes last, so that a folder with one is whole.
+    The files are made, and compared with PyTorch, in a temporary folder, and then replace earlier
+    ones. captioner.json is removed first and written last, so a folder that has one is complete.
 
     Args:
-        models: run folders or checkpoints, see ``checkpoint.load_together``.
+        models: run folders or checkpoints, see ``checkpoint.load_ensemble``.
         output: the folder to write.
-        weights: the encoder's weights, where a run of stage 2 no longer finds them.
-        beam_size: hypotheses kept an image, of which the runner's ``--beam-size`` is told; by
-            default that of ``SearchConfig``.
-        force: also write into a folder of other things, which stay.
+        weights: the encoder's weights, if they moved since a run of stage 2.
+        beam_size: default of the runner's ``--beam-size``; None for that of ``SearchConfig``.
+        force: also write into a folder with other files, which stay.
 
     Returns:
         The files.
 
     Raises:
-        UserError: the extra ``onnx`` is missing; ``output`` is a file, or a folder of other things;
-            no such models, or the encoder's weights cannot be had; the disk is full.
+        UserError: the extra ``onnx`` is missing; ``output`` is a file, or a folder with other
+            files; models or weights are not found; the disk is full.
     """
     output = output.resolve()
     check_output(output, force)
@@ -81,7 +80,7 @@ def export_captioner(
     checkpoint = load_ensemble(models)
     encoder = encoder_of(checkpoint, weights, "fp32").for_inference()
     decoder = checkpoint.build_decoder()
-    # Inside a folder that is there, as it may be on a disk of its own.
+    # Inside an existing folder, which may be on another disk than its parent.
     temporary = output / TEMPORARY if output.is_dir() else temporary_path(output)
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left
     try:
@@ -102,25 +101,21 @@ def export_captioner(
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Refuse to write among things that are not an export's.
-
-    Raises:
-        UserError: ``output`` is a file, or a folder with other things and not ``force``.
-    """
+    """Raise UserError if ``output`` is a file, or a folder with other files and not ``force``."""
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     if output.is_dir() and not force and not is_export(output):
         raise UserError(
-            f"--output {output}: has other things in it; name another folder, or add --force to "
-            "write among them"
+            f"--output {output}: has other files in it; choose another folder, or add --force to "
+            "write beside them"
         )
 
 
 def is_export(folder: Path) -> bool:
-    """Tell whether a folder is an export, or part of one, or empty."""
+    """True if a folder is an export, a part of one, or empty."""
     ours = {*GRAPHS.values(), SETTINGS, RUNNER}
     names = {path.name for path in folder.iterdir()}
-    # Python leaves a __pycache__ where the runner was imported, a killed export its folder.
+    # Importing the runner leaves a __pycache__, a killed export its temporary folder.
     if names <= {*ours, TEMPORARY, "__pycache__"}:
         return True
     try:
@@ -147,7 +142,7 @@ def _move(source: Path, target: Path) -> list[Path]:
 def captioner_settings(
     checkpoint: Checkpoint, models: Sequence[Path], beam_size: int | None = None
 ) -> dict[str, Any]:
-    """Give the content of captioner.json: all that a runner needs beside the networks."""
+    """Return the content of captioner.json: what a runner needs beside the networks."""
     from pipeline.datasets.images import IMAGE_SIZE
     from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
     from pipeline.decoding.options import SearchConfig
@@ -156,13 +151,17 @@ def captioner_settings(
 
     config, encoder, usual = checkpoint.decoder_config, checkpoint.encoder, SearchConfig()
     source = encoder.weights_source
-    boxed = PRETRAINED in (source, *(checkpoint.settings.get("start") or ()), *map(str, models))
+    pretrained = PRETRAINED in (
+        source,
+        *(checkpoint.settings.get("start") or ()),
+        *map(str, models),
+    )
     return {
         "format": FORMAT,
         "format_version": VERSION,
         "program": f"show-and-tell-captioner {pipeline.__version__}",
-        "licence": PRETRAINED_REMARK if boxed else OWN_REMARK,
-        # Of paths the ends: where the files were tells others nothing.
+        "licence": PRETRAINED_REMARK if pretrained else OWN_REMARK,
+        # Only the ends of paths: the rest concerns nobody else.
         "models": ["/".join(model.parts[-2:]).lstrip("/") for model in models],
         "decoders": config.members,
         "encoder": {
@@ -191,14 +190,14 @@ def captioner_settings(
 
 
 def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Give the rules by which tokens are written together, as ``detokenize`` does it.
+    """Return the rules by which tokens are joined, as ``detokenize`` joins them.
 
-    That asks the tokenizer, which a runner does not have; for one vocabulary it comes down to the
-    following, but for what nobody says (a lone symbol before three contractions or more):
+    ``detokenize`` asks the tokenizer, which a runner does not have. For one vocabulary it comes
+    down to these, except for a lone symbol before three contractions or more:
 
-    * ``attached``: tokens that are written on to the one before;
-    * ``apart``: words on to which nothing is, where they stand alone ("'s" at the beginning);
-    * ``pairs``: others that are written together ("can", "not"; "#", "5");
+    * ``attached``: tokens that are joined to the one before;
+    * ``apart``: tokens to which nothing is joined if they stand alone ("'s" at the beginning);
+    * ``pairs``: other tokens that are joined ("can", "not"; "#", "5");
     * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
     """
     from pipeline.datasets.tokenizers import ENGLISH

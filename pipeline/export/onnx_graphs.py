@@ -1,12 +1,11 @@
 """A captioner's networks as ONNX graphs, which other programs run without PyTorch.
 
-Three of them: pixels to features, features to the decoder's state, and one token at a time from
-state to state. Several decoders that caption together are one graph like a single one. What a
-graph computes is what PyTorch computes, but for rounding, and ``check`` sees to that.
+Three graphs: pixels to features, features to the decoder's state, and a token and a state to logits
+and the next state. An ensemble is one graph, like a single decoder. ``check`` makes sure that a
+graph computes what PyTorch computes, except for rounding.
 
-The graphs come from ``torch.onnx.export`` with ``dynamo=True``, which is finished from PyTorch 2.6
-on (the program itself needs only 2.4), with onnx and onnxscript; ONNX Runtime checks them. All are
-in the extra ``onnx``.
+The graphs come from ``torch.onnx.export`` with ``dynamo=True``, which needs onnx and onnxscript;
+ONNX Runtime checks them. All three are in the extra ``onnx``.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from pipeline.models.encoder import Encoder
 from pipeline.models.ensemble import CaptionDecoder, Ensemble
 from pipeline.utils.errors import UserError
 
-# Old enough for most runtimes; the exporter writes this one itself, and others by translating it,
-# in files that ONNX Runtime reads from 1.18 on (IR version 10).
+# The opset that the exporter writes without translation; ONNX Runtime reads it from 1.18 on (IR
+# version 10).
 OPSET = 18
-# How far a number may be from PyTorch's, as a share of the largest: rounding makes about 1e-6.
+# Largest difference from PyTorch, relative to the largest value; rounding makes about 1e-6.
 TOLERANCE = 1e-4
 
 
@@ -59,20 +58,20 @@ class StartGraph(nn.Module):
         self.members = nn.ModuleList(_members(decoder))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Show the images; the states (B, S) are those of the members, side by side."""
+        """Feed the images; the states (B, S) are those of the members, concatenated."""
         states = []
         for member in self.members:
             assert isinstance(member, Decoder)
             image, (hidden, cell) = member.embed_image(features)
             states.append(_lstm(member, image.squeeze(1), hidden, cell))
-        return _joined(states)
+        return _concatenate(states)
 
 
 class StepGraph(nn.Module):
     """``step`` of one decoder or several: a token and the state to logits and the next state.
 
-    ``Decoder.step`` keeps what every word adds to the gates; here it is multiplied out each time,
-    or the file would be larger by the size of all words' gates, 21 MB for 2,500 words.
+    ``Decoder.step`` caches every word's part of the gates; here it is computed each time, because
+    the cache would make the file larger, by 21 MB for 2,500 words.
     """
 
     def __init__(self, decoder: CaptionDecoder) -> None:
@@ -80,7 +79,7 @@ class StepGraph(nn.Module):
         self.members = nn.ModuleList(_members(decoder))
 
     def forward(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
-        """Feed int64 tokens (B,) and states (B, S); gives logits (B, V) and states (B, S)."""
+        """Feed int64 tokens (B,) and states (B, S); return logits (B, V) and states."""
         hiddens, cells = (state.chunk(len(self.members), dim=1) for state in (hidden, cell))
         logits, states = [], []
         for number, member in enumerate(self.members):
@@ -89,7 +88,7 @@ class StepGraph(nn.Module):
             state = _lstm(member, words, hiddens[number], cells[number])
             logits.append(member.project(state[0]))
             states.append(state)
-        return (torch.stack(logits).mean(0), *_joined(states))
+        return (torch.stack(logits).mean(0), *_concatenate(states))
 
 
 def _members(decoder: CaptionDecoder) -> list[nn.Module]:
@@ -97,7 +96,7 @@ def _members(decoder: CaptionDecoder) -> list[nn.Module]:
 
 
 def _lstm(decoder: Decoder, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one step of the LSTM (arXiv 1411.4555, (4) to (9)) with inputs (B, E)."""
+    """One step of the LSTM (arXiv 1411.4555, equations 4 to 9) with inputs (B, E)."""
     weights, bias = "weight_{}_l0", "bias_{}_l0"
     gates = sum(
         F.linear(
@@ -108,20 +107,19 @@ def _lstm(decoder: Decoder, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tup
         for kind, values in (("ih", inputs), ("hh", hidden))
     )
     assert isinstance(gates, Tensor)
-    enter, keep, new, out = gates.chunk(4, dim=1)  # each (B, H)
-    cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
-    return out.sigmoid() * cell.tanh(), cell
+    enter, forget, new, output = gates.chunk(4, dim=1)  # each (B, H)
+    cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+    return output.sigmoid() * cell.tanh(), cell
 
 
-def _joined(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([state[0] for state in states], 1), torch.cat(
-        [state[1] for state in states], 1
-    )
+def _concatenate(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    hidden, cell = zip(*states, strict=True)
+    return torch.cat(hidden, 1), torch.cat(cell, 1)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One network to write, and what its tensors are called.
+    """A network to export, and the names of its tensors.
 
     Attributes:
         module: the network, in eval mode on the CPU, in float32.
@@ -135,21 +133,21 @@ class Graph:
 
 
 def captioner_graphs(encoder: Encoder, decoder: CaptionDecoder) -> dict[str, Graph]:
-    """Give a captioner's three graphs by name: ``encoder``, ``decoder_start``, ``decoder_step``.
+    """Return a captioner's three graphs by name: ``encoder``, ``decoder_start``, ``decoder_step``.
 
     Args:
         encoder: float32, on the CPU; after ``for_inference`` its graph is the smaller.
         decoder: on the CPU.
     """
-    chance = torch.Generator().manual_seed(0)
+    random = torch.Generator().manual_seed(0)
     config = decoder.config
     width = config.hidden_size * config.members
-    pixels = torch.randint(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), generator=chance)
-    features = decoder.feature_mean + torch.randn(2, config.feature_size, generator=chance) / (
+    pixels = torch.randint(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), generator=random)
+    features = decoder.feature_mean + torch.randn(2, config.feature_size, generator=random) / (
         decoder.feature_scale
     )
-    tokens = torch.randint(0, config.vocabulary_size, (2,), generator=chance)
-    hidden, cell = (torch.randn(2, width, generator=chance).tanh() for _ in range(2))
+    tokens = torch.randint(0, config.vocabulary_size, (2,), generator=random)
+    hidden, cell = (torch.randn(2, width, generator=random).tanh() for _ in range(2))
     return {
         "encoder": Graph(EncoderGraph(encoder), {"pixels": pixels.to(torch.uint8)}, ("features",)),
         "decoder_start": Graph(StartGraph(decoder), {"features": features}, ("hidden", "cell")),
@@ -162,24 +160,14 @@ def captioner_graphs(encoder: Encoder, decoder: CaptionDecoder) -> dict[str, Gra
 
 
 def check_installed() -> None:
-    """Say what is missing to export, if anything is.
-
-    Raises:
-        UserError: the extra ``onnx`` is not installed, or PyTorch is too old.
-    """
+    """Raise UserError if the extra ``onnx`` is not installed."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{name} is not installed: pip install onnx onnxscript onnxruntime")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < (2, 6):
-        raise UserError(
-            f"export needs torch 2.6 or newer, not {torch.__version__}: "
-            "pip install --upgrade torch onnx onnxscript onnxruntime"
-        )
 
 
 def to_onnx(graph: Graph) -> bytes:
-    """Write a graph as one ONNX file, weights and all; its batch may be of any size."""
+    """Return a graph as one ONNX file with its weights, for batches of any size."""
     batch = torch.export.Dim("batch")
     with _quiet():
         program: Any = torch.onnx.export(
@@ -194,25 +182,29 @@ def to_onnx(graph: Graph) -> bytes:
             external_data=False,
         )
         model = program.model_proto
-    # The exporter notes where in which source file each node came from: paths of this machine.
-    for node in model.graph.node:
-        node.ClearField("metadata_props")
+    # The exporter records the source file of each node: paths of this machine.
+    graph_proto = model.graph
+    for node in graph_proto.node:
         node.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        value.ClearField("metadata_props")
-    for tensor in model.graph.initializer:
-        tensor.ClearField("metadata_props")
-    model.graph.ClearField("metadata_props")
-    model.ClearField("metadata_props")
+    for part in (
+        *graph_proto.node,
+        *graph_proto.value_info,
+        *graph_proto.input,
+        *graph_proto.output,
+        *graph_proto.initializer,
+        graph_proto,
+        model,
+    ):
+        part.ClearField("metadata_props")
     content: bytes = model.SerializeToString(deterministic=True)
     return content
 
 
 def check(name: str, graph: Graph, content: bytes) -> None:
-    """Run an ONNX file on other inputs and batches than it was made with; compare with PyTorch.
+    """Compare an ONNX file with PyTorch, on other inputs and batch sizes than it was made with.
 
     Raises:
-        UserError: it gives other numbers than PyTorch.
+        UserError: the results differ.
     """
     import onnxruntime
 
@@ -223,21 +215,21 @@ def check(name: str, graph: Graph, content: bytes) -> None:
         found = session.run(list(graph.outputs), {k: v.numpy() for k, v in inputs.items()})
         for a, b in zip(wanted if isinstance(wanted, tuple) else (wanted,), found, strict=True):
             off = numpy.abs(a.numpy() - b).max() / numpy.abs(a.numpy()).max()
-            if not off <= TOLERANCE:  # NaN is off, too
+            if not off <= TOLERANCE:  # also NaN
                 raise UserError(
-                    f"{name}.onnx gives other numbers than PyTorch (off by {off:.1e}); "
+                    f"{name}.onnx differs from PyTorch (by {off:.1e}); "
                     "try other versions of torch, onnxscript and onnxruntime"
                 )
 
 
 def _more(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make a batch of three of a batch of two, with the values of each input in another order."""
+    """Return a batch of three made of a batch of two, with each input's values in another order."""
     return {name: torch.cat([value.flip(-1), value[:1]]) for name, value in inputs.items()}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what the exporter tells of its work off the terminal; errors still come."""
+    """Keep the exporter's progress messages off the terminal; errors still appear."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

