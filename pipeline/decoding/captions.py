@@ -1,4 +1,4 @@
-"""Hypotheses put into words, with the probability of each."""
+"""Hypotheses as text, with the probability of each word."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.decoding.search import Hypothesis, token_log_probabilities
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.terminal import escape_control
 
@@ -28,8 +29,8 @@ class Caption:
 
     Attributes:
         text: words, lower case, without a period.
-        log_probability: under the model, in nats; nearer to 0 is surer.
-        words: the tokens one by one, where details were asked for, else empty.
+        log_probability: under the model, in nats; nearer to 0 is more certain.
+        words: the tokens one by one, if details were asked for, else empty.
     """
 
     text: str
@@ -38,7 +39,7 @@ class Caption:
 
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
-    """Put hypotheses into words; a stranger's model may have words of control characters."""
+    """Return hypotheses as text; control characters in a model's vocabulary are escaped."""
     return [
         Caption(
             escape_control(vocabulary.detokenize(vocabulary.decode(h.tokens))), h.log_probability
@@ -49,24 +50,59 @@ def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> lis
 
 def detailed_captions(
     decoder: CaptionDecoder,
-    features: torch.Tensor,
+    features: Tensor,
     found: Sequence[Sequence[Hypothesis]],
     vocabulary: Vocabulary,
 ) -> list[list[Caption]]:
-    """Put the hypotheses of features (B, 2048) into words, with the probability of each."""
-    chances = token_log_probabilities(decoder, features, [[h.tokens for h in g] for g in found])
+    """Return the hypotheses of features (B, 2048) as text, with each word's probability."""
+    log_probabilities = token_log_probabilities(
+        decoder, features, [[h.tokens for h in g] for g in found]
+    )
     return [
         [
             replace(
                 caption,
                 words=tuple(
-                    Word(escape_control(word), math.exp(chance))
-                    for word, chance in zip(vocabulary.decode(h.tokens), each, strict=False)
+                    Word(escape_control(word), math.exp(value))
+                    for word, value in zip(vocabulary.decode(h.tokens), each, strict=False)
                 ),
             )
             for caption, h, each in zip(
                 captions_of(group, vocabulary), group, of_group, strict=True
             )
         ]
-        for group, of_group in zip(found, chances, strict=True)
+        for group, of_group in zip(found, log_probabilities, strict=True)
     ]
+
+
+@torch.inference_mode()
+def token_log_probabilities(
+    decoder: CaptionDecoder, features: Tensor, captions: Sequence[Sequence[Sequence[int]]]
+) -> list[list[list[float]]]:
+    """Return the log-probability, in nats, of every token of captions given those before it.
+
+    Args:
+        decoder: on the device of ``features``.
+        features: (B, 2048).
+        captions: for each image its captions as token ids, without <start> and <end>.
+
+    Returns:
+        For each caption a number per token, and a last one for its <end>.
+    """
+    device = features.device
+    rows = [[*caption, END_ID] for group in captions for caption in group]
+    if not rows:
+        return [[] for _ in captions]
+    counts = torch.tensor([len(group) for group in captions], device=device)
+    hidden, cell = (part.repeat_interleave(counts, 0) for part in decoder.start(features))
+    longest = max(map(len, rows))
+    padded = [row + [PAD_ID] * (longest - len(row)) for row in rows]
+    targets = torch.tensor(padded, device=device)  # (R, T)
+    token = torch.full((len(rows),), START_ID, device=device)
+    found = []
+    for position in range(longest):
+        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        token = targets[:, position]
+        found.append(logits.log_softmax(dim=-1).gather(1, token.unsqueeze(1)))
+    each = iter(torch.cat(found, dim=1).tolist())
+    return [[next(each)[: len(caption) + 1] for caption in group] for group in captions]

@@ -1,13 +1,13 @@
-"""Choosing among the captions that a search found: the one that images like this one have.
+"""Consensus reranking by the captions of similar training images.
 
-Devlin et al. (arXiv 1505.04467) caption an image by its nearest training images: the
-caption that agrees best with all of theirs. Here the candidates are the decoder's own, which
-fit the image, and the neighbours only choose: a candidate's score is its log-probability,
-length-normalised, plus a weight times its agreement, the CIDEr-D with the neighbours' captions.
-Near is what the decoder's image embedding holds to be near.
+Devlin et al. (arXiv 1505.04467) caption an image with the caption of its nearest training images
+that agrees best with all of theirs. Here the candidates are the decoder's own, and the neighbours
+only choose: a candidate's score is its length-normalised log-probability plus a weight times its
+agreement, the CIDEr-D with the neighbours' captions. Neighbours are near in the decoder's image
+embedding.
 
-``cider`` computes the same, caption by caption; here all candidates meet the captions of all
-neighbours at once, in arrays: about two milliseconds an image.
+``metrics.cider`` computes the same caption by caption; here all candidates meet the captions of
+all neighbours at once, in arrays: about two milliseconds per image.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID
-from pipeline.decoding.search import Hypothesis
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.metrics.cider import LONGEST_NGRAM, SIGMA
 from pipeline.models.neighbours import Neighbours
 
 NEIGHBOURS = 60
-# A neighbour counts exp(cosine / TEMPERATURE). On val all from 0.05 to 0.1 did alike.
+# A neighbour's weight is exp(cosine / TEMPERATURE). On val 0.05 to 0.1 score alike.
 TEMPERATURE = 0.05
-# For hashing n-grams into 64 bits: an odd number whose bits are well mixed.
+# For hashing n-grams into 64 bits: odd, with well-mixed bits.
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)
 
 
 class Consensus:
-    """Ranks captions by what similar training images have."""
+    """Ranks captions by their agreement with those of similar training images."""
 
     def __init__(self, neighbours: Neighbours) -> None:
         self._mean = neighbours.mean
@@ -45,25 +45,23 @@ class Consensus:
         offsets = captions.offsets.numpy()
         words = captions.tokens.numpy()[_ranges(offsets[:-1] + 1, offsets[1:])]
         keys, owners, counts = _counted_ngrams(words, lengths)
-        # As an n-gram's number its place among all, in order.
+        # An n-gram's number is its rank among all keys.
         self._keys, numbers = numpy.unique(keys, return_inverse=True)
-        # An image has an n-gram once, in however many of its captions.
-        # (Sorted by hand: numpy's unique hashes such numbers, which took 0.7 s for Flickr8k's.)
+        # Document frequency counts an image once, in however many captions it has the n-gram.
+        # (Sorted by hand: numpy.unique hashes these numbers, which took 0.7 s on Flickr8k.)
         pairs = numpy.sort(numbers * images + captions.images.numpy()[owners])
         once = pairs[numpy.append(True, pairs[1:] != pairs[:-1])]
         frequencies = numpy.bincount(once // images, minlength=len(self._keys))
-        self._rarest = float(numpy.log(images))
-        self._rarity = self._rarest - numpy.log(frequencies)
-        rarity, orders = self._rarity[numbers], _orders(keys)
-        norms = _norms(counts * rarity, orders, owners, len(lengths))
-        # The n-grams of all captions behind each other: what one of them adds to the cosine is
-        # its value times the lesser of the two captions' counts of it, over the other's norm.
+        self._max_idf = float(numpy.log(images))
+        self._idf = self._max_idf - numpy.log(frequencies)
+        idf, orders = self._idf[numbers], _orders(keys)
+        norms = _norms(counts * idf, orders, owners, len(lengths))
+        # The n-grams of all captions, concatenated: one adds to the cosine its value times the
+        # lesser of the two captions' counts, over the candidate's norm.
         self._numbers = numbers.astype(numpy.int32)
         self._counts = counts.astype(numpy.float32)
-        self._values = (counts * rarity**2 / norms[owners, orders]).astype(numpy.float32)
+        self._values = (counts * idf**2 / norms[owners, orders]).astype(numpy.float32)
         self._first_ngram = numpy.searchsorted(owners, numpy.arange(len(lengths) + 1))
-        # For one image: which of the candidates' n-grams a number is, -1 for none.
-        self._slots = numpy.full(len(self._keys), -1, dtype=numpy.int32)
 
     def rank(
         self, images: Tensor, found: Sequence[Sequence[Hypothesis]], weight: float
@@ -75,11 +73,16 @@ class Consensus:
         """
         directions = F.normalize(images.float().cpu() - self._mean, dim=1)
         cosines = directions @ self._directions.t()
-        near, photos = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
-        shares = (near / TEMPERATURE).softmax(dim=1)
+        cosine, neighbours = cosines.topk(min(NEIGHBOURS, cosines.shape[1]), dim=1)
+        shares = (cosine / TEMPERATURE).softmax(dim=1)
+        # For one image at a time: column of the candidates' table per n-gram, -1 for none. It is
+        # local: threads may share a captioner.
+        slots = numpy.full(len(self._keys), -1, dtype=numpy.int32)
         ranked = []
-        for hypotheses, who, share in zip(found, photos.numpy(), shares.numpy(), strict=True):
-            agreement = self._agreement([h.tokens for h in hypotheses], who, share)
+        for hypotheses, nearest, share in zip(
+            found, neighbours.numpy(), shares.numpy(), strict=True
+        ):
+            agreement = self._agreement([h.tokens for h in hypotheses], nearest, share, slots)
             scored = [
                 replace(hypothesis, score=hypothesis.score + weight * value)
                 for hypothesis, value in zip(hypotheses, agreement.tolist(), strict=True)
@@ -88,27 +91,34 @@ class Consensus:
         return ranked
 
     def _agreement(
-        self, candidates: list[list[int]], images: numpy.ndarray, shares: numpy.ndarray
+        self,
+        candidates: list[list[int]],
+        images: numpy.ndarray,
+        shares: numpy.ndarray,
+        slots: numpy.ndarray,
     ) -> numpy.ndarray:
-        """Give the CIDEr-D, from 0 to 10, of captions with those of images, by their shares."""
+        """Return the CIDEr-D, from 0 to 10, of captions with those of images, by their shares.
+
+        ``slots`` is scratch memory, -1 before and after.
+        """
         lengths = numpy.array([len(tokens) + 1 for tokens in candidates])
         flat = numpy.array([t for tokens in candidates for t in (*tokens, END_ID)], numpy.int32)
         keys, owners, counts = _counted_ngrams(flat, lengths)
-        places = numpy.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        known = self._keys[places] == keys
-        rarity = numpy.where(known, self._rarity[places], self._rarest)
-        norms = _norms(counts * rarity, _orders(keys), owners, len(candidates))
+        positions = numpy.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
+        known = self._keys[positions] == keys
+        idf = numpy.where(known, self._idf[positions], self._max_idf)
+        norms = _norms(counts * idf, _orders(keys), owners, len(candidates))
         # A column for every different n-gram of the candidates that training images have.
-        ngrams, columns = numpy.unique(places[known], return_inverse=True)
+        ngrams, columns = numpy.unique(positions[known], return_inverse=True)
         table = numpy.zeros((len(candidates), len(ngrams)), dtype=numpy.float32)
         table[owners[known], columns] = counts[known]
         scale = (1 / norms[:, _orders(self._keys[ngrams])]).astype(numpy.float32)
 
         captions = _ranges(self._first_caption[images], self._first_caption[images + 1])
         rows = _ranges(self._first_ngram[captions], self._first_ngram[captions + 1])
-        self._slots[ngrams] = numpy.arange(len(ngrams))
-        columns = self._slots[self._numbers[rows]]
-        self._slots[ngrams] = -1
+        slots[ngrams] = numpy.arange(len(ngrams))
+        columns = slots[self._numbers[rows]]
+        slots[ngrams] = -1
         shared = columns >= 0
         rows, columns = rows[shared], columns[shared]
         lesser = numpy.minimum(table[:, columns], self._counts[rows]) * scale[:, columns]
@@ -129,7 +139,7 @@ class Consensus:
 
 
 def _ranges(first: numpy.ndarray, last: numpy.ndarray) -> numpy.ndarray:
-    """Put the numbers of several ranges, the last of each not included, behind each other."""
+    """Concatenate the ranges from ``first`` to before ``last``."""
     lengths = last - first
     numbers = numpy.repeat(first - (numpy.cumsum(lengths) - lengths), lengths)
     return numbers + numpy.arange(len(numbers))
@@ -138,15 +148,15 @@ def _ranges(first: numpy.ndarray, last: numpy.ndarray) -> numpy.ndarray:
 def _counted_ngrams(
     tokens: numpy.ndarray, lengths: numpy.ndarray
 ) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndarray]:
-    """Count the n-grams of captions that lie behind each other.
+    """Count the n-grams of concatenated captions.
 
     Args:
         tokens: (T,), of all captions.
         lengths: (C,), tokens of each.
 
     Returns:
-        For every different n-gram of every caption its number, uint64, whose lowest two bits are
-        n - 1; its caption, in their order; and how often it is there.
+        For every distinct n-gram of every caption its key, uint64, whose lowest two bits are
+        n - 1; its caption, in order; and its count.
     """
     owner = numpy.repeat(numpy.arange(len(lengths)), lengths)
     keys, owners = [], []
@@ -169,20 +179,20 @@ def _counted_ngrams(
 
 
 def _mix(values: numpy.ndarray) -> numpy.ndarray:
-    """Spread numbers over 64 bits: different ones stay different."""
+    """Hash numbers over 64 bits, one to one."""
     values = values * MULTIPLIER  # wraps around
     return values ^ (values >> numpy.uint64(29))
 
 
 def _orders(keys: numpy.ndarray) -> numpy.ndarray:
-    """Tell n - 1 of each n-gram."""
+    """Return n - 1 of each n-gram."""
     return (keys & numpy.uint64(3)).astype(numpy.int64)
 
 
 def _norms(
     weights: numpy.ndarray, orders: numpy.ndarray, owners: numpy.ndarray, captions: int
 ) -> numpy.ndarray:
-    """Give the norms of captions' vectors, for n = 1 to 4: (captions, 4), 1 where they are 0."""
+    """Return the norms of captions' vectors, for n = 1 to 4: (captions, 4), 1 where they are 0."""
     cells = numpy.bincount(
         owners * LONGEST_NGRAM + orders, weights**2, minlength=captions * LONGEST_NGRAM
     )

@@ -1,9 +1,9 @@
-"""The choice among the captions that a search found, by second opinions.
+"""Reranking of the captions that a search found.
 
-A caption's score is its log-probability, length-normalised; plus a weight times its agreement with
-the captions of similar training images (``consensus``); plus a weight times how well it fits the
-image (``matching``). On Flickr8k each adds to the other: the first prefers what people say of
-such images, the second what tells this one from others.
+A caption's score is its length-normalised log-probability, plus a weight times its agreement with
+the captions of similar training images (``consensus``), plus a weight times its image-text
+matching score (``models.matcher``). On Flickr8k each adds to the other: consensus prefers what
+people write about such images, matching what distinguishes this one from others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
-from pipeline.decoding.search import Hypothesis, beam_search, search
+from pipeline.decoding.search import beam_search, search
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.matcher import Matcher
@@ -29,18 +30,18 @@ LATER_BEAM, PASSES_DIVERSITY = 5, 1.0
 
 @dataclass(frozen=True)
 class Reranker:
-    """A model's second opinions; each may be missing.
+    """A model's rerankers; each may be missing.
 
     Attributes:
-        consensus: ranks captions by similar training images.
-        matcher: tells how well a caption fits an image.
+        consensus: ranks captions by those of similar training images.
+        matcher: scores how well a caption fits an image.
     """
 
     consensus: Consensus | None = None
     matcher: Matcher | None = None
 
     def to(self, device: torch.device) -> Reranker:
-        """Move to the decoder's device what computes there."""
+        """Return the rerankers with the matcher on ``device``; consensus runs on the CPU."""
         return replace(self, matcher=self.matcher.to(device) if self.matcher else None)
 
 
@@ -51,11 +52,11 @@ def best_captions(
     reranker: Reranker,
     keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search captions for features (B, 2048), and rank them by what ``config`` gives a weight.
+    """Search captions for features (B, 2048), and rank them by the weights of ``config``.
 
-    With several passes, captions of later searches, each for something else, are added to those
-    of the first: beams differ in a word or two, and second opinions want more to choose from.
-    ``keys`` are those of ``search``.
+    With several passes, the captions of later, diverse searches are added to those of the first:
+    beams differ in a word or two, and rerankers need more to choose from. ``keys`` are those of
+    ``search``.
     """
     found = search(decoder, features, config, keys)
     ranked = _ranked(decoder, features, found, config, reranker)
@@ -106,14 +107,14 @@ def _later_passes(
     ranked: list[list[Hypothesis]],
     diversity: float,
 ) -> Iterator[tuple[list[list[Hypothesis]], list[list[Hypothesis]]]]:
-    """Search on and on, each time for something else.
+    """Search again and again, each time for other captions.
 
-    A word costs ``diversity`` for each earlier pass whose best caption has it in the same place
-    (Vijayakumar et al., arXiv 1610.02424, with the Hamming distance; their groups of beams grow
-    side by side). ``ranked`` are the captions of the first pass.
+    A token is penalised by ``diversity`` for each earlier pass whose best caption has it at the
+    same position: diverse beam search (Vijayakumar et al., arXiv 1610.02424, Hamming distance), one
+    group after the other. ``ranked`` are the captions of the first pass.
 
     Yields:
-        The hypotheses of a pass, with scores of the decoder alone; and the same ranked.
+        The hypotheses of a pass, with the decoder's own scores, and the same reranked.
     """
     config = replace(config, beam_size=min(config.beam_size, LATER_BEAM))
     size = len(features), config.max_length + 1, decoder.config.vocabulary_size
@@ -134,7 +135,7 @@ def _ranked(
     config: SearchConfig,
     reranker: Reranker,
 ) -> list[list[Hypothesis]]:
-    """Put the hypotheses of each of features (B, 2048) in the order of all opinions."""
+    """Rank the hypotheses of each of features (B, 2048) by the decoder and all rerankers."""
     if reranker.matcher is not None and config.matching:
         cosines = reranker.matcher.fit(features, [[h.tokens for h in group] for group in found])
         found = [

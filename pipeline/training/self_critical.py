@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
 from pipeline.decoding.options import SearchConfig
-from pipeline.decoding.search import sample
+from pipeline.decoding.sampling import sample
 from pipeline.metrics.cider import Idf, Weighed, cider_d, ngrams
 from pipeline.models.decoder import Decoder
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from pipeline.datasets.caption_table import CaptionTable
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions, tokenized
 from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions
-from pipeline.decoding.search import Hypothesis
 from pipeline.features.feature_set import FeatureSet
 from pipeline.metrics.coco import Scorer
 from pipeline.models.ensemble import CaptionDecoder

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,8 @@ from torch import Tensor
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
 from pipeline.datasets.vocabulary import END_ID, Vocabulary
 from pipeline.decoding.consensus import NEIGHBOURS, TEMPERATURE, Consensus
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.reranking import reranker_of
-from pipeline.decoding.search import Hypothesis
 from pipeline.metrics.cider import Idf, cider_d, ngrams
 from pipeline.models import neighbours as module
 from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -94,6 +96,22 @@ def test_a_batch_equals_one_by_one() -> None:
     for some, others in zip(together, alone, strict=True):
         assert [h.tokens for h in some] == [h.tokens for h in others]
         assert [h.score for h in some] == pytest.approx([h.score for h in others], abs=1e-5)
+
+
+def test_threads_may_share_one() -> None:
+    _, captions = made_up(80)
+    ranking = Consensus(neighbours_of(captions, 80))
+    images = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+    found = [hypotheses([[4, 5, n % 8 + 4], [6, 7], [8, 4]], [-1, -1.1, -0.9]) for n in range(40)]
+    expected = ranking.rank(images, found, 2.0)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for ranked in pool.map(lambda _: ranking.rank(images, found, 2.0), range(24)):
+                assert ranked == expected
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def make_decoder() -> Decoder:

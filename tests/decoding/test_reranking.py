@@ -11,10 +11,11 @@ import torch
 
 from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.decoding.captions import token_log_probabilities
 from pipeline.decoding.consensus import Consensus
 from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.reranking import Reranker, best_captions
-from pipeline.decoding.search import search, token_log_probabilities
+from pipeline.decoding.search import search
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import choose_neighbours

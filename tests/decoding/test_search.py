@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
+from pipeline.decoding.captions import token_log_probabilities
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions, diverse_captions
-from pipeline.decoding.search import (
-    beam_search,
-    greedy_search,
-    sample,
-    search,
-    token_log_probabilities,
-)
+from pipeline.decoding.sampling import sample
+from pipeline.decoding.search import beam_search, greedy_search, search
 from pipeline.models.decoder import Decoder, DecoderConfig
 
 VOCABULARY = 30

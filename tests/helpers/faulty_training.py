@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import train_decoder
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
-from pipeline.decoding.search import Hypothesis
 from pipeline.training import self_critical
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.utils.errors import UserError

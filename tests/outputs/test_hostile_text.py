@@ -22,8 +22,8 @@ import pipeline.cli.caption
 from pipeline.captioner import Prediction
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, captions_of
+from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig, SearchOptions
-from pipeline.decoding.search import Hypothesis
 from pipeline.outputs.caption_folder import Destinations, Request, caption_images
 from pipeline.outputs.formats import READERS, WRITERS, decodable, name_in, read_predictions
 from pipeline.utils.errors import InputError, UserError

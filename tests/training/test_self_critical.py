@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.decoding.options import SearchConfig
-from pipeline.decoding.search import sample
+from pipeline.decoding.sampling import sample
 from pipeline.metrics.coco import Scorer
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.training.self_critical import SAMPLES, Reward, SelfCritical

@@ -1,0 +1,99 @@
+"""Sampling captions from the model's distribution, with temperature and top-p."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
+from pipeline.decoding.hypothesis import Hypothesis, forbid_tokens, make_hypotheses
+from pipeline.decoding.options import SearchConfig
+from pipeline.models.ensemble import CaptionDecoder
+
+
+def draw_captions(
+    decoder: CaptionDecoder, features: Tensor, config: SearchConfig, keys: Sequence[int]
+) -> list[list[Hypothesis]]:
+    """Draw ``beam_size`` captions for each of features (B, 2048); see ``search.search``.
+
+    Returns:
+        For each image its different captions, best first.
+    """
+    size = config.beam_size, config.max_length + 1
+    uniform = torch.stack([_uniform(config.seed, key, size) for key in keys])
+    drawn = sample(decoder, features, config.beam_size, config, uniform.to(features.device))
+    distinct = ({tuple(h.tokens): h for h in group}.values() for group in drawn)
+    return [sorted(group, key=lambda h: h.score, reverse=True) for group in distinct]
+
+
+def _uniform(seed: int, key: int, size: tuple[int, ...]) -> Tensor:
+    """Return random numbers from 0 to 1 that depend on ``seed`` and ``key`` alone."""
+    # torch takes only 32 bits of a seed.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+    return torch.rand(size, generator=generator)
+
+
+@torch.inference_mode()
+def sample(
+    decoder: CaptionDecoder,
+    features: Tensor,
+    count: int,
+    config: SearchConfig,
+    uniform: Tensor | None = None,
+) -> list[list[Hypothesis]]:
+    """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
+
+    Args:
+        decoder: on the device of ``features``.
+        features: of the images.
+        count: captions per image.
+        config: lengths, temperature and top-p.
+        uniform: random numbers from 0 to 1, (B, count, max_length + 1); by default torch's own
+            (``torch.manual_seed``).
+
+    Returns:
+        For each image its captions in the order of the draws; some may be equal.
+    """
+    rows, device = len(features) * count, features.device
+    hidden, cell = (part.repeat_interleave(count, 0) for part in decoder.start(features))
+    token = torch.full((rows,), START_ID, device=device)
+    total = torch.zeros(rows, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    for length in range(config.max_length + 1):
+        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        log_probabilities = logits.log_softmax(dim=-1)
+        if uniform is None:
+            now = torch.rand(rows, 1, device=device)
+        else:
+            now = uniform[:, :, length].reshape(rows, 1)
+        drawn = _draw(forbid_tokens(logits, length, config), now, config)
+        total += log_probabilities.gather(1, drawn)[:, 0].masked_fill(finished, 0.0)
+        token = drawn[:, 0].masked_fill(finished, PAD_ID)
+        steps.append(token)
+        finished |= token == END_ID
+        if bool(finished.all()):
+            break
+    hypotheses = make_hypotheses(steps, total, config)
+    return [hypotheses[start : start + count] for start in range(0, rows, count)]
+
+
+def _draw(logits: Tensor, uniform: Tensor, config: SearchConfig) -> Tensor:
+    """Draw a token for each row of logits (R, V) by its random number (R, 1): (R, 1)."""
+    if config.temperature != 1:
+        logits = logits / config.temperature
+    probabilities = logits.softmax(dim=-1)
+    order = None
+    if config.top_p < 1:
+        probabilities, order = probabilities.sort(dim=-1, descending=True)
+    sums = probabilities.cumsum(dim=-1)
+    last = sums[:, -1:]
+    if order is not None:  # the first sum that reaches top_p is the last that counts
+        reached = (sums < config.top_p * last).sum(dim=-1, keepdim=True)
+        last = sums.gather(1, reached.clamp_(max=sums.shape[1] - 1))
+    # The first token whose running sum of probabilities exceeds a random share of the last sum.
+    drawn = torch.searchsorted(sums, uniform * last, right=True).clamp_(max=sums.shape[1] - 1)
+    return drawn if order is None else order.gather(1, drawn)
