@@ -10,7 +10,7 @@
     python caption.py --serve                                 # a page to drop images on
 
 Captions go to standard output, progress and complaints to standard error. Stopped at any moment,
-the same command goes on where it was, unless captions go to standard output alone. Exit codes:
+the same command resumes, unless captions go to standard output alone. Exit codes:
 0 all images captioned, 1 some could not be read or written (each is named at the end), 2 the
 command was wrong.
 """

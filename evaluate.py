@@ -1,4 +1,4 @@
-"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE where they can be had.
+"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE if they are available.
 
     python evaluate.py runs/decoder
     python evaluate.py runs/decoder --split test --beam-size 5
@@ -8,9 +8,10 @@
     python evaluate.py --compare runs/decoder/predictions.json runs/joint/predictions.json
 
 The table goes to standard output; predictions.json (COCO results format) and scores.json
-go to the run folder (for test: predictions-test.json). --html writes the images with their
-captions, references and CIDEr-D into one page, worst first. Exit codes: 0 done, 1 some images
-could not be read and were left out (each is named), 2 the command was wrong.
+go to the run folder; another split, search, checkpoint or data set is named in the files' names
+(predictions-test.json, scores-test.json). --html writes the images with their captions, references
+and CIDEr-D into one page, worst first. Exit codes: 0 done, 1 some images could not be read and were
+left out (each is named), 2 the command was wrong.
 """
 
 from pipeline.cli.evaluate import main

@@ -2,7 +2,7 @@
 
 After ``pip install .`` they are also sub-commands of one program:
 
-    captioner extract | train | finetune | caption | evaluate | report | export
+    captioner extract | train | finetune | caption | evaluate | report | export | compress
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ import click
 
 import pipeline
 
-# Name -> what it does; each is the module of that name in this package, and has a script
-# (options.SCRIPTS).
+# Name, which is also the module in this package -> first line of the help.
 COMMANDS = {
-    "extract": "Run InceptionV3 once over every image and keep its numbers.",
-    "train": "Train the decoder on the numbers.",
-    "finetune": "Fine-tune both networks on the images.",
-    "caption": "Caption images.",
-    "evaluate": "Score captions.",
-    "report": "Show a training run as one page.",
-    "export": "Write a captioner as ONNX files, to run without PyTorch.",
-    "compress": "Write a captioner as one small file.",
+    "extract": "Extract InceptionV3 features into an HDF5 cache.",
+    "train": "Train the caption decoder on cached features.",
+    "finetune": "Fine-tune encoder and decoder jointly on images.",
+    "caption": "Caption images with a trained model.",
+    "evaluate": "Score a run on a split: BLEU, ROUGE-L, CIDEr-D, METEOR, SPICE.",
+    "report": "Write the report of a training run as one HTML page.",
+    "export": "Export a captioner to ONNX, to run without PyTorch.",
+    "compress": "Write a captioner as one small checkpoint file.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command only when it is asked for: none waits for another."""
+    """A group that imports a command's module only when the command runs."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """Name the commands, in the order of their use."""
+        """Return the commands in the order of their use."""
         return list(COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """Import the command of that name."""
+        """Import and return a command."""
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"pipeline.cli.{name}").main
@@ -59,7 +58,7 @@ def main() -> None:
       captioner train --epochs 50
       captioner evaluate runs/decoder
 
-    Tab completion: put this into ~/.bashrc (for zsh and fish, the same with zsh_source and
+    Tab completion: add this line to ~/.bashrc (for zsh and fish, with zsh_source and
     fish_source):
 
     \b

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pipeline.cli import options
-from pipeline.decoding.options import CAPTIONS, SearchOptions
-from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
+from pipeline.decoding.options import CAPTIONS, SearchOptions, option_words
+from pipeline.models.pretrained import is_pretrained, pretrained_path
 from pipeline.outputs.inputs import collect
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable, locked
@@ -23,19 +24,24 @@ from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
     from pipeline.captioner import Captioner
+    from pipeline.outputs.caption_folder import Outcome
 
-# The run folders of stages 3 and 2, the better one first.
-DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 PAGE_CAPTIONS = 5
 
 GROUPS = {
-    "Where captions go": (
-        *("layout", "output", "skip_existing", "sidecar", "write_metadata", "overwrite"),
-        *("html", "thumbnails"),
+    "Output": (
+        "layout",
+        "output",
+        "skip_existing",
+        "sidecar",
+        "write_metadata",
+        "overwrite",
+        "html",
+        "thumbnails",
     ),
     CAPTIONS: ("words",),
-    "A page to drop images on": ("serve", "port"),
+    "Local page": ("serve", "port"),
     "Model and machine": ("model", "weights", "device", "batch_size"),
 }
 
@@ -46,58 +52,60 @@ GROUPS = {
     "--model",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A run folder or its best.pt. Given several times, for runs that differ in their seed, "
-    "the decoders caption together.  [default: runs/joint, else runs/decoder, else 'pretrained', "
-    "the model that comes with the program]",
+    help="A run folder or a checkpoint. Several --model, of runs with other seeds, caption as an "
+    "ensemble.  [default: runs/joint, else runs/decoder, else 'pretrained', the model that comes "
+    "with the program]",
     show_default=False,
 )
 @options.weights
 @options.from_dataclass(SearchOptions)
-@click.option("--words", is_flag=True, help="Give each word's probability too, in json and jsonl.")
+@click.option(
+    "--words", is_flag=True, help="Write each word's probability as well, in json and jsonl."
+)
 @click.option(
     "--format",
     "layout",
     type=click.Choice(["text", "json", "jsonl", "csv", "coco"]),
     default=None,
-    help="text: path, tab, caption, and of several, tab, log-probability; jsonl: a line of JSON a "
-    "image, as it is made; csv: for spreadsheets, with an apostrophe before what they would take "
-    "for a formula; coco: the COCO results format.  [default: by the end of --output's "
-    "name, else text]",
+    help="text: path, tab, caption, and with several captions, tab, log-probability; jsonl: one "
+    "line of JSON per image, written as it is captioned; csv: for spreadsheets, with an apostrophe "
+    "before anything that they would take for a formula; coco: the COCO results format.  "
+    "[default: by the suffix of --output, else text]",
     show_default=False,
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     default=None,
-    help="File to write instead of standard output; whole or not at all.",
+    help="File to write instead of standard output. It is replaced as a whole when all is done.",
 )
 @click.option(
     "--skip-existing",
     is_flag=True,
-    help="Keep the captions that --output has, and add those of images that it has not.",
+    help="Keep the captions in --output, and add those of images that are not in it.",
 )
 @click.option(
     "--sidecar",
     is_flag=True,
-    help="Write the caption to a text file beside each image as well: photo.jpg, photo.txt. "
-    "Images that have one are passed over.",
+    help="Also write the caption to a text file beside each image: photo.jpg, photo.txt. "
+    "Images that have such a file are skipped.",
 )
 @click.option(
     "--write-metadata",
     is_flag=True,
-    help="Write the caption into each image's description as well (XMP, EXIF, IPTC); the pixels "
-    "and all else stay as they are. Images that have one are passed over.",
+    help="Also write the caption into each image's description (XMP, EXIF, IPTC); the pixels "
+    "and all other metadata stay as they are. Images that have a description are skipped.",
 )
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Replace text files and descriptions that are there.",
+    help="With --sidecar and --write-metadata: replace existing text files and descriptions.",
 )
 @click.option(
     "--html",
     type=click.Path(path_type=Path),
     default=None,
-    help="Write a page as well, with the images, their captions, and a search.",
+    help="Also write a page with the images, their captions, and a search.",
 )
 @click.option(
     "--thumbnails",
@@ -108,18 +116,21 @@ GROUPS = {
 @click.option(
     "--serve",
     is_flag=True,
-    help="Open a page in the browser, to drop images on and see their captions; it can be "
-    "reached from this computer alone.",
+    help="Open a page in the browser to drop images on and see their captions. Only this computer "
+    "can reach it.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8321, help="Of that page; 0: any free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8321,
+    help="Port of the --serve page; 0: any free port.",
 )
 @options.device
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Images at a time; changes the speed, not the captions.  [default: 4 on a CPU, 64 on a "
+    help="Images per batch; changes the speed, not the captions.  [default: 4 on a CPU, 64 on a "
     "GPU]",
     show_default=False,
 )
@@ -157,27 +168,27 @@ def main(
       find . -name '*.jpg' -print0 | python caption.py - --format jsonl
       python caption.py --serve
 
-    Stopped at any moment, the same command goes on where it was, unless captions go to standard
-    output alone.
+    After an interruption the same command continues where it stopped, unless captions go to
+    standard output alone.
     """
     search_options = SearchOptions(**search)
-    _check(images, serve, skip_existing, output)
+    layout = layout or FORMATS.get(output.suffix.lower() if output else "", "text")
+    _check(search_options, layout)
     if serve:
         from pipeline.serve.app import serve as serve_page
 
-        models = model or (default_model(),)
+        models = model or (options.default_model(),)
         serve_page(_load(models, device, weights, 1), _name(models), port, open_browser=True)
         return
-    for target in (output, html):
-        if target is not None:
-            check_writable(target)
+    targets = {target for target in (output, html) if target is not None}
+    for target in targets:
+        check_writable(target)
     paths = collect(images)
-    models = model or (default_model(),)
+    models = model or (options.default_model(),)
     from pipeline.outputs.caption_folder import Destinations, Request, caption_images
-    from pipeline.outputs.formats import decodable
 
-    places = Destinations(
-        layout=layout or FORMATS.get(output.suffix.lower() if output else "", "text"),
+    destinations = Destinations(
+        layout=layout,
         output=output,
         sidecar=sidecar,
         metadata=write_metadata,
@@ -186,28 +197,58 @@ def main(
         overwrite=overwrite,
         skip_existing=skip_existing,
     )
+    count = search_options.num_captions
     request = Request(
         search=search_options,
-        num_captions=search_options.num_captions or 1,
-        page_captions=search_options.num_captions
-        or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
+        num_captions=count or 1,
+        page_captions=count or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
         details=words,
         batch_size=batch_size,
         model=_name(models),
         fingerprint=_fingerprint(models),
     )
-    for target in {target for target in (output, html) if target is not None}:
+    for target in targets:
         click.get_current_context().with_resource(locked(target))
     try:
         outcome = caption_images(
-            lambda images: _load(models, device, weights, images), paths, places, request
+            lambda number: _load(models, device, weights, number), paths, destinations, request
         )
     except KeyboardInterrupt:
         kept = output or html or sidecar or write_metadata
-        echo("interrupted" + ("; the same command goes on" if kept else ""), err=True)
+        echo("interrupted" + ("; run the same command to resume" if kept else ""), err=True)
         sys.exit(130)
-    if html is not None:
-        echo(f"page: {html}", err=True)
+    _report(outcome, html, len(paths))
+
+
+def _check(search: SearchOptions, layout: str) -> None:
+    """Refuse options that contradict each other or have no effect, before anything is loaded."""
+    context = click.get_current_context()
+    given = context.params
+    serve, images = given["serve"], given["images"]
+    if not images and not serve:
+        raise click.UsageError("name images or a folder of them, or use --serve")
+    if images and serve:
+        raise click.UsageError("--serve takes no images: they are dropped on its page")
+    if serve and search != SearchOptions():
+        words = ", ".join(option_words(search))
+        raise UserError(f"--serve: takes no search options ({words}); its page has its own")
+    if given["skip_existing"] and given["output"] is None:
+        raise UserError("--skip-existing: needs the --output to add to")
+    if given["overwrite"] and not (given["sidecar"] or given["write_metadata"]):
+        raise UserError("--overwrite: is for --sidecar and --write-metadata")
+    thumbnails = context.get_parameter_source("thumbnails")
+    if thumbnails == ParameterSource.COMMANDLINE and given["html"] is None:
+        raise UserError("--thumbnails: is for the page of --html")
+    if given["words"] and layout not in ("json", "jsonl"):
+        raise UserError(f"--words: is for json and jsonl, not for {layout}; add --format jsonl")
+
+
+def _report(outcome: Outcome, page: Path | None, total: int) -> None:
+    """Report what was done; exit with code 1 if images failed."""
+    from pipeline.outputs.formats import decodable
+
+    if page is not None:
+        echo(f"page: {page}", err=True)
     if outcome.resumed:
         echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
@@ -215,26 +256,9 @@ def main(
     for path, reason in outcome.failures.items():
         echo_failure(decodable(path), reason)
     if outcome.failures:
-        echo(
-            f"{len(outcome.failures):,} of {len(paths):,} images could not be read or written",
-            err=True,
-        )
+        failed = len(outcome.failures)
+        echo(f"{failed:,} of {total:,} images could not be read or written", err=True)
         sys.exit(1)
-
-
-def _check(
-    images: Sequence[str],
-    serve: bool,
-    skip_existing: bool,
-    output: Path | None,
-) -> None:
-    """Refuse what makes no sense together, before anything is loaded."""
-    if not images and not serve:
-        raise click.UsageError("name images or a folder of them, or use --serve")
-    if images and serve:
-        raise click.UsageError("--serve takes no images: they are dropped on its page")
-    if skip_existing and output is None:
-        raise UserError("--skip-existing: needs the --output to add to")
 
 
 def _load(models: Sequence[Path], device: str, weights: str | None, images: int) -> Captioner:
@@ -250,26 +274,12 @@ def _name(models: Sequence[Path]) -> str:
 
 
 def _fingerprint(models: Sequence[Path]) -> str:
-    """Tell these model files from others, by size and time."""
+    """Return a string that changes with the model files, by size and time."""
     parts = []
     for model in models:
         path = pretrained_path() if is_pretrained(model) else model
         path = path / "best.pt" if path.is_dir() else path
-        if path.is_file():  # else loading says what is missing
+        if path.is_file():  # else loading raises an error
             information = path.stat()
             parts.append(f"{information.st_size} {information.st_mtime_ns}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def default_model() -> Path:
-    """Find the model to use when none is named: the user's own, or else the one in the box."""
-    for candidate in DEFAULT_MODELS:
-        if Path(candidate).is_file():
-            echo(f"model: {candidate}", err=True)
-            return Path(candidate)
-    echo(
-        "model: the pretrained model (--model pretrained), trained on Flickr8k for "
-        "research and education; see data/pretrained/MODEL_CARD.md",
-        err=True,
-    )
-    return Path(PRETRAINED)

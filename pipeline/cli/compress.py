@@ -1,4 +1,4 @@
-"""Write a captioner as one small file."""
+"""Write a captioner as one small checkpoint file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ from pipeline.utils.terminal import echo
     help="File to write.",
 )
 def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
-    """Make one small file that captions by itself of RUNS: encoder, decoders and all.
+    """Write RUNS as one small checkpoint with encoder and decoders, which captions by itself.
 
-    RUNS are run folders or checkpoints of stage 2 or 3. Of several, which must be of one encoder
-    and recipe, the decoders caption together.
+    RUNS are run folders or checkpoints of stage 2 or 3; several, with the same encoder and recipe,
+    become an ensemble.
+
+    \b
+    Example:
+      captioner compress runs/joint --output small.pt
     """
     save_compressed(runs, output, weights)
     echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)

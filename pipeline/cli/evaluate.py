@@ -1,4 +1,4 @@
-"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE where they can be had.
+"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE if they are available.
 
 The manual is in evaluate.py, the advice in its --help.
 """
@@ -20,12 +20,11 @@ from pipeline.utils.files import check_writable
 from pipeline.utils.terminal import echo
 
 GROUPS = {
-    "What is written": ("output", "html", "java"),
-    "Other data": ("data", "captions", "features", "tokenizer"),
+    "Output": ("output", "html", "java"),
+    "Data": ("data", "captions", "features", "tokenizer"),
     "Machine": ("device",),
 }
-
-# Only the best caption is scored, and it is searched, not drawn.
+# The options of caption.py alone: here the best caption is scored, found by a search.
 NOT_SCORED = [
     f.name for f in dataclasses.fields(SearchOptions) if f.metadata.get("heading") == CAPTIONS
 ]
@@ -37,7 +36,7 @@ NOT_SCORED = [
     "--data",
     type=options.DataPath(),
     default=None,
-    help="Folder with the captions.  [default: that of the training]",
+    help="Folder of the captions.  [default: the training's]",
     show_default=False,
 )
 @options.captions
@@ -46,21 +45,21 @@ NOT_SCORED = [
     type=click.Path(path_type=Path),
     default=None,
     help="Feature cache of the run's encoder. A run of finetune_joint.py encodes the images "
-    "itself if this is not its own.  [default: that of the training]",
+    "itself if the cache is of another encoder.  [default: the training's]",
     show_default=False,
 )
 @click.option(
     "--split",
     type=click.Choice(["val", "test", "train"]),
     default="val",
-    help="Choose models and options on val; look at test once, at the end.",
+    help="The split to score. Choose models and options on val; use test once, at the end.",
 )
 @click.option(
     "--tokenizer",
     type=click.Choice(list(TOKENIZERS)),
     default=None,
-    help="For --compare: how the captions are split. A run has its own.  [default: that of the "
-    "scores beside the predictions, else english]",
+    help="The tokenizer of --compare; a run has its own.  [default: that of the scores file "
+    "beside the predictions, else english]",
     show_default=False,
 )
 @options.from_dataclass(SearchOptions, leave_out=NOT_SCORED)
@@ -68,7 +67,9 @@ NOT_SCORED = [
     "--output",
     type=click.Path(path_type=Path),
     default=None,
-    help="Predictions file; scores.json goes beside it.  [default: RUN/predictions.json]",
+    help="Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
+    "another split, search, checkpoint or data a name that tells, such as "
+    "predictions-test-beam-size-5.json]",
     show_default=False,
 )
 @click.option(
@@ -77,12 +78,13 @@ NOT_SCORED = [
     default=None,
     metavar="PAGE",
     help="Also write a page of the images with their captions, references and CIDEr-D, the worst "
-    "first, to see where the model fails. It can be sent alone.",
+    "first. The page is one file.",
 )
 @click.option(
     "--java/--no-java",
     default=True,
-    help="METEOR and SPICE, where Java and pycocoevalcap are there; METEOR takes some seconds.",
+    help="Compute METEOR and SPICE, if Java and pycocoevalcap are installed; METEOR takes some "
+    "seconds.",
 )
 @click.option(
     "--compare",
@@ -91,32 +93,32 @@ NOT_SCORED = [
     default=None,
     metavar="FIRST SECOND",
     help="Test whether two predictions files for the same images differ, instead of scoring a "
-    "run. Below a p of 0.05 the difference is unlikely to be the luck of these images; what "
-    "another seed gives is not in it.",
+    "run. A difference with p below 0.05 is unlikely to be chance over the images; variation "
+    "between seeds is not included.",
 )
 @click.option(
     "--ensemble",
     is_flag=True,
-    help="Score RUNS as one model whose decoders caption together; they must be of one encoder and "
-    "recipe, with other seeds. The files go into the first run's folder, as predictions-ensemble.",
+    help="Score RUNS as one ensemble; they must have the same encoder and recipe, and other seeds. "
+    "The files go into the first run's folder, as predictions-ensemble.json.",
 )
 @options.device
 def main(
     runs: tuple[Path, ...],
+    compare: tuple[Path, Path] | None,
+    ensemble: bool,
+    html: Path | None,
+    device: str,
     data: str | None,
     captions: Path | None,
     features: Path | None,
     split: str,
     tokenizer: str | None,
     output: Path | None,
-    html: Path | None,
     java: bool,
-    compare: tuple[Path, Path] | None,
-    ensemble: bool,
-    device: str,
     **search: Any,
 ) -> None:
-    """Score the best epoch of RUNS (run folders, or checkpoints) on a split.
+    """Score the best checkpoint of RUNS (run folders, or checkpoints) on a split.
 
     \b
     Examples:
@@ -127,46 +129,37 @@ def main(
       python evaluate.py --ensemble runs/seed-0 runs/seed-1 runs/seed-2
       python evaluate.py --compare a.json b.json
 
-    Several runs, such as the same with several seeds, are scored one by one and summed up by
-    mean and deviation.
+    Several runs, such as those of several seeds, are scored one by one and summarised by mean and
+    deviation.
     """
-    wanted_search = SearchOptions(**search)
-    if bool(runs) == (compare is not None):
-        raise UserError("give the runs to score, or --compare with two predictions files")
-    if output is not None and len(runs) > 1 and not ensemble:
-        raise UserError("--output is for one run; each of several writes into its own folder")
-    if html is not None and (compare is not None or (len(runs) > 1 and not ensemble)):
-        raise UserError("--html is for one run, or several --ensemble; write a page for each")
-    if html is not None:
-        check_writable(html)
-    if tokenizer is not None and compare is None:
-        raise UserError("--tokenizer is for --compare; a run is scored with its own")
+    search_options = SearchOptions(**search)
+    _check(runs, compare, ensemble, html, tokenizer, output)
     if compare is not None:
-        from pipeline.evaluation import compare_predictions, print_comparison
+        from pipeline.metrics.compare import compare_predictions
+        from pipeline.reports.score_table import print_comparison
 
         data = data or "data/flickr8k"
         differences = compare_predictions(*compare, data, captions, split, tokenizer)
         print_comparison(differences, *compare)
         return
-    from pipeline.evaluation import evaluate_runs, print_table
+    from pipeline.evaluation import EvaluationOptions, evaluate_runs
+    from pipeline.reports.score_table import print_table
     from pipeline.utils.devices import choose_device
 
+    evaluation = EvaluationOptions(
+        data=data,
+        captions=captions,
+        features=features,
+        split=split,
+        search=search_options,
+        output=output,
+        java=java,
+        words=html is not None,
+    )
     chosen = choose_device(device)
     groups = [runs] if ensemble else [(run,) for run in runs]
     results = {
-        " + ".join(map(str, group)): evaluate_runs(
-            group,
-            chosen,
-            data,
-            captions,
-            features,
-            split,
-            wanted_search,
-            output,
-            java,
-            html is not None,
-        )
-        for group in groups
+        " + ".join(map(str, group)): evaluate_runs(group, chosen, evaluation) for group in groups
     }
     print_table(results)
     if html is not None:
@@ -177,3 +170,29 @@ def main(
         echo(f"page: {html}", err=True)
     if any(result.unreadable for result in results.values()):
         sys.exit(1)
+
+
+def _check(
+    runs: tuple[Path, ...],
+    compare: tuple[Path, Path] | None,
+    ensemble: bool,
+    html: Path | None,
+    tokenizer: str | None,
+    output: Path | None,
+) -> None:
+    """Raise UserError for options that contradict each other, before anything is loaded."""
+    several = len(runs) > 1 and not ensemble
+    if bool(runs) == (compare is not None):
+        raise UserError("give the runs to score, or --compare with two predictions files")
+    if output is not None and several:
+        raise UserError("--output: is for one run; each of several writes into its own folder")
+    if output is not None and compare is not None:
+        raise UserError("--output: --compare writes no file")
+    if html is not None and (compare is not None or several):
+        raise UserError("--html: is for one run, or several with --ensemble")
+    if ensemble and len(runs) < 2:
+        raise UserError("--ensemble: is for several runs")
+    if tokenizer is not None and compare is None:
+        raise UserError("--tokenizer: is for --compare; a run is scored with its own")
+    if html is not None:
+        check_writable(html)

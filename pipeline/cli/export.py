@@ -52,9 +52,8 @@ def main(
       captioner export runs/decoder --output captioner-onnx/
       python captioner-onnx/run_captioner.py photo.jpg
     """
-    from pipeline.cli.caption import default_model
     from pipeline.export.onnx import export_captioner
 
-    models = [*runs, *model] or [default_model()]
+    models = [*runs, *model] or [options.default_model()]
     for path in export_captioner(models, output, weights, beam_size, force):
         echo(f"{output / path.name}: {path.stat().st_size / 1e6:.1f} MB", err=True)

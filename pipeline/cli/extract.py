@@ -1,4 +1,4 @@
-"""Stage 1: run InceptionV3 once over every image and keep its 2048 numbers in HDF5.
+"""Stage 1: run InceptionV3 once over every image and store its 2048 features in HDF5.
 
 The manual is in extract_features.py, the advice in its --help.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipeline.features.extraction import ExtractionResult
 
 NO_DATA = """{data}: no such folder. Two ways to get Flickr8k:
-  python extract_features.py --data {data} --download      fetches it (1.1 GB)
+  python extract_features.py --data {data} --download      downloads it (1.1 GB)
   or unpack the Kaggle archive adityajn105/flickr8k to {data}
 For your own images: --data FOLDER"""
 
@@ -52,29 +52,29 @@ GROUPS = {
     default="auto",
     help="'imagenet' (torchvision's, downloaded once), 'pretrained' (those of the model that comes "
     "with the program), a torchvision inception_v3 state dict, a checkpoint of finetune_joint.py, "
-    "or 'random' (untrained, for tests). auto goes on with what the cache was begun with; else it "
-    "takes imagenet, or pretrained where that cannot be had.",
+    "or 'random' (untrained, for tests). auto: those that the cache was begun with, else "
+    "imagenet, or pretrained if that cannot be downloaded.",
 )
 @options.device
 @click.option(
     "--engine",
     type=click.Choice(["auto", "torch", "openvino"]),
     default="auto",
-    help="What runs the network. auto takes OpenVINO on a CPU where it is installed (pip install "
+    help="Library that runs the network. auto: OpenVINO on a CPU, if it is installed (pip install "
     "-e '.[openvino]') and there are 200 images or more.",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     default="auto",
-    help="auto takes bf16 on CPUs with AMX, where it is 3 times faster, and on GPUs; features "
-    "are within cosine 0.999.",
+    help="Precision of the network. auto: bf16 on CPUs with AMX, where it is 3 times faster, and "
+    "on GPUs; features are within cosine 0.999 of fp32.",
 )
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=None,
-    help="Images a forward pass.  [default: 4 on a CPU, where small batches stay in its "
+    help="Images per forward pass.  [default: 4 on a CPU, where small batches stay in its "
     "cache; 64 on a GPU]",
     show_default=False,
 )
@@ -82,18 +82,18 @@ GROUPS = {
     "--workers",
     type=click.IntRange(min=1),
     default=None,
-    help="Threads that each decode images and have them encoded.  [default: one a core, at most 8]",
+    help="Threads that decode and encode images.  [default: one per core, at most 8]",
     show_default=False,
 )
 @click.option(
     "--on-error",
     type=click.Choice(["skip", "fail"]),
     default="skip",
-    help="An unreadable image is recorded and passed over, or stops the run.",
+    help="skip: record an unreadable image and continue; fail: stop.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try the images again that failed before.")
-@click.option("--force", is_flag=True, help="Begin anew, whatever the cache holds.")
-@click.option("--download", is_flag=True, help="Fetch Flickr8k to --data first (resumable).")
+@click.option("--retry-failed", is_flag=True, help="Try images again that failed before.")
+@click.option("--force", is_flag=True, help="Start over, discarding the cache.")
+@click.option("--download", is_flag=True, help="Download Flickr8k to --data first (resumable).")
 def main(
     data: str,
     output: Path | None,
@@ -108,7 +108,7 @@ def main(
     force: bool,
     download: bool,
 ) -> None:
-    """Encode every image once with InceptionV3 into one HDF5 feature cache.
+    """Extract InceptionV3 features of every image into one HDF5 cache.
 
     \b
     Examples:
@@ -116,10 +116,10 @@ def main(
       python extract_features.py --download
       python extract_features.py --data photos --output data/features/photos.h5
 
-    Killed at any moment, the same command goes on where it stopped; run again when all is
-    done, it says so. Images added to the folder later are added to the cache.
+    After an interruption, run the same command again to resume. Images added to the folder later
+    are added to the cache.
 
-    For several GPUs or machines start it with torchrun: each process encodes a share, into a
+    For several GPUs or machines, start it with torchrun: each process encodes a share into a
     shard beside the cache. On one CPU this gains nothing, as --workers already uses all cores.
     """
     from pipeline.utils.distributed import joined_world
@@ -152,7 +152,7 @@ def main(
         chosen = choose_device(device, world.local_rank)
         force = force and not world.restarted
         begun = None if force else resume_identity(output)
-        if begun is not None:  # auto goes on as the cache was begun, maybe on another machine
+        if begun is not None:  # auto: as the cache was begun, maybe on another machine
             precision = begun.precision if precision == "auto" else precision
             engine = begun.engine if engine == "auto" else engine
         precision = choose_precision(precision, chosen)
@@ -184,7 +184,7 @@ def main(
 
 
 def report(result: ExtractionResult) -> None:
-    """Say what was done; ends the program with exit code 1 if images could not be read."""
+    """Report what was done; exit with code 1 if images could not be read."""
     cache = result.cache
     failures = cache.failures()
     echo(

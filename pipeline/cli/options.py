@@ -1,7 +1,4 @@
-"""What the commands have in common: how their help looks, and options with their advice.
-
-A command takes an option as a decorator: ``@options.beam_size``.
-"""
+"""Shared by the commands: help under headings, click options from dataclasses, common options."""
 
 from __future__ import annotations
 
@@ -17,10 +14,13 @@ import click
 from click.core import ParameterSource
 
 from pipeline.datasets.tar_shards import is_tar_shards
+from pipeline.models.pretrained import PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo, escape_control
 
-# What follows "captioner" where the program was installed -> the script of this repository.
+# The run folders of stages 3 and 2, the better one first.
+DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
+# Sub-command of the installed program -> script of this repository.
 SCRIPTS = {
     "extract": "extract_features.py",
     "train": "train_decoder.py",
@@ -31,7 +31,7 @@ SCRIPTS = {
 
 
 class HeadedOption(click.Option):
-    """An option that knows its heading in the help."""
+    """A click option with a heading in the help."""
 
     def __init__(self, *args: Any, heading: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -42,8 +42,8 @@ class GroupedCommand(click.Command):
     """A command whose help lists its options under headings.
 
     Attributes:
-        groups: heading to the names of its options, as parameters; the others come first.
-        goes_on: whether the same command goes on after it was interrupted.
+        groups: heading -> parameter names of its options; options without a heading come first.
+        resumable: the same command resumes after an interruption.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class GroupedCommand(click.Command):
         self.resumable = resumable
 
     def invoke(self, context: click.Context) -> Any:
-        """Run the command; Ctrl-C and a lack of memory end it with a line.
+        """Run the command; Ctrl-C and a lack of memory end it with one line.
 
         Raises:
-            UserError: memory was not enough, the machine's or the GPU's.
+            UserError: out of memory, on the CPU or a GPU.
         """
-        resumable = "; the same command goes on" if self.resumable else ""
+        resumable = "; run the same command to resume" if self.resumable else ""
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
@@ -74,20 +74,19 @@ class GroupedCommand(click.Command):
                 raise
             smaller = [o for o in ("batch_size", "workers", "beam_size") if self._has(o)]
             named = " or ".join(f"--{name.replace('_', '-')}" for name in smaller)
-            less = f"with a smaller {named} less is needed" if named else "close other programs"
+            less = f"try a smaller {named}" if named else "close other programs"
             raise UserError(f"out of memory: {less}{resumable}") from error
 
     def _has(self, name: str) -> bool:
         return any(parameter.name == name for parameter in self.params)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Read the command line; of several processes that cannot, one alone says so."""
+        """Parse the command line; of several processes only one prints a usage error."""
         try:
             return super().parse_args(context, args)
         except click.UsageError as error:
-            vars(error)["message"] = escape_control(
-                error.message
-            )  # it quotes what it does not know
+            # The message quotes the unknown argument.
+            vars(error)["message"] = escape_control(error.message)
             from pipeline.utils.distributed import joined_world
 
             with joined_world():
@@ -125,10 +124,10 @@ class GroupedCommand(click.Command):
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Tell whether memory was not enough, for Python, or for torch on a CPU or GPU."""
+    """True if memory was not enough, for Python, or for torch on a CPU or GPU."""
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for this
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; torch is not imported for this
         or "can't allocate memory" in str(error)
     )
 
@@ -137,7 +136,7 @@ class DataPath(click.Path):
     """The type of ``--data``: a folder, or a pattern of tar shards, which may be a URL."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Bring a folder's path to the one form that runs are compared by."""
+        """Normalise a folder's path, so that settings of runs compare equal."""
         text = str(super().convert(value, param, ctx))
         return text if is_tar_shards(text) else str(Path(text))
 
@@ -145,10 +144,7 @@ class DataPath(click.Path):
 def command(
     groups: Mapping[str, Sequence[str]] | None = None, resumable: bool = False
 ) -> Callable[[Callable[..., Any]], GroupedCommand]:
-    """Make a function a command; its options stand under the headings of ``groups``.
-
-    ``goes_on``: see ``GroupedCommand``.
-    """
+    """Return a decorator that makes a function a ``GroupedCommand``."""
     return click.command(
         cls=GroupedCommand,
         groups=groups or {},
@@ -158,12 +154,12 @@ def command(
 
 
 def render_command(command: str, options: Mapping[str, str], more: Sequence[str] = ()) -> str:
-    """Write out a command with those options of the present one that the user gave.
+    """Return a command line with those options of the present command that the user gave.
 
     Args:
         command: which one, as in ``SCRIPTS``.
-        options: parameters of the present command -> what the option is called in ``command``.
-        more: words to put behind it.
+        options: parameter of the present command -> name of the option in ``command``.
+        more: words to append.
     """
     context = click.get_current_context()
     if context.parent is not None:
@@ -212,7 +208,7 @@ def from_dataclass(
 
 
 def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
-    """Make the click option of one dataclass field."""
+    """Return the click option of one dataclass field."""
     metadata, name = field.metadata, field.name.replace("_", "-")
     kinds = {kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)}
     help_text, default_help = metadata["help"], metadata["default_help"]
@@ -245,21 +241,21 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any
     )
 
 
-device = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps.")
+device = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:N or mps.")
 
 captions = click.option(
     "--captions",
     type=click.Path(path_type=Path),
     default=None,
-    help="The captions file, where --data holds several: Flickr8k's, Karpathy's or COCO's JSON, "
-    "CSV or JSON Lines.",
+    help="Captions file, if --data holds several: Flickr8k's, Karpathy's or COCO's JSON, CSV or "
+    "JSON Lines.",
 )
 
 weights = click.option(
     "--weights",
     default=None,
-    help="The encoder's weights, where they moved since training; checked to be the same. A model "
-    "of finetune_joint.py has them inside.",
+    help="The encoder's weights, if they were moved since training; they must be the same. A model "
+    "of finetune_joint.py contains them.",
 )
 
 force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
@@ -270,3 +266,17 @@ tensorboard = click.option(
     help="Write the curves, and some captions of every epoch, for TensorBoard too, which must be "
     "installed (pip install -e '.[tensorboard]'): tensorboard --logdir runs",
 )
+
+
+def default_model() -> Path:
+    """Return the model to use when none is named: the user's own, else the pretrained one."""
+    for candidate in DEFAULT_MODELS:
+        if Path(candidate).is_file():
+            echo(f"model: {candidate}", err=True)
+            return Path(candidate)
+    echo(
+        "model: the pretrained model (--model pretrained), trained on Flickr8k for "
+        "research and education; see data/pretrained/MODEL_CARD.md",
+        err=True,
+    )
+    return Path(PRETRAINED)

@@ -8,7 +8,7 @@ what depends on the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pipeline.utils.errors import UserError
@@ -269,6 +269,15 @@ class SearchOptions:
                 f"--prefix: has {len(words)} words, more than --max-length {max_length}"
             )
         return tuple(vocabulary.encode(words))
+
+
+def option_words(options: SearchOptions) -> list[str]:
+    """Return the options that are not the default, for a file's name: "beam-size-5"."""
+    return [
+        f"{field.name.replace('_', '-')}-{value}"
+        for field in fields(SearchOptions)
+        if (value := getattr(options, field.name)) != field.default
+    ]
 
 
 def describe_search(search: Mapping[str, Any]) -> str:

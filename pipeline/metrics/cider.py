@@ -1,8 +1,8 @@
 """CIDEr-D of one caption against others (Vedantam et al. 2015), as the COCO code computes it.
 
 The cosine of TF-IDF vectors over n-grams of 1 to 4 tokens, clipped, with a penalty on a
-difference in length. The scorer, the reward of self-critical training and the choice among
-candidates all use it; tokens may be words or a vocabulary's numbers.
+difference in length. Used by the scorer, the reward of self-critical training and the
+tests of consensus reranking; tokens may be words or ids.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def ngrams(tokens: Sequence[Hashable]) -> Counter[Ngram]:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """A caption as CIDEr-D sees it.
+class TfIdf:
+    """The TF-IDF vector of a caption.
 
     Attributes:
         weights: TF-IDF weight of each n-gram.
         norms: the vector's norm for n = 1 to 4.
-        bigrams: how many there are: the COCO code measures length so, which differs from words
-            only where a caption has no word at all.
+        bigrams: their number, by which the COCO code measures length; it differs from
+            words - 1 only for a caption without words.
     """
 
     weights: dict[Ngram, float]
@@ -45,9 +45,9 @@ class Weighed:
 
 
 class Idf:
-    """How rare n-grams are among the captions of a set of images.
+    """Inverse document frequency of n-grams; a document is the captions of one image.
 
-    ``images`` gives for every image the n-grams that are in at least one of its captions.
+    ``images`` has for every image the n-grams that are in at least one of its captions.
     """
 
     def __init__(self, images: Iterable[Iterable[Ngram]]) -> None:
@@ -56,28 +56,28 @@ class Idf:
         for found in images:
             frequencies.update(found)
             count += 1
-        # An n-gram that no image has counts as if one had it.
-        self._rarest = math.log(count) if count else 0.0
-        self._rarity = {
-            ngram: self._rarest - math.log(frequency) for ngram, frequency in frequencies.items()
+        # An unseen n-gram has the IDF of one that is in one image.
+        self._max_idf = math.log(count) if count else 0.0
+        self._idf = {
+            ngram: self._max_idf - math.log(frequency) for ngram, frequency in frequencies.items()
         }
 
-    def weigh(self, counts: Mapping[Ngram, int]) -> Weighed:
-        """Weigh the n-grams of one caption."""
+    def tf_idf(self, counts: Mapping[Ngram, int]) -> TfIdf:
+        """Return the TF-IDF vector of one caption's n-gram counts."""
         weights = {}
         squares = [0.0] * LONGEST_NGRAM
         words = 0
         for ngram, count in counts.items():
-            weights[ngram] = weight = count * self._rarity.get(ngram, self._rarest)
+            weights[ngram] = weight = count * self._idf.get(ngram, self._max_idf)
             squares[len(ngram) - 1] += weight * weight
             words += count if len(ngram) == 1 else 0
-        return Weighed(weights, [math.sqrt(square) for square in squares], max(0, words - 1))
+        return TfIdf(weights, [math.sqrt(square) for square in squares], max(0, words - 1))
 
 
-def cider_d(caption: Weighed, references: Sequence[Weighed]) -> float:
+def cider_d(caption: TfIdf, references: Sequence[TfIdf]) -> float:
     """Return CIDEr-D of a caption: its mean over the references, in percent.
 
-    As in the paper it is multiplied by 10, so that 1000 is the most that there is.
+    As in the paper it is multiplied by 10, so that the maximum is 1000.
     """
     total = 0.0
     for reference in references:

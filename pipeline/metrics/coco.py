@@ -47,12 +47,12 @@ class Scorer:
             name: [_Reference(tokens) for tokens in captions]
             for name, captions in references.items()
         }
-        self._rarity = Idf(
+        self._idf = Idf(
             {ngram for caption in captions for ngram in caption.counts}
             for captions in self._references.values()
         )
-        self._weighed = {
-            name: [self._rarity.weigh(caption.counts) for caption in captions]
+        self._reference_vectors = {
+            name: [self._idf.tf_idf(caption.counts) for caption in captions]
             for name, captions in self._references.items()
         }
         self._most: dict[str, dict[Ngram, int]] = {}  # highest count in one reference
@@ -149,7 +149,7 @@ class Scorer:
         every weight, and the score, is 0.
         """
         return {
-            name: cider_d(self._rarity.weigh(found), self._weighed[name])
+            name: cider_d(self._idf.tf_idf(found), self._reference_vectors[name])
             for name, found in counts.items()
         }
 

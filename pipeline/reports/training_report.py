@@ -21,12 +21,13 @@ from markupsafe import Markup
 
 from pipeline.datasets.images import ImageError
 from pipeline.decoding.options import describe_search
-from pipeline.evaluation import evaluate_runs, print_table
+from pipeline.evaluation import EvaluationOptions, evaluate_runs
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.outputs.gallery import data_uri, make_thumbnail
 from pipeline.reports.curves import best_record, read_svg, write_curves
 from pipeline.reports.report_data import ReportData, read_data
+from pipeline.reports.score_table import print_table
 from pipeline.reports.tensorboard import tensorboard_writer
 from pipeline.training.loop import Progress
 from pipeline.training.options import DecoderOptions, JointOptions
@@ -120,7 +121,9 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
         f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
         err=True,
     )
-    print_table({str(run): evaluate_runs([run], device, java=False)})
+    settings = _read_json(run / CONFIG) or {}
+    options = EvaluationOptions(data=settings.get("data"), java=False)
+    print_table({str(run): evaluate_runs([run], device, options)})
     write_report(run)
 
 

@@ -20,7 +20,7 @@ from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.sampling import sample
-from pipeline.metrics.cider import Idf, Weighed, cider_d, ngrams
+from pipeline.metrics.cider import Idf, TfIdf, cider_d, ngrams
 from pipeline.models.decoder import Decoder
 
 SAMPLES = 5  # captions sampled per image, as many as Flickr8k has references
@@ -58,8 +58,8 @@ class Reward:
         references = [self._tf_idf(caption) for caption in self._captions(image)]
         return [cider_d(self._tf_idf([*tokens, END_ID]), references) / 100 for tokens in sampled]
 
-    def _tf_idf(self, tokens: Sequence[int]) -> Weighed:
-        return self._idf.weigh(ngrams(tokens))
+    def _tf_idf(self, tokens: Sequence[int]) -> TfIdf:
+        return self._idf.tf_idf(ngrams(tokens))
 
 
 @dataclass

@@ -14,8 +14,10 @@ from drawn_run import DrawnRun
 import evaluate as command
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.vocabulary import tokenize
-from pipeline.evaluation import _gathered
+from pipeline.evaluation import Evaluation, _gathered
 from pipeline.metrics.coco import Scorer
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.reports.score_table import print_table
 
 
 def evaluate(*arguments: object) -> Result:
@@ -68,19 +70,20 @@ def test_references_keep_the_words_that_the_vocabulary_lacks(
     data = tmp_path / "scenes"
     shutil.copytree(drawn_run.data, data)
     cache = ("--features", drawn_run.features)
-    before = evaluate(drawn_run.run, "--data", data, *cache, "--output", tmp_path / "a" / "p.json")
+    outputs = [tmp_path / name / "predictions.json" for name in "ab"]
+    before = evaluate(drawn_run.run, "--data", data, *cache, "--output", outputs[0])
     captions = (data / "captions.csv").read_text().splitlines()
     (data / "captions.csv").write_text(
         "\n".join([captions[0], *(line.replace(" a ", " zyx ") for line in captions[1:])])
     )
-    after = evaluate(drawn_run.run, "--data", data, *cache, "--output", tmp_path / "b" / "p.json")
+    after = evaluate(drawn_run.run, "--data", data, *cache, "--output", outputs[1])
     assert before.exit_code == after.exit_code == 0
     scores = [
         json.loads((tmp_path / name / "scores.json").read_text())["scores"]["BLEU-1"]
         for name in "ab"
     ]
     assert scores[1] < scores[0] - 3
-    assert (tmp_path / "a/p.json").read_bytes() == (tmp_path / "b/p.json").read_bytes()
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
 def test_what_does_not_belong_together_is_refused(drawn_run: DrawnRun, tmp_path: Path) -> None:
@@ -113,12 +116,12 @@ def test_several_runs_are_summed_up(drawn_run: DrawnRun, tmp_path: Path) -> None
     assert f"{tmp_path / 'b'} (" in result.stdout
     assert result.stdout.count(", beam 10, consensus 2, matching 2): ") == 2
     assert (tmp_path / "a" / "scores.json").is_file() and (tmp_path / "b" / "scores.json").is_file()
-    refused = evaluate(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "p.json")
-    assert refused.exit_code == 2 and "--output is for one run" in refused.stderr
+    refused = evaluate(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "predictions.json")
+    assert refused.exit_code == 2 and "--output: is for one run" in refused.stderr
 
 
 def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    first, second = tmp_path / "a" / "p.json", tmp_path / "b.json"
+    first, second = tmp_path / "a" / "predictions.json", tmp_path / "b.json"
     evaluate(drawn_run.run, "--split", "train", "--output", first)
     predictions = json.loads(first.read_text())
     for entry in predictions:
@@ -157,3 +160,66 @@ def test_small_batches_are_joined_in_order_and_none_is_lost() -> None:
     joined = list(_gathered(rows.split(4), 8))
     assert [len(batch) for batch in joined] == [8, 8, 6]
     assert torch.equal(torch.cat(joined), rows)
+
+
+def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    """Own files are those of the best checkpoint on val with the default search."""
+    run = tmp_path / "run"
+    shutil.copytree(drawn_run.run, run)
+    assert evaluate(run).exit_code == 0
+    own = {name: (run / name).read_bytes() for name in ("predictions.json", "scores.json")}
+    for arguments, name in (
+        (("--split", "test"), "test"),
+        (("--beam-size", 1, "--split", "test"), "test-beam-size-1"),
+        (("--features", shutil.copy(drawn_run.features, tmp_path)), "other-data"),
+    ):
+        assert evaluate(run, *arguments).exit_code == 0
+        assert (run / f"predictions-{name}.json").is_file()
+        scores = json.loads((run / f"scores-{name}.json").read_text())
+        assert scores["predictions"] == f"predictions-{name}.json"
+    last = shutil.copy(run / "best.pt", run / "other.pt")
+    assert evaluate(last, "--search-passes", 2).exit_code == 0
+    assert (run / "scores-other-search-passes-2.json").is_file()
+    assert evaluate(run, "--split", "test", "--output", run / "mine.json").exit_code == 0
+    assert json.loads((run / "scores-mine.json").read_text())["split"] == "test"
+    refused = evaluate(run, "--split", "test", "--output", run / "predictions.json")
+    assert refused.exit_code == 2 and "choose another name" in refused.stderr
+    assert own == {name: (run / name).read_bytes() for name in own}
+
+
+def test_remote_data_named_in_a_checkpoint_are_not_opened(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(drawn_run.run)
+    checkpoint.settings["data"] = "ftp://127.0.0.1:9/{0..1}.tar"
+    save_checkpoint(tmp_path / "best.pt", checkpoint)
+    refused = evaluate(tmp_path / "best.pt")
+    assert refused.exit_code == 2
+    assert "was trained on remote data; to read them give --data 'ftp://" in refused.stderr
+
+
+def test_a_score_that_one_run_lacks_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = {
+        "split": "val",
+        "split_sha256": "0",
+        "images": 1,
+        "references": 5,
+        "search": {"beam_size": 3, "consensus": 0, "matching": 0},
+        "tokenizer": "english",
+    }
+    counts = dict.fromkeys(("distinct_captions", "distinct_words", "copied_from_train"), 1) | {
+        "copied_from_train_percent": 0.0,
+        "mean_length": 9.0,
+    }
+    results = {
+        name: Evaluation({}, {"BLEU-4": 10.0, **more, **counts}, [], {}, facts, [], {})
+        for name, more in (("a", {}), ("b", {"METEOR": 20.0}))
+    }
+    print_table(results)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows[0] == "| run | BLEU-4 | METEOR |"
+    assert rows[2:] == [
+        "| a | 10.0 | - |",
+        "| b | 10.0 | 20.0 |",
+        "| mean ± deviation | 10.0 ± 0.0 | - |",
+    ]

@@ -58,9 +58,9 @@ def by_hand(
     near = min(NEIGHBOURS, len(groups))
     values, photos = cosines.topk(near)
     shares = (values / TEMPERATURE).softmax(0).tolist()
-    candidate = rarity.weigh(ngrams([*tokens, END_ID]))
+    candidate = rarity.tf_idf(ngrams([*tokens, END_ID]))
     return sum(
-        share * cider_d(candidate, [rarity.weigh(ngrams(c)) for c in encoded[photo]]) / 100
+        share * cider_d(candidate, [rarity.tf_idf(ngrams(c)) for c in encoded[photo]]) / 100
         for share, photo in zip(shares, photos.tolist(), strict=True)
     )
 

@@ -166,7 +166,7 @@ def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> No
         for models in (["--model", run], ["--model", run, "--model", run])
     ]
     assert lines[0] and lines[0] == lines[1]
-    outputs = [tmp_path / "one" / "p.json", tmp_path / "two" / "p.json"]
+    outputs = [tmp_path / "one" / "predictions.json", tmp_path / "two" / "predictions.json"]
     for output, more in zip(outputs, ([], [run, "--ensemble"]), strict=True):
         words = [run, *more, "--output", str(output), "--no-java", *SAME]
         output.parent.mkdir()

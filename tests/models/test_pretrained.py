@@ -229,7 +229,8 @@ def test_compression_keeps_the_features(boxed: Captioner) -> None:
 @pytest.mark.slow
 @pytest.mark.shared("flickr8k")
 def test_the_model_scores_what_its_card_says(tmp_path: Path) -> None:
-    words = f"pretrained --data {SHARED / 'flickr8k'} --output {tmp_path / 'p.json'} --no-java"
+    output = tmp_path / "predictions.json"
+    words = f"pretrained --data {SHARED / 'flickr8k'} --output {output} --no-java"
     result = CliRunner().invoke(evaluate.main, words.split())
     assert result.exit_code == 0, result.output
     scores = json.loads((tmp_path / "scores.json").read_text())

@@ -87,7 +87,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
         patch.setattr(PartialResults, "append", interrupted)
         result = caption(drawn_run, album, "--output", output, "--words")
     assert result.exit_code == 130
-    assert "interrupted; the same command goes on" in result.stderr
+    assert "interrupted; run the same command to resume" in result.stderr
     assert not output.exists() and results_path(output).exists()
 
     asked.clear()
@@ -109,7 +109,7 @@ def test_an_interruption_promises_to_go_on_only_where_something_is_kept(
     result = caption(drawn_run, album)
     assert result.exit_code == 130 and result.stderr == "interrupted\n"
     result = caption(drawn_run, album, "--sidecar")
-    assert result.stderr == "interrupted; the same command goes on\n"
+    assert result.stderr == "interrupted; run the same command to resume\n"
 
 
 def test_what_changed_since_the_interruption_is_captioned_again(

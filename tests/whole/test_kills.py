@@ -162,7 +162,7 @@ def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(
         time.sleep(0.01)
     os.kill(process, signal.SIGINT)
     assert ended(process, patience=5.0) == 130
-    assert "interrupted; the same command goes on\n" in said(folder)
+    assert "interrupted; run the same command to resume\n" in said(folder)
     assert "Traceback" not in said(folder) and "Aborted" not in said(folder)
     assert not (folder / "x.h5").exists() and not (folder / "x.jsonl").exists()
     if name == "extract":

@@ -1,0 +1,110 @@
+"""Comparison of two predictions files for the same images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pipeline.datasets.caption_table import CaptionTable, read_captions
+from pipeline.datasets.encoded_captions import tokenized
+from pipeline.datasets.image_sources import open_source
+from pipeline.datasets.tokenizers import ENGLISH
+from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.metrics.bootstrap import Difference, PerImage, compare
+from pipeline.metrics.coco import Scorer
+from pipeline.utils.errors import UserError
+from pipeline.utils.terminal import echo
+
+
+def references_of(table: CaptionTable, split: str, tokenizer: str) -> dict[str, list[list[str]]]:
+    """Return the tokenised captions of a split by image name.
+
+    Raises:
+        UserError: the split is empty.
+    """
+    references = tokenized(table.of_split(split), tokenizer)
+    if not references:
+        raise UserError(
+            f"--split {split}: no image of that split is here (captions: {table.source})"
+        )
+    return references
+
+
+def scores_path(predictions: Path) -> Path:
+    """Return the scores file of a predictions file: scores-NAME.json beside predictions-NAME.json,
+    and beside NAME.json.
+    """
+    name = predictions.name
+    if name.startswith("predictions"):
+        return predictions.with_name(name.replace("predictions", "scores", 1))
+    return predictions.with_name(f"scores-{name}")
+
+
+def compare_predictions(
+    first: Path,
+    second: Path,
+    data: str | Path,
+    captions: Path | None,
+    split: str,
+    tokenizer: str | None = None,
+) -> dict[str, Difference]:
+    """Test whether two prediction files for the same images differ.
+
+    Args:
+        first, second: in the COCO results format, as ``evaluate_runs`` writes them.
+        data, captions: where the references are.
+        split: of which the images are.
+        tokenizer: its name; by default what the scores beside the files were taken with, or
+            ``english`` where none are.
+
+    Raises:
+        UserError: a file cannot be read, or they are not of the same images of that split.
+    """
+    if tokenizer is None:
+        found = {_tokenizer_beside(path) for path in (first, second)} - {None}
+        if len(found) > 1:
+            raise UserError(
+                f"{first} and {second} were scored with different tokenizers; choose one with "
+                "--tokenizer"
+            )
+        tokenizer = found.pop() or ENGLISH if found else ENGLISH
+    tokens = [_read_predictions(path, tokenizer) for path in (first, second)]
+    if tokens[0].keys() != tokens[1].keys():
+        apart = sorted(tokens[0].keys() ^ tokens[1].keys())
+        raise UserError(
+            f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
+        )
+    table = read_captions(open_source(data).captioned, captions)
+    references = references_of(table, split, tokenizer)
+    unknown = sorted(tokens[0].keys() - references.keys())
+    if unknown:
+        raise UserError(f"{first}: {unknown[0]!r} is not in the {split} split of {data}")
+    if len(tokens[0]) < len(references):
+        echo(f"{len(tokens[0]):,} of {len(references):,} images have predictions", err=True)
+    scorer = Scorer({name: references[name] for name in tokens[0]})
+    return compare(PerImage(scorer, tokens[0]), PerImage(scorer, tokens[1]))
+
+
+def _tokenizer_beside(path: Path) -> str | None:
+    """Return the tokenizer named in the scores file of a predictions file, if there is one."""
+    try:
+        name = json.loads(scores_path(path).read_text(encoding="utf-8"))["tokenizer"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
+    tokenize = tokenizer_of(tokenizer).tokenize
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tokens = {str(entry["image_id"]): tokenize(entry["caption"]) for entry in content}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a predictions file (a JSON list of image_id and caption)"
+        ) from error
+    if not tokens:
+        raise UserError(f"{path}: no predictions in it")
+    return tokens
