@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ablation
@@ -25,13 +26,14 @@ def run_here(command: list[str], **options: Any) -> subprocess.CompletedProcess[
 def test_the_table_has_every_row_and_work_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    greedy = "--beam-size 1 --no-java"
     small = "--embed-size 8 --hidden-size 8 --batch-size 16 --min-count 1"
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run_here))
     monkeypatch.setattr(ablation, "SEARCHED", "recipe")
     monkeypatch.setattr(ablation, "LEVERS", {"recipe": small})
-    monkeypatch.setattr(ablation, "PLAIN", "--beam-size 1")  # a score of these is made once
-    monkeypatch.setattr(ablation, "SEARCHES", {"greedy": "--beam-size 1"})
-    monkeypatch.setattr(ablation, "ENSEMBLES", {"both seeds, greedy": "--beam-size 1"})
+    monkeypatch.setattr(ablation, "PLAIN", greedy)  # its scores are made once
+    monkeypatch.setattr(ablation, "SEARCHES", {"greedy": greedy})
+    monkeypatch.setattr(ablation, "ENSEMBLES", {"both seeds, greedy": greedy})
     data, features = make_small_data(tmp_path)
     output = tmp_path / "ablation.md"
     how = "--epochs 1 --seeds 2 --precision fp32"
@@ -43,18 +45,18 @@ def test_the_table_has_every_row_and_work_is_kept(
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     named = ["| recipe", "| greedy", "| both seeds, greedy"]
     assert [row for row in rows if row != "|"] == named
-    assert f"`{ablation.ENSEMBLE}` `--beam-size 1`" in text and " ± " in text and f"{how}`" in text
+    assert f"`{ablation.ENSEMBLE}` `{greedy}`" in text and " ± " in text and f"{how}`" in text
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("this was done before")
 
-    monkeypatch.setattr(subprocess, "run", never)
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=never))
     assert CliRunner().invoke(ablation.main, options).exit_code == 0
     assert output.read_text() == text
 
 
 def test_a_training_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "run", run_here)
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run_here))
     words = f"--data {tmp_path} --features {tmp_path / 'none.h5'} --runs {tmp_path / 'runs'}"
     options = [*words.split(), "--only", "recipe", "--seeds", "2", "--jobs", "1"]
     result = CliRunner().invoke(ablation.main, options)
