@@ -1,6 +1,8 @@
-"""The public interface: images in, captions out.
+"""The public API: images in, captions out.
 
->>> captioner = Captioner.load()  # the one in the box; or Captioner.load("runs/decoder")
+>>> captioner = Captioner.load()  # the pretrained model; or Captioner.load("runs/decoder")
+>>> captioner.caption("a.jpg")
+'a dog runs through the grass'
 >>> captioner.caption(["a.jpg", "b.jpg"])
 ['a dog runs through the grass', 'two children play on a beach']
 """
@@ -41,19 +43,19 @@ from pipeline.utils.devices import (
 from pipeline.utils.errors import InputError
 
 StrPath = str | os.PathLike[str]
-# The encoder likes small batches, the decoder, whose weights pass through the cache for every
-# word, large ones: this many images wait for one search.
+# The encoder is fastest with small batches, the decoder, whose weights pass through the CPU's cache
+# for every token, with large ones: this many images are collected for one search.
 SEARCHED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What became of one image.
+    """The captions of one image, or why it has none.
 
     Attributes:
         path: the image, as it was given.
         captions: best first; empty if the image could not be read.
-        error: why it could not be read, else None.
+        error: why the image could not be read, else None.
     """
 
     path: str
@@ -62,13 +64,13 @@ class Prediction:
 
 
 class Captioner:
-    """An encoder and a decoder that belong together.
+    """An encoder and the decoder that was trained on its features.
 
     Attributes:
-        encoder: images to features; checked to be the one that the decoder was trained on.
+        encoder: images to features.
         decoder: features to captions.
-        vocabulary: the decoder's words.
-        reranker: the second opinions on captions that the model has.
+        vocabulary: the decoder's.
+        reranker: the model's rerankers.
     """
 
     def __init__(
@@ -95,15 +97,14 @@ class Captioner:
         """Load a checkpoint, or the best one of a run folder, and its encoder.
 
         Args:
-            model: ``best.pt`` of a run, or the run's folder; by default the model that comes with
-                the program. Of several, which must be of one encoder, vocabulary and recipe, the
-                decoders caption together (``ensemble``).
+            model: a run folder or a checkpoint; by default the pretrained model. Several, with the
+                same encoder, vocabulary and recipe, become an ensemble.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-            weights: where the encoder's weights are, if not where they were in training;
-                a checkpoint of stage 3 has them inside and needs none.
+            weights: the encoder's weights, if they were moved since training; a checkpoint of
+                stage 3 contains them.
             precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-            engine: ``torch``, which is ready at once, or ``auto``, which takes OpenVINO on a CPU
-                where it is installed: some seconds to start, for hundreds of images.
+            engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which takes some
+                seconds to start and pays off for hundreds of images.
 
         Raises:
             UserError: no such checkpoint, or the encoder's weights are not those that the

@@ -22,7 +22,6 @@ from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.images import unreadable_images
 from pipeline.datasets.tar_shards import is_remote
 from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import tokenizer_of
 from pipeline.decoding.captions import Caption, captions_of, detailed_captions
 from pipeline.decoding.options import SearchOptions, option_words
 from pipeline.decoding.reranking import best_captions, reranker_of
@@ -31,7 +30,7 @@ from pipeline.features.encode_images import encode_images
 from pipeline.features.feature_set import rows_of
 from pipeline.metrics.bootstrap import RESAMPLES, Interval, PerImage, bootstrap
 from pipeline.metrics.coco import Scorer, diversity
-from pipeline.metrics.compare import references_of, scores_path
+from pipeline.metrics.compare import describe_scorer, references_of, scores_path
 from pipeline.metrics.java import java_metrics
 from pipeline.models.checkpoint import Checkpoint, encoder_of, load_ensemble
 from pipeline.models.openvino import choose_engine
@@ -277,17 +276,11 @@ def evaluate(
         "options": checkpoint.settings,
         "bootstrap": {"resamples": RESAMPLES, "seed": BOOTSTRAP_SEED},
     }
-    cider = scorer.per_image_cider(tokens)
+    cider, paths = scorer.per_image_cider(tokens), split_data.paths
     images = [
-        ScoredImage(
-            image.name,
-            split_data.paths[image.name],
-            captions[image.name],
-            image.captions,
-            cider[image.name],
-        )
-        for image in split_data.table.of_split(options.split)
-        if image.name in captions
+        ScoredImage(i.name, paths[i.name], captions[i.name], i.captions, cider[i.name])
+        for i in split_data.table.of_split(options.split)
+        if i.name in captions
     ]
     intervals = bootstrap(PerImage(scorer, tokens), BOOTSTRAP_SEED)
     unreadable = split_data.unreadable
@@ -349,11 +342,6 @@ def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
             waiting = []
     if waiting:
         yield torch.cat(waiting)
-
-
-def describe_scorer(tokenizer: str) -> str:
-    """Describe the scorer: what is scored decides as much as the formulas do."""
-    return f"pipeline.metrics.coco (COCO definitions, {tokenizer_of(tokenizer).description})"
 
 
 def _write_json(path: Path, content: object) -> None:

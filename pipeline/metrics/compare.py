@@ -1,4 +1,4 @@
-"""Comparison of two predictions files for the same images."""
+"""Comparison of two predictions files for the same images, and what evaluation shares with it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ def references_of(table: CaptionTable, split: str, tokenizer: str) -> dict[str, 
             f"--split {split}: no image of that split is here (captions: {table.source})"
         )
     return references
+
+
+def describe_scorer(tokenizer: str) -> str:
+    """Describe the scorer: what is scored decides as much as the formulas do."""
+    return f"pipeline.metrics.coco (COCO definitions, {tokenizer_of(tokenizer).description})"
 
 
 def scores_path(predictions: Path) -> Path:
