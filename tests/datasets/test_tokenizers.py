@@ -270,7 +270,7 @@ def test_comparing_takes_the_tokenizer_of_the_scores(chinese: DrawnRun, tmp_path
     scores_file.unlink()
     assert command(evaluate.main, *compare).stdout == own
     refused = command(evaluate.main, chinese.run, "--tokenizer", "words", code=2)
-    assert "--tokenizer is for --compare" in refused.stderr
+    assert "--tokenizer: is for --compare" in refused.stderr
 
 
 def test_models_of_different_tokenizers_do_not_caption_together(
