@@ -114,7 +114,7 @@ class PlainDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor, captions: Tensor) -> Tensor:
-        """Give logits (B, T, V) of the next word after each of captions (B, T)."""
+        """Return logits (B, T, V) of the next word after each of captions (B, T)."""
         image = self.image_embedding((features - self.feature_mean) * self.feature_scale)
         words = self.word_embedding(captions)
         inputs = self.dropout(torch.cat([image.unsqueeze(1), words], dim=1))
@@ -243,7 +243,7 @@ def joint_epoch(
 class RawCaptions(Dataset[tuple[Tensor, Tensor]]):
     """A decoded image and one of its captions, tokenised when it is asked for.
 
-    That program tokenises with spaCy; splitting at spaces is quicker, which is in its favour.
+    That program tokenises with spaCy; splitting at spaces is faster, which is in its favour.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class OneStepCaptioner(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, images: Tensor, captions: Tensor) -> Tensor:
-        """Give logits (T, B, V)."""
+        """Return logits (T, B, V)."""
         image = self.dropout(self.inception(images).relu())
         words = self.dropout(self.word_embedding(captions))
         outputs, _ = self.lstm(torch.cat([image.unsqueeze(0), words]))
@@ -300,7 +300,7 @@ class OneStepCaptioner(nn.Module):
 def one_step_batches(
     model: OneStepCaptioner, data: RawCaptions, optimizer: torch.optim.Optimizer
 ) -> Iterator[int]:
-    """Train; gives the number of captions of each batch when it is done."""
+    """Train; return the number of captions of each batch when it is done."""
     model.train()
     criterion = nn.CrossEntropyLoss(ignore_index=PAD_ID)
     loader = DataLoader(

@@ -108,8 +108,13 @@ def compare_captioning(
     def extraction() -> int:
         extract(
             Extraction(
-                *(ImageFolder(material.images), names, folder / "e.h5", ReadyEncoder(encoder)),  # type: ignore[arg-type]
-                *(inference_batch_size(CPU), default_workers(CPU), engine),
+                ImageFolder(material.images),
+                names,
+                folder / "e.h5",
+                ReadyEncoder(encoder),  # type: ignore[arg-type]
+                inference_batch_size(CPU),
+                default_workers(CPU),
+                engine,
                 force=True,
             )
         )

@@ -52,8 +52,13 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
         def ours(engine: str = engine, ready: Encoder = ready) -> int:
             output = folder / f"{engine}.h5"
             task = Extraction(
-                *(ImageFolder(material.images), names, output, ReadyEncoder(ready)),  # type: ignore[arg-type]
-                *(batch, workers, engine),
+                ImageFolder(material.images),
+                names,
+                output,
+                ReadyEncoder(ready),  # type: ignore[arg-type]
+                batch,
+                workers,
+                engine,
                 force=True,
             )
             result = extract(task)
@@ -105,7 +110,7 @@ class ReadyEncoder:
 
     @property
     def identity(self) -> EncoderIdentity:
-        """Give that of the encoder."""
+        """Return the identity of the encoder."""
         return self.encoder.identity
 
     def for_inference(self, engine: str) -> ReadyEncoder:

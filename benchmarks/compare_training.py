@@ -51,7 +51,7 @@ class Trained:
 
 
 def compare_decoder_training(material: Material, rounds: int) -> tuple[Comparison, Trained]:
-    """Captions a second, the val loss after equal epochs, and the share of val decoding."""
+    """Captions per second, the val loss after equal epochs, and the share of val decoding."""
     few = material.train[: 30 * BATCH // 5]
     stage = decoder_stage(material, few, plain_options())
     optimizer = make_optimizer(stage)
@@ -98,7 +98,7 @@ def compare_decoder_training(material: Material, rounds: int) -> tuple[Compariso
 def equal_epochs(
     material: Material, captions: list[list[list[str]]], epochs: int
 ) -> tuple[float, float, Decoder]:
-    """Train both for some epochs from the same weights; gives both val losses and our decoder."""
+    """Train both for some epochs from the same weights; return both val losses and our decoder."""
     stage = decoder_stage(material, captions, replace(plain_options(), epochs=epochs))
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
@@ -127,7 +127,7 @@ def default_options() -> DecoderOptions:
 
 
 def plain_options(size: int = SIZE, batch: int = BATCH) -> DecoderOptions:
-    """Give the options of the plain network: what tutorials train."""
+    """Return the options of the plain network: what tutorials train."""
     return replace(
         default_options(),
         epochs=1,
@@ -163,14 +163,14 @@ def decoder_stage(
 
 
 def plain_data(stage: DecoderStage) -> baselines.CaptionedFeatures:
-    """Give the same captions and features as a tutorial's Dataset."""
+    """Return the same captions and features as a tutorial's Dataset."""
     return baselines.CaptionedFeatures(
         stage.features[torch.arange(len(stage.features))], list_captions(stage.captions)
     )
 
 
 def list_captions(captions: EncodedCaptions) -> list[tuple[int, list[int]]]:
-    """Give image and token ids of every caption."""
+    """Return image and token ids of every caption."""
     bounds = captions.offsets.tolist()
     return [
         (image, captions.tokens[start:end].tolist())
@@ -231,7 +231,7 @@ def compare_whole_job(
 
 
 def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
-    """Train some epochs, after one that does not count; gives the captions/s of each."""
+    """Train some epochs, after one that does not count; return the captions/s of each."""
     optimizer, config = make_optimizer(stage), stage.config()
     average = EMA([*stage.decoder.parameters()], config.ema_decay)
     rates = []
@@ -245,7 +245,7 @@ def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
 
 
 def compare_joint(material: Material, rounds: int) -> Comparison:
-    """Stage 3, its blocks and batch, images a second."""
+    """Stage 3, its blocks and batch, images per second."""
     paths = sorted(material.images.iterdir())[: 3 * JOINT_BATCH]
     groups = material.train[: len(paths)]
     captions = encode_captions(groups, material.vocabulary)

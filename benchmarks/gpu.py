@@ -85,7 +85,7 @@ def network_rates(
 
 
 def rate(function: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Count calls a second, after two that do not count."""
+    """Count calls per second, after two that do not count."""
     calls = 0
     for warm in (True, False):
         began = time.perf_counter()

@@ -58,13 +58,13 @@ class PixelEncoder:
         return self
 
     def encode(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
-        """Give float32 (B, 2048)."""
+        """Return float32 (B, 2048)."""
         values = [numpy.resize(p.reshape(-1)[::131], FEATURE_SIZE) for p in images]
         return numpy.stack(values).astype("f4") / 255
 
 
 def grow_extraction(count: int, folder: Path) -> float:
-    """Decode images and fill a cache; gives milliseconds an image."""
+    """Decode images and fill a cache; return milliseconds per image."""
     data = folder / f"links-{count}"
     hard_links(folder / "images", data, count)
     began = time.perf_counter()
@@ -80,7 +80,7 @@ def grow_extraction(count: int, folder: Path) -> float:
 
 
 def grow_training(count: int, folder: Path) -> float:
-    """Train some steps on a cache of ``count`` rows; gives milliseconds a step."""
+    """Train some steps on a cache of ``count`` rows; return milliseconds per step."""
     lots = numpy.random.default_rng(0)
     block = lots.standard_normal((min(count, 20_000), FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block.astype("f2"), count)
@@ -107,7 +107,7 @@ def grow_training(count: int, folder: Path) -> float:
 
 
 def grow_captioning(count: int, folder: Path) -> float:
-    """Caption a cache of ``count`` rows with a small decoder; gives milliseconds an image."""
+    """Caption a cache of ``count`` rows with a small decoder; return milliseconds per image."""
     lots = numpy.random.default_rng(0)
     block = lots.standard_normal((1_000, FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block, count)

@@ -92,7 +92,7 @@ def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
 
 
 def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float, float]:
-    """Extract a folder, killed once so many rows are done; gives peak memory (GB) and seconds."""
+    """Extract a folder, killed once so many rows are done; return peak memory (GB) and seconds."""
     command = [*WORKER, "extract_features.py", "--data", str(data), "--output", str(output)]
     command += ["--device", "cpu", "--precision", "fp32", "--engine", "torch"]
     began = time.monotonic()
@@ -116,7 +116,7 @@ def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float
 
 
 def output_of(process: subprocess.Popen[str], command: list[str]) -> str:
-    """Wait for a process to end well; gives its last line."""
+    """Wait for a process to end well; return its last line."""
     said, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")

@@ -117,7 +117,7 @@ def collect_captions() -> tuple[list[list[list[str]]], list[list[list[str]]], st
 
 
 def made_up_features(groups: list[list[list[str]]]) -> numpy.ndarray:
-    """Give float32 (len(groups), 2048): a direction for every word, summed, and noise."""
+    """Return float32 (len(groups), 2048): a direction for every word, summed, and noise."""
     lots = numpy.random.default_rng(0)
     directions: dict[str, numpy.ndarray] = {}
     rows = lots.standard_normal((len(groups), FEATURE_SIZE), dtype=numpy.float32)
@@ -143,7 +143,7 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
 
 
 def inception_weights(weights: str) -> dict[str, torch.Tensor]:
-    """Give the trunk as a torchvision state dict in fp32."""
+    """Return the trunk as a torchvision state dict in fp32."""
     return load_encoder(weights).trunk.state_dict()
 
 

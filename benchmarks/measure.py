@@ -38,7 +38,7 @@ class Comparison:
 
     Attributes:
         name: what was done.
-        unit: what is counted a second.
+        unit: what is counted per second.
         rates: for every side its rate in each round.
         ratios: what was compared, by its description.
         facts: what else was found, by its description.
@@ -51,7 +51,7 @@ class Comparison:
     facts: dict[str, float | str] = field(default_factory=dict)
 
     def median(self, side: str) -> float:
-        """Give the median rate of one side."""
+        """Return the median rate of one side."""
         return statistics.median(self.rates[side])
 
     def compare(
@@ -85,7 +85,7 @@ def interleave(
 
 
 def run_command(arguments: Sequence[str]) -> tuple[float, int]:
-    """Run Python with ``arguments`` in this project's folder; gives wall seconds and exit code."""
+    """Run Python with ``arguments`` in this project's folder; return wall seconds and exit code."""
     began = time.perf_counter()
     ended = subprocess.run(
         [sys.executable, *arguments],
@@ -98,7 +98,7 @@ def run_command(arguments: Sequence[str]) -> tuple[float, int]:
 
 
 def peak_memory() -> float:
-    """Give this process's peak memory in GB."""
+    """Return this process's peak memory in GB."""
     if Path("/proc/self/status").is_file():
         # Linux's other figure, ru_maxrss, begins with that of the process that started this one.
         return memory_of("self", "VmHWM")
@@ -108,7 +108,7 @@ def peak_memory() -> float:
 
 
 def memory_of(process: int | str, figure: str) -> float:
-    """Give a process's memory in GB on Linux: VmRSS, what it has, or VmHWM, the most it had."""
+    """Return a process's memory in GB on Linux: VmRSS, what it has, or VmHWM, the most it had."""
     status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith(figure))
     return int(line.split()[1]) * 1024 / 1e9

@@ -3,7 +3,7 @@
     make benchmark                       # all of it, 15 to 20 minutes on two cores
     python benchmarks/run.py --only extraction --only captioning
 
-Both sides of a comparison run in turn, several times, and only rates of the same round are
+Both sides of a comparison run alternately, several times, and only rates of the same round are
 compared. Writes ``benchmarks/results.json`` and ``benchmarks/growth.svg``, and puts the table
 into docs/speed.md. With --only nothing is written.
 """
@@ -61,7 +61,7 @@ PICTURES = 80
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--rounds", type=click.IntRange(min=1), default=4, help="Times each side runs.")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, help="Runs of each side.")
 @click.option("--only", type=click.Choice(PARTS), multiple=True, help="Parts to run; all if none.")
 def main(rounds: int, only: tuple[str, ...]) -> None:
     """Run the comparisons and print their ratios."""
@@ -115,7 +115,7 @@ def measure(folder: Path, wanted: set[str], rounds: int) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Tell what speed depends on."""
+    """Describe what speed depends on."""
     model = platform.processor()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

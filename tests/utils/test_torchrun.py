@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner
 from conftest import REPOSITORY
 from drawn_run import DrawnRun
+from drawn_run import run as run_here
 from faulty_training import fixed_draws
 from small_data import make_small_data
 
@@ -31,9 +32,9 @@ FAULTY = Path("tests") / "helpers" / "faulty_training.py"
 # No dropout, whose numbers each process draws for itself. 72 captions: the last batch of an
 # epoch has a single one, and so the share of a second process is empty.
 SMALL = (
-    *("--batch-size", "71", "--embed-size", "24", "--hidden-size", "24", "--min-count", "1"),
-    *("--dropout", "0", "--feature-dropout", "0", "--device", "cpu", "--precision", "fp32"),
-)
+    "--batch-size 71 --embed-size 24 --hidden-size 24 --min-count 1 --dropout 0 "
+    "--feature-dropout 0 --device cpu --precision fp32"
+).split()
 
 
 def torchrun(processes: int, *options: str) -> list[str]:
@@ -210,10 +211,9 @@ def test_killed_processes_are_restarted_and_end_as_undisturbed_to_the_bit(
     small: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     """With dropout and self-critical epochs, and with --force, which must not count again."""
-    more = [
-        *("--epochs", "12", "--batch-size", "8", "--dropout", "0.3", "--ema-decay", "0.9"),
-        *("--self-critical-epochs", "4", "--force"),
-    ]
+    more = (
+        "--epochs 12 --batch-size 8 --dropout 0.3 --ema-decay 0.9 --self-critical-epochs 4 --force"
+    ).split()
     runs = [tmp_path / "whole", tmp_path / "killed"]
     for run, kill in zip(runs, ("", "1:4,0:7,2:10"), strict=True):
         faults = tmp_path / f"faults-{run.name}"
@@ -238,22 +238,20 @@ def test_killed_processes_are_restarted_and_end_as_undisturbed_to_the_bit(
 def test_two_processes_fine_tune_as_one(drawn_run: DrawnRun, tmp_path: Path) -> None:
     """With broken images in train and val; three val images, for two processes."""
     start = tmp_path / "start"
-    features = ("--data", drawn_run.data, "--features", drawn_run.features)
-    ended = run_command(
-        [sys.executable],
-        *("train_decoder.py", *features, *SMALL, "--epochs", "3", "--run", start),
+    run_here(
+        train_decoder.main,
+        f"--data {drawn_run.data} --features {drawn_run.features} {' '.join(SMALL)} --epochs 3 "
+        f"--run {start}",
     )
-    assert ended.returncode == 0, ended.stderr
     data = tmp_path / "scenes"
     subprocess.run(["cp", "-r", str(drawn_run.data), str(data)], check=True)
     images = sorted((data / "Images").iterdir())
     for number in (0, 8):  # of train and of val
         images[number].write_bytes(images[number].read_bytes()[:500])
-    common: list[str | Path] = [
-        *("--start", start, "--data", data, "--epochs", "2", "--batch-size", "5"),
-        *("--grad-accum-steps", "2", "--unfreeze-from", "Mixed_7c"),
-        *("--device", "cpu", "--precision", "fp32"),
-    ]
+    common = (
+        f"--start {start} --data {data} --epochs 2 --batch-size 5 --grad-accum-steps 2 "
+        "--unfreeze-from Mixed_7c --device cpu --precision fp32"
+    ).split()
     one, two = tmp_path / "one", tmp_path / "two"
     alone = run_command([sys.executable], "finetune_joint.py", *common, "--run", one)
     ended = run_command(torchrun(2), "finetune_joint.py", *common, "--run", two)

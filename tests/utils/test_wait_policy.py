@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-SCRIPT = "import train_decoder, torch, os; print(os.environ['OMP_WAIT_POLICY'])"
+SCRIPT = "import pipeline, torch, os; print(os.environ['OMP_WAIT_POLICY'])"
 
 
 @pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
