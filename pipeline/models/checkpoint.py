@@ -37,11 +37,11 @@ from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import Neighbours, merge_neighbours
 from pipeline.models.pretrained import BEST as BEST
+from pipeline.models.pretrained import LAST as LAST
 from pipeline.models.pretrained import is_pretrained, pretrained_path
 from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
 
-LAST = "last.safetensors"
 SCHEMA_VERSION = 2
 # A decoder is built only after its sizes are known to be possible.
 LARGEST_SIZE = 1 << 20

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.utils.errors import UserError
@@ -45,7 +45,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
             aliases[name] = first
     text = json.dumps({**document, "aliases": aliases}, ensure_ascii=False)
     with atomic_write(path, "wb") as handle:
-        handle.write(save(stored, {DOCUMENT: text}))
+        try:
+            save_file(stored, handle.name, {DOCUMENT: text})
+        except SafetensorError as error:  # a write that failed
+            raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,6 +80,12 @@ def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
         UserError: it is neither, or it is damaged.
     """
     if not path.is_file():
+        old = path.with_suffix(".pt")
+        if old.is_file():
+            raise UserError(
+                f"{path}: no such checkpoint, but {old} is one of version 0.1.0: convert it with "
+                f"captioner compress {old} --output {path}"
+            )
         raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
     if path.suffix not in (".pt", ".pth"):
         return read_tensors(path)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -39,6 +39,8 @@ from pipeline.models.pretrained import PRETRAINED, pretrained_path
 from pipeline.models.quantization import dequantize
 from pipeline.utils.devices import DTYPES, autocast
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
+from pipeline.utils.progress import progress_bar
 from pipeline.utils.terminal import echo
 
 # torchvision's Inception3 from its first layer to its pooling, in the order of its forward pass,
@@ -67,6 +69,8 @@ TRUNK_LAYERS = (
 
 # Names of weights; everything else is a file.
 NAMED_WEIGHTS = ("imagenet", PRETRAINED, "random")
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
 # One forward pass at a time on a GPU: activations of only one batch in memory.
 GPU_LOCK = threading.Lock()
@@ -264,18 +268,40 @@ def _imagenet_state() -> dict[str, Tensor]:
     """Return torchvision's ImageNet weights from its cache or, once, from the network.
 
     Raises:
-        UserError: they cannot be downloaded.
+        UserError: they cannot be downloaded, or the file in torchvision's cache is damaged.
     """
-    weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, HTTPException, EOFError, UnpicklingError) as error:
-        # No network or a full disk; a wrong checksum; a broken connection; a damaged file in
-        # torchvision's cache.
-        raise UserError(
-            f"the ImageNet weights of InceptionV3 cannot be downloaded ({error}); pass a file "
-            f"instead: --weights FILE (download {weights.url} on a machine with a network)"
-        ) from error
+    url = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not file.is_file():
+        try:
+            _download(url, file)
+        except (OSError, HTTPException, UserError) as error:
+            raise UserError(
+                f"the ImageNet weights of InceptionV3 cannot be downloaded ({error}); pass a file "
+                f"instead: --weights FILE (download {url} on a machine with a network)"
+            ) from error
+    return read_torch_file(file)
+
+
+def _download(url: str, target: Path) -> None:
+    """Download a file of torchvision, as ``torch.hub`` does, but give up on a silent server.
+
+    Raises:
+        OSError, HTTPException: no network, a broken connection, a wrong checksum.
+        UserError: the file cannot be written.
+    """
+    digest = hashlib.sha256()
+    with (
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+        atomic_write(target, "wb") as file,
+        progress_bar(desc=target.name, unit="B", unit_scale=True) as bar,
+    ):
+        while block := response.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+            bar.update(len(block))
+        if not digest.hexdigest().startswith(target.stem.rpartition("-")[2]):
+            raise HTTPException("wrong checksum")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

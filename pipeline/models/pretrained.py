@@ -13,8 +13,8 @@ from pipeline.utils.errors import UserError
 # Its name for --weights and --model.
 PRETRAINED = "pretrained"
 FILE = "captioner.pt"
-# The checkpoint of a run folder that is used.
-BEST = "best.safetensors"
+# The checkpoints of a run folder: the one to use, and that of the last epoch.
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def pretrained_path() -> Path:
