@@ -95,9 +95,8 @@ class Captioner:
         """Load a checkpoint, or the best one of a run folder, and its encoder.
 
         Args:
-            model: ``best.pt`` of a run, or the run's folder; by default the model that comes with
-                the program. Of several, which must be of one encoder, vocabulary and recipe, the
-                decoders caption together (``ensemble``).
+            model: a run folder or a checkpoint; by default the pretrained model. Several, of one
+                encoder, vocabulary and recipe, become an ensemble.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             weights: where the encoder's weights are, if not where they were in training;
                 a checkpoint of stage 3 has them inside and needs none.

@@ -124,7 +124,7 @@ def evaluate_runs(
     java: bool = True,
     words: bool = False,
 ) -> Evaluation:
-    """Score ``best.pt`` of a run, or of several as one model, and write predictions and scores.
+    """Score a model, or several as an ensemble, and write predictions and scores.
 
     Args:
         runs: run folders, or checkpoints; the decoders of several caption together.

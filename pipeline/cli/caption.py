@@ -15,7 +15,7 @@ import click
 
 from pipeline.cli import options
 from pipeline.decoding.options import CAPTIONS, SearchOptions
-from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
+from pipeline.models.pretrained import BEST, PRETRAINED, is_pretrained, pretrained_path
 from pipeline.outputs.inputs import collect
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable, locked
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.captioner import Captioner
 
 # The run folders of stages 3 and 2, the better one first.
-DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
+DEFAULT_MODELS = (f"runs/joint/{BEST}", f"runs/decoder/{BEST}")
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
 PAGE_CAPTIONS = 5
 
@@ -46,9 +46,9 @@ GROUPS = {
     "--model",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A run folder or its best.pt. Given several times, for runs that differ in their seed, "
-    "the decoders caption together.  [default: runs/joint, else runs/decoder, else 'pretrained', "
-    "the model that comes with the program]",
+    help="A run folder or a checkpoint. Given several times, for runs that differ in their seed, "
+    "the decoders caption as an ensemble.  [default: runs/joint, else runs/decoder, else "
+    "'pretrained', the model that comes with the program]",
     show_default=False,
 )
 @options.weights
@@ -254,7 +254,7 @@ def _fingerprint(models: Sequence[Path]) -> str:
     parts = []
     for model in models:
         path = pretrained_path() if is_pretrained(model) else model
-        path = path / "best.pt" if path.is_dir() else path
+        path = path / BEST if path.is_dir() else path
         if path.is_file():  # else loading says what is missing
             information = path.stat()
             parts.append(f"{information.st_size} {information.st_mtime_ns}")

@@ -105,7 +105,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) 
         UserError: the file cannot be written.
     """
     matcher, neighbours = checkpoint.matcher, checkpoint.neighbours
-    encoder, scales = checkpoint.encoder_weights or {}, {}
+    encoder = checkpoint.encoder_weights or {}
+    scales: dict[str, Tensor] = {}
     decoder = checkpoint.decoder_weights
     matcher_weights = dict(matcher.state_dict()) if matcher else {}
     if compress:

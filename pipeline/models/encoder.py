@@ -205,7 +205,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
             state, weights = _imagenet_state(), "imagenet"
         except UserError as error:
             echo(
-                f"{error}. Using the encoder of the pretrained model instead (--weights pretrained)",
+                f"{error}. Using the pretrained model's encoder instead (--weights pretrained)",
                 err=True,
             )
             weights = PRETRAINED
@@ -314,19 +314,23 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"--weights {path}: no such file (use imagenet, pretrained or a file's path)"
         )
+    scales: dict[str, Tensor] = {}
     if path.suffix == ".safetensors":
-        content: Any = read_tensors(path)[0]
-        state = dequantize(group_of(content, "encoder"), group_of(content, "encoder_scales"))
+        tensors, _ = read_tensors(path)
+        state: Any = group_of(tensors, "encoder")
+        scales = group_of(tensors, "encoder_scales")
     else:
-        content = read_torch_file(path)
-        state = content
-        if isinstance(content, dict) and isinstance(content.get("encoder_weights"), dict):
-            state = dequantize(content["encoder_weights"], content.get("encoder_scales", {}))
-        elif isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-            state = content["state_dict"]
+        state = read_torch_file(path)
+        if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
+            state, scales = state["encoder_weights"], state.get("encoder_scales", {})
+        elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise UserError(f"--weights {path}: holds no InceptionV3 weights")
-    return state
+    try:
+        return dequantize(state, scales)
+    except (LookupError, RuntimeError, AttributeError) as error:
+        raise UserError(f"--weights {path}: the checkpoint is damaged ({error})") from error
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:

@@ -45,7 +45,7 @@ class Ensemble(nn.Module):
     def loss(
         self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, int]:
-        """Return the mean of the members' losses, see ``Decoder.loss``; members learn independently."""
+        """Return the mean of the members' losses, see ``Decoder.loss``."""
         losses = [m.loss(features, captions, label_smoothing) for m in self._decoders]
         return torch.stack([loss for loss, _ in losses]).mean(0), losses[0][1]
 

@@ -6,7 +6,6 @@ And the state of a training, which is what resuming needs beside the checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
