@@ -87,7 +87,7 @@ def compare_captioning(
     engine = choose_engine("auto", CPU)
     encoder.for_inference(engine)
     save_checkpoint(
-        folder / "best.pt",
+        folder / "best.safetensors",
         Checkpoint(
             trained.decoder.config,
             trained.decoder.state_dict(),
@@ -145,7 +145,7 @@ def neighbours_of(material: Material, trained: Trained) -> Neighbours:
 def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:
     """How long the first answer takes, in whole processes."""
     image = str(min(material.images.iterdir()))
-    model = ["--model", str(folder / "best.pt"), "--weights", material.weights]
+    model = ["--model", str(folder / "best.safetensors"), "--weights", material.weights]
     load = (
         "import sys, torch, torchvision; "
         "n = torchvision.models.inception_v3(weights=None, init_weights=False, aux_logits=False); "

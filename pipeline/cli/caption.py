@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from pipeline.cli import options
 from pipeline.decoding.options import CAPTIONS, SearchOptions, option_words
-from pipeline.models.pretrained import is_pretrained, pretrained_path
+from pipeline.models.pretrained import BEST, is_pretrained, pretrained_path
 from pipeline.outputs.inputs import collect
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable, locked
@@ -278,7 +278,7 @@ def _fingerprint(models: Sequence[Path]) -> str:
     parts = []
     for model in models:
         path = pretrained_path() if is_pretrained(model) else model
-        path = path / "best.pt" if path.is_dir() else path
+        path = path / BEST if path.is_dir() else path
         if path.is_file():  # else loading raises an error
             information = path.stat()
             parts.append(f"{information.st_size} {information.st_mtime_ns}")

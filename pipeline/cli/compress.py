@@ -8,7 +8,6 @@ import click
 
 from pipeline.cli import options
 from pipeline.export.compress import save_compressed
-from pipeline.models.pretrained import FILE
 from pipeline.utils.terminal import echo
 
 
@@ -18,18 +17,19 @@ from pipeline.utils.terminal import echo
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("data/pretrained") / FILE,
+    default=Path("captioner.safetensors"),
     help="File to write.",
 )
 def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
-    """Write RUNS as one small checkpoint with encoder and decoders, which captions by itself.
+    """Write one small file that captions by itself: encoder, decoder and rerankers of RUNS.
 
-    RUNS are run folders or checkpoints of stage 2 or 3; several, with the same encoder and recipe,
-    become an ensemble.
+    RUNS are run folders or checkpoints of stage 2 or 3; several, of one encoder and recipe, become
+    an ensemble. The encoder's filters are stored in 8 bits, everything else in 16.
 
     \b
-    Example:
-      captioner compress runs/joint --output small.pt
+    Examples:
+      captioner compress runs/decoder
+      captioner compress old.pt --output new.safetensors
     """
     save_compressed(runs, output, weights)
     echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)

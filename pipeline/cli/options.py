@@ -14,12 +14,12 @@ import click
 from click.core import ParameterSource
 
 from pipeline.datasets.tar_shards import is_tar_shards
-from pipeline.models.pretrained import PRETRAINED
+from pipeline.models.pretrained import BEST, PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo, escape_control
 
 # The run folders of stages 3 and 2, the better one first.
-DEFAULT_MODELS = ("runs/joint/best.pt", "runs/decoder/best.pt")
+DEFAULT_MODELS = (f"runs/joint/{BEST}", f"runs/decoder/{BEST}")
 # Sub-command of the installed program -> script of this repository.
 SCRIPTS = {
     "extract": "extract_features.py",

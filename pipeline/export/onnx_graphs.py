@@ -45,7 +45,7 @@ class EncoderGraph(nn.Module):
         self.trunk = encoder.trunk
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images; the normalisation is that of ``Encoder.normalise``."""
+        """Encode images; the normalisation is that of ``Encoder.normalize``."""
         images = pixels.permute(0, 3, 1, 2).float() * (1 / 127.5) - 1.0
         return self.trunk(images).flatten(1)
 

@@ -1,33 +1,29 @@
-"""What a checkpoint holds and how it is saved: one file that captions by itself.
+"""A checkpoint: one file that captions by itself.
 
-A checkpoint carries the decoder's weights and sizes, the vocabulary, training images to compare
-with, the identity of the encoder (after stage 3 its weights too), the settings of the run, its
-epoch and scores; ``last.pt`` also what is needed to go on training. It is loaded with
-``weights_only=True``, which runs no code from the file.
+It holds the decoder's weights and sizes, the vocabulary, the rerankers, the identity of the encoder
+(after stage 3 its weights too), the settings of the run, its epoch and scores. A run folder has
+``best.safetensors`` and ``last.safetensors``; ``checkpoint_file`` defines the format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import TOKENIZERS, Vocabulary
-from pipeline.models.checkpoint_checks import (
-    check_decoder_weights,
-    check_encoder,
-    check_matcher,
-    check_neighbours,
-    check_record,
-    check_sizes,
-    check_vocabulary,
+from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.models.checkpoint_file import (
+    check_state,
+    group_of,
+    read_checkpoint_file,
+    shapes_of,
+    write_tensors,
 )
-from pipeline.models.decoder import DecoderConfig
+from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import (
     NAMED_WEIGHTS,
     Encoder,
@@ -38,16 +34,19 @@ from pipeline.models.encoder import (
 )
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.models.ensemble import CaptionDecoder, make_decoder
-from pipeline.models.matcher import Matcher
+from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import Neighbours, merge_neighbours
+from pipeline.models.pretrained import BEST as BEST
+from pipeline.models.pretrained import LAST as LAST
 from pipeline.models.pretrained import is_pretrained, pretrained_path
-from pipeline.models.quantization import cast, dequantize
-from pipeline.models.torch_files import read_torch_file
-from pipeline.models.weight_checks import check_values, short
+from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import atomic_write, uninterrupted
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# A decoder is built only after its sizes are known to be possible.
+LARGEST_SIZE = 1 << 20
+
+Sizes = TypeVar("Sizes", DecoderConfig, MatcherConfig)
 
 
 @dataclass
@@ -56,17 +55,16 @@ class Checkpoint:
 
     Attributes:
         decoder_config: the decoder's sizes.
-        decoder_weights: its state dict, feature standardisation included.
+        decoder_weights: its state dict, with the mean and scale of the features.
         vocabulary: token ids to words.
         encoder: which encoder's features the decoder reads.
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.
-        neighbours: training images that ``consensus`` compares with, or None.
-        matcher: tells how well a caption fits an image, or None; in eval mode.
-        epoch: how many epochs were trained.
+        neighbours: training images that consensus reranking compares with, or None.
+        matcher: the image-text matcher, in eval mode, or None.
+        epoch: number of epochs trained.
         scores: validation scores of these weights.
         settings: the options of the run, as plain values.
-        training: optimizer state and bookkeeping to go on from (``last.pt`` alone).
     """
 
     decoder_config: DecoderConfig
@@ -79,161 +77,200 @@ class Checkpoint:
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] | None = None
 
     def build_decoder(self) -> CaptionDecoder:
-        """Make the decoder, in eval mode, on the CPU."""
+        """Build the decoder, in eval mode, on the CPU."""
         decoder = make_decoder(self.decoder_config)
         decoder.load_state_dict(self.decoder_weights)
         return decoder.eval()
 
     def refuse_other_features(self) -> None:
-        """Raise UserError unless the decoder reads as many numbers as InceptionV3 gives."""
+        """Raise UserError unless the decoder reads as many features as InceptionV3 has."""
         if self.decoder_config.feature_size != FEATURE_SIZE:
             raise UserError(
-                f"the model reads {self.decoder_config.feature_size:,} numbers an image, the "
-                f"encoder gives {FEATURE_SIZE:,}: take another model"
+                f"the model reads {self.decoder_config.feature_size:,} features per image, the "
+                f"encoder has {FEATURE_SIZE:,}: use another model"
             )
 
 
-def checkpoint_content(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Give what a checkpoint's file holds: plain values and tensors, by name."""
-    return {
+def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) -> None:
+    """Write a checkpoint to a temporary file and move it to ``path``.
+
+    Args:
+        path: the file.
+        checkpoint: what to write.
+        compress: store the encoder's filters in 8 bits and all other networks in 16.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    matcher, neighbours = checkpoint.matcher, checkpoint.neighbours
+    encoder = checkpoint.encoder_weights or {}
+    scales: dict[str, Tensor] = {}
+    decoder = checkpoint.decoder_weights
+    matcher_weights = dict(matcher.state_dict()) if matcher else {}
+    if compress:
+        encoder, scales = quantize(encoder)
+        decoder, matcher_weights = (
+            cast(decoder, torch.float16),
+            cast(matcher_weights, torch.float16),
+        )
+    groups = {
+        "decoder": decoder,
+        "encoder": encoder,
+        "encoder_scales": scales,
+        "matcher": matcher_weights,
+        "neighbours": neighbours.to_tensors() if neighbours else {},
+    }
+    document = {
         "schema_version": SCHEMA_VERSION,
         "decoder_config": asdict(checkpoint.decoder_config),
-        "decoder_weights": checkpoint.decoder_weights,
+        "matcher_config": asdict(matcher.config) if matcher else None,
         "vocabulary": checkpoint.vocabulary.to_list(),
         "tokenizer": checkpoint.vocabulary.tokenizer.name,
         "encoder": asdict(checkpoint.encoder),
-        "encoder_weights": checkpoint.encoder_weights,
-        "neighbours": checkpoint.neighbours.to_tensors() if checkpoint.neighbours else None,
-        "matcher": _matcher_content(checkpoint.matcher),
         "epoch": checkpoint.epoch,
         "scores": checkpoint.scores,
         "settings": checkpoint.settings,
-        "training": checkpoint.training,
     }
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to a temporary file and move it to ``path``; see ``write_content``."""
-    write_content(path, checkpoint_content(checkpoint))
-
-
-def write_content(path: Path, content: dict[str, Any]) -> None:
-    """Write what a checkpoint's file holds.
-
-    Raises:
-        UserError: the file cannot be written, as when the disk is full.
-    """
-    try:
-        # torch takes an interruption amid its writing for a full disk.
-        with uninterrupted(), atomic_write(path, "wb") as handle:
-            torch.save(content, handle)
-    except RuntimeError as error:  # torch's word for a write that failed
-        raise UserError(f"{path}: cannot be written (is the disk full?)") from error
+    tensors = {f"{g}.{name}": t for g, weights in groups.items() for name, t in weights.items()}
+    write_tensors(path, tensors, document)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint to the CPU.
 
     Args:
-        path: the file; a run folder, whose ``best.pt`` is taken; or ``pretrained``, for the model
-            that comes with the program, if nothing here has that name.
+        path: the file; a run folder, whose best checkpoint is read; or ``pretrained``, for the
+            pretrained model, if nothing here has that name.
 
     Raises:
-        UserError: no such file, or not a checkpoint of this program and schema version; or what
-            it holds does not fit together, or is not fit to be computed with.
+        UserError: no such file, or not a checkpoint of this program and schema version; or its
+            parts do not fit together.
     """
     if is_pretrained(path):
         path = pretrained_path()
     elif path.is_dir():
-        path = path / "best.pt"
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
-    content = read_torch_file(path, str(path), "a checkpoint")
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        path = path / BEST
+    tensors, document = read_checkpoint_file(path)
+    if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: not a captioner's checkpoint of schema version {SCHEMA_VERSION}; "
-            "train again with this version of the program"
-        )
-    tokenizer = content.get("tokenizer", ENGLISH)  # older checkpoints do not say
-    if tokenizer not in tuple(TOKENIZERS):
-        raise UserError(
-            f"{path}: made with the tokenizer {short(tokenizer)}, which this version does not have"
+            f"{path}: not a checkpoint of schema version {SCHEMA_VERSION}; train again with this "
+            "version of the program"
         )
     try:
-        return _checked(content, tokenizer)
+        return _checkpoint(tensors, document)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
         reason = error.message if isinstance(error, UserError) else str(error)
         raise UserError(f"{path}: the checkpoint is damaged ({reason})") from error
 
 
-def _checked(content: dict[str, Any], tokenizer: str) -> Checkpoint:
-    """Make a checkpoint of what its file holds, once all of it is known to fit together.
+def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Checkpoint:
+    """Build a checkpoint of a file's content, after checking that it fits together.
 
     Raises:
         LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError: it does not.
     """
-    # Files of version 0.1.0 name two options otherwise.
-    later = {"image_state": "init_state_from_image", "tied": "tie_embeddings"}
-    sizes = {later.get(name, name): value for name, value in content["decoder_config"].items()}
-    content["decoder_weights"] = {
-        name.replace("image_state.", "init_state_from_image.")
-        if "init_state_from_image." not in name
-        else name: tensor
-        for name, tensor in content["decoder_weights"].items()
-    }
-    config = check_sizes(DecoderConfig, sizes)
-    check_vocabulary(content["vocabulary"], config)
-    check_decoder_weights(content["decoder_weights"], config)
-    decoder_weights = cast(content["decoder_weights"], torch.float32)
-    check_values(decoder_weights, "decoder")
-    check_record(content)
-    encoder_weights = content["encoder_weights"]
-    if encoder_weights is not None:
+    config = _sizes(DecoderConfig, document["decoder_config"])
+    vocabulary = Vocabulary.from_list(document["vocabulary"], document["tokenizer"])
+    if len(vocabulary) != config.vocabulary_size:
+        raise ValueError("vocabulary and decoder differ in size")
+    decoder_weights = group_of(tensors, "decoder")
+    check_state(decoder_weights, _decoder_shapes(config, len(decoder_weights)), "decoder")
+    encoder_weights = None
+    if stored := group_of(tensors, "encoder"):
         encoder_weights = trunk_state(
-            dequantize(encoder_weights, content.get("encoder_scales", {})), trunk_shapes()
+            dequantize(stored, group_of(tensors, "encoder_scales")), trunk_shapes()
         )
-    neighbours = content.get("neighbours")  # older checkpoints have none
-    if neighbours is not None:
-        check_neighbours(neighbours, config)
+    neighbours = None
+    if stored := group_of(tensors, "neighbours"):
+        neighbours = Neighbours.from_tensors(stored)
+        known = (neighbours.captions.tokens >= 0) & (neighbours.captions.tokens < len(vocabulary))
+        if len(neighbours.mean) != config.embed_size * config.members or not known.all():
+            raise ValueError("neighbours and decoder do not fit together")
+    matcher = None
+    if document["matcher_config"] is not None:
+        matcher = _matcher(document["matcher_config"], group_of(tensors, "matcher"), config)
+    for name, kind in (("epoch", int), ("scores", dict), ("settings", dict)):
+        if not isinstance(document[name], kind):
+            raise ValueError(f"{name} is not of the type {kind.__name__}")
+    identity = {name: str(value) for name, value in document["encoder"].items()}
     return Checkpoint(
         decoder_config=config,
-        decoder_weights=decoder_weights,
-        vocabulary=Vocabulary.from_list(content["vocabulary"], tokenizer),
-        encoder=check_encoder(content["encoder"]),
+        decoder_weights=cast(decoder_weights, torch.float32),
+        vocabulary=vocabulary,
+        encoder=EncoderIdentity(**identity),
         encoder_weights=encoder_weights,
-        neighbours=None if neighbours is None else Neighbours.from_tensors(neighbours),
-        matcher=_build_matcher(content.get("matcher"), config),
-        epoch=content["epoch"],
-        scores=content["scores"],
-        settings=content["settings"],
-        training=content["training"],
+        neighbours=neighbours,
+        matcher=matcher,
+        epoch=document["epoch"],
+        scores=document["scores"],
+        settings=document["settings"],
     )
 
 
-def _matcher_content(matcher: Matcher | None) -> dict[str, Any] | None:
-    """Give what a checkpoint's file holds of a matcher."""
-    if matcher is None:
-        return None
-    weights = {name: tensor.cpu() for name, tensor in matcher.state_dict().items()}
-    return {"config": asdict(matcher.config), "weights": weights}
+def _sizes(kind: type[Sizes], given: Mapping[str, Any]) -> Sizes:
+    """Build a network's configuration from JSON, with sizes that a network can have.
+
+    Raises:
+        ValueError: a value is out of range. TypeError: a name is unknown or missing.
+    """
+    config = kind(**given)
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        possible = {
+            "int": type(value) is int and 1 <= value <= LARGEST_SIZE,
+            "float": type(value) in (int, float) and 0 <= value < 1,
+            "bool": type(value) is bool,
+        }
+        if not possible[str(entry.type)]:
+            raise ValueError(f"{entry.name} is {value!r:.60}")
+    return config
 
 
-def _build_matcher(content: Any, config: DecoderConfig) -> Matcher | None:
-    if content is None:
-        return None
-    matcher = Matcher(check_matcher(content, config))
-    matcher.load_state_dict(content["weights"])  # brings halves to float32
+def _decoder_shapes(config: DecoderConfig, given: int) -> dict[str, torch.Size]:
+    """Return the shapes of the weights of a decoder or ensemble, by name.
+
+    Raises:
+        ValueError: ``given`` weights are not as many.
+    """
+    with torch.device("meta"):  # without memory
+        shapes = shapes_of(Decoder(config))
+    if config.members == 1:
+        return shapes
+    if given != config.members * len(shapes):
+        raise ValueError("there are not as many weights as the ensemble has")
+    return {
+        f"members.{number}.{name}": shape
+        for number in range(config.members)
+        for name, shape in shapes.items()
+    }
+
+
+def _matcher(
+    given: Mapping[str, Any], weights: Mapping[str, Tensor], config: DecoderConfig
+) -> Matcher:
+    """Build the image-text matcher of a checkpoint.
+
+    Raises:
+        ValueError, TypeError: its sizes and weights do not fit together, or not the decoder.
+    """
+    sizes = _sizes(MatcherConfig, given)
+    if (sizes.vocabulary_size, sizes.feature_size) != (config.vocabulary_size, config.feature_size):
+        raise ValueError("matcher and decoder differ in size")
+    with torch.device("meta"):
+        shapes = shapes_of(Matcher(sizes))
+    check_state(weights, shapes, "matcher")
+    matcher = Matcher(sizes)
+    matcher.load_state_dict(weights)  # converts to float32
     return matcher.eval()
 
 
 def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
-    """Read one checkpoint, or several as one whose decoders caption together.
+    """Read one checkpoint, or several as the checkpoint of an ensemble.
 
-    Of several the epoch, scores, settings and matcher are the first one's, and all ``seeds`` are
-    among the settings.
+    An ensemble has the epoch, scores, settings and matcher of the first, and all ``seeds`` among
+    its settings.
 
     Args:
         paths: see ``load_checkpoint``; at least one.
@@ -253,9 +290,9 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
         if mine != theirs:
             raise UserError(f"{path}: has the tokenizer {theirs}, {paths[0]} has {mine}")
         if other.vocabulary.to_list() != first.vocabulary.to_list():
-            raise UserError(f"{path}: has not the vocabulary of {paths[0]}")
+            raise UserError(f"{path}: has another vocabulary than {paths[0]}")
         if replace(other.decoder_config, members=1) != replace(first.decoder_config, members=1):
-            raise UserError(f"{path}: its decoder is not of the sizes of that of {paths[0]}")
+            raise UserError(f"{path}: its decoder has other sizes than that of {paths[0]}")
     members = [part for checkpoint in checkpoints for part in _members(checkpoint)]
     neighbours = [checkpoint.neighbours for checkpoint in checkpoints]
     return replace(
@@ -271,12 +308,11 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
         else None,
         settings={**first.settings, "seeds": [c.settings.get("seed") for c in checkpoints]},
         matcher=next((c.matcher for c in checkpoints if c.matcher is not None), None),
-        training=None,
     )
 
 
 def _members(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
-    """Give the weights of each of a checkpoint's decoders."""
+    """Return the weights of each of a checkpoint's decoders."""
     count = checkpoint.decoder_config.members
     if count == 1:
         return [checkpoint.decoder_weights]

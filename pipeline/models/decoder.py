@@ -1,19 +1,18 @@
-"""The Show-and-Tell decoder: an LSTM that is shown the image once, then tells.
+"""The Show-and-Tell decoder: an LSTM that sees the image once, as its first input.
 
 Equations (10) to (12) of Vinyals et al. (arXiv 1411.4555):
 
-    x_-1 = W_image CNN(I)            the image is the first input, and seen only then
+    x_-1 = W_image CNN(I)            the image is the first input, and only that
     x_t  = W_embed S_t               then every word of the caption, from <start>
     p_t+1 = softmax(W_project LSTM(x_t))
 
-The feature vector is first standardised by mean and deviation over the training images,
-which are kept with the weights: encoders differ in scale, the decoder should not care.
-Dropout stands where the paper's authors put it, on the inputs and on the outputs of the
-LSTM but not on its state (Zaremba et al., arXiv 1409.2329).
+Features are standardized by the mean and deviation of the training images, which are stored with
+the weights, so that the scale of the encoder does not matter. Dropout is on the inputs and outputs
+of the LSTM, not on its state, as in the paper (Zaremba et al., arXiv 1409.2329).
 
-Beyond the paper, by choice: the image also gives the LSTM's first state (Tanti et al., arXiv
-1703.09137, "init-inject"); words are told by the vectors that they are read by (Press and Wolf,
-arXiv 1608.05859), to which a linear layer brings the LSTM's output; features have dropout too.
+Options beyond the paper: the image also sets the LSTM's initial state (Tanti et al., arXiv
+1703.09137, "init-inject"); input and output word embeddings are tied (Press and Wolf, arXiv
+1608.05859), after a linear layer on the LSTM's output; dropout on the features.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 from pipeline.datasets.vocabulary import PAD_ID
 from pipeline.models.encoder_identity import FEATURE_SIZE
 
-# The projection runs over a multiple of so many tokens. oneDNN keeps kernels for every number
-# of rows that it meets: over exact numbers, no two alike, memory grew by 7 MB a step, to
-# nearly 10 GB in 50 epochs of Flickr8k, and a step took a quarter longer.
+# The projection runs over a multiple of this many tokens. oneDNN keeps kernels for every number of
+# rows: with exact numbers, memory grew by 7 MB per step, to nearly 10 GB in 50 epochs of Flickr8k,
+# and a step took a quarter longer.
 TOKENS_ROUNDED_TO = 64
 
 # Hidden and cell state of the LSTM, each (B, H).
@@ -46,10 +45,10 @@ class DecoderConfig:
         hidden_size: width H of the LSTM.
         dropout: probability, on the LSTM's inputs and outputs.
         feature_size: width of the encoder's features.
-        feature_dropout: probability, on the standardised features.
-        image_state: whether the image gives the LSTM's first state, besides its first input.
-        tied: whether words are told by the vectors that they are read by.
-        members: how many decoders of these sizes caption together, see ``ensemble``.
+        feature_dropout: probability, on the standardized features.
+        init_state_from_image: the image also sets the LSTM's initial state.
+        tie_embeddings: input and output word embeddings are one matrix.
+        members: number of decoders of these sizes in an ensemble, see ``ensemble``.
     """
 
     vocabulary_size: int
@@ -108,8 +107,8 @@ class Decoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        # Embeddings and image vectors of like size, so that neither drowns the other; and where
-        # words are told by their embeddings, logits of about the size of what they are told from.
+        # Word and image embeddings of similar norm, so that neither dominates; with tied
+        # embeddings, logits of about the size of the LSTM's output.
         deviation = self.config.embed_size**-0.5 if self.config.tie_embeddings else 0.1
         nn.init.normal_(self.word_embedding.weight, std=deviation)
         nn.init.normal_(self.image_embedding.weight, std=deviation / self.config.feature_size**0.5)
@@ -122,17 +121,17 @@ class Decoder(nn.Module):
             dict(self.lstm.named_parameters())["bias_ih_l0"][hidden : 2 * hidden].fill_(1.0)
 
     def set_feature_statistics(self, mean: Tensor, deviation: Tensor) -> None:
-        """Keep the mean and deviation (2048,) of the training features.
+        """Store the mean and deviation (2048,) of the training features.
 
-        Dimensions that hardly vary are not blown up: the deviation has a floor of a tenth
-        of its average.
+        The deviation has a floor of a tenth of its average, so that nearly constant dimensions
+        are not amplified.
         """
         floor = 0.1 * deviation.mean().clamp_min(1e-6)
         self.feature_mean.copy_(mean)
         self.feature_scale.copy_(1.0 / torch.maximum(deviation, floor))
 
     def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
-        """Map features (B, 2048) to the LSTM's first input (B, 1, E) and its state before."""
+        """Map features (B, 2048) to the LSTM's first input (B, 1, E) and its initial state."""
         standard = (features - self.feature_mean) * self.feature_scale
         if self.training:
             standard = dropout(standard, self.config.feature_dropout)
@@ -146,7 +145,7 @@ class Decoder(nn.Module):
         return image.unsqueeze(1), state
 
     def forward(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Read captions teacher-forced.
+        """Run captions through the LSTM, teacher-forced.
 
         Args:
             features: float (B, 2048).
@@ -154,7 +153,7 @@ class Decoder(nn.Module):
 
         Returns:
             Outputs of the LSTM after every token, dropout applied: (B, T, H). Position t
-            predicts token t + 1. The output after the image itself predicts nothing.
+            predicts token t + 1. The output after the image itself is not used.
         """
         image, (hidden, cell) = self.embed_image(features)
         inputs = torch.cat([image, self.word_embedding(tokens)], dim=1)
@@ -177,13 +176,13 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum the cross-entropy over the real tokens; padding is never even projected.
+        """Sum the cross-entropy over the real tokens; padding is never projected.
 
         Args:
             features: float (B, 2048).
             captions: int64 (B, T), <start> words <end> and then padding.
             label_smoothing: share of the target spread evenly over the vocabulary.
-            weights: float (B,), what each caption's loss counts; by default 1.
+            weights: float (B,), the weight of each caption's loss; by default 1.
 
         Returns:
             The summed loss in nats, and the number of tokens that it runs over.
@@ -194,7 +193,7 @@ class Decoder(nn.Module):
         tokens = len(chosen)
         spare = -tokens % TOKENS_ROUNDED_TO
         targets = F.pad(targets[chosen], (0, spare), value=PAD_ID)  # ignored in the loss
-        # index_select, as the gradient of plain indexing takes thrice as long.
+        # index_select: the gradient of plain indexing takes three times as long.
         outputs = outputs.index_select(0, F.pad(chosen, (0, spare)))
         logits = self.project(outputs)  # (tokens + spare, V)
         loss = F.cross_entropy(
@@ -210,17 +209,17 @@ class Decoder(nn.Module):
 
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
-        """Show the images (B, 2048) to the LSTM; returns its state."""
+        """Feed the images (B, 2048) to the LSTM; return its state."""
         image, (hidden, cell) = self.embed_image(features)
         _, (hidden, cell) = self.lstm(image, (hidden.unsqueeze(0), cell.unsqueeze(0)))
         return hidden[0], cell[0]
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed one token a sequence, int64 (B,).
+        """Feed one token per sequence, int64 (B,).
 
-        The LSTM's equations (arXiv 1411.4555, (4) to (9)) written out: for one step at a time
-        the library's layer spends more on rearranging its weights than on multiplying.
+        The LSTM's equations (arXiv 1411.4555, (4) to (9)) are written out: for a single step the
+        library's layer spends more time on rearranging its weights than on multiplying.
 
         Returns:
             Logits of the next token, float32 (B, V), and the new state.
@@ -236,16 +235,15 @@ class Decoder(nn.Module):
 
     def train(self, mode: bool = True) -> Decoder:
         """Switch dropout on or off."""
-        # A fused optimizer changes weights without a trace that _word_gates could see.
+        # A fused optimizer changes weights without raising the versions that _word_gates reads.
         self._gates = None
         return super().train(mode)
 
     def _word_gates(self) -> Tensor:
-        """Give what every word adds to the four gates, (V, 4H).
+        """Return every word's contribution to the four gates, (V, 4H).
 
-        In training a word's input differs with each dropout; without, it is always the same,
-        and a third of a step's multiplications can be done once. The result is kept until the
-        weights are loaded, moved or trained.
+        Without dropout a word's input is always the same, so a third of a step's multiplications
+        can be done once. The result is kept until the weights are loaded, moved or trained.
         """
         sources = [
             self.word_embedding.weight,

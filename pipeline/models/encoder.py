@@ -1,23 +1,22 @@
 """InceptionV3 as an image encoder: weights, transform and precision as one object.
 
-``load_encoder("imagenet")`` gives an ``Encoder`` that maps 299 x 299 images to the
-2048 numbers that InceptionV3 pools before its classifier (Szegedy et al., arXiv
-1512.00567; torchvision's ``inception_v3``). An encoder knows what it is: its ``identity``
-(network, SHA-256 of its weights, transform) is stored in every feature cache and every
-checkpoint, so features of one encoder never reach a decoder of another.
+``load_encoder("imagenet")`` returns an ``Encoder`` that maps 299 x 299 images to the 2048
+features that InceptionV3 pools before its classifier (Szegedy et al., arXiv 1512.00567;
+torchvision's ``inception_v3``). An encoder's ``identity`` (network, SHA-256 of its weights,
+transform) is stored in every feature cache and every checkpoint, so features of one encoder
+never reach a decoder of another.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import socket
 import threading
+import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy
@@ -28,33 +27,53 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3
 
 from pipeline.datasets.images import IMAGE_SIZE
+from pipeline.models.checkpoint_file import (
+    check_state,
+    group_of,
+    read_tensors,
+    read_torch_file,
+    shapes_of,
+)
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.pretrained import PRETRAINED, pretrained_path
 from pipeline.models.quantization import dequantize
-from pipeline.models.torch_files import read_torch_file
-from pipeline.models.weight_checks import check_state, check_values, shapes_of, short
 from pipeline.utils.devices import DTYPES, autocast
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
+from pipeline.utils.progress import progress_bar
 from pipeline.utils.terminal import echo
 
-# torchvision's Inception3 from its first layer to its pooling, in the order in which its
-# forward runs them. All are one after the other, so they can be cut anywhere.
+# torchvision's Inception3 from its first layer to its pooling, in the order of its forward pass,
+# which is sequential: training may start at any of them.
 TRUNK_LAYERS = (
-    *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
-    *("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
-    *("Mixed_5b", "Mixed_5c", "Mixed_5d"),
-    *("Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
-    *("Mixed_7a", "Mixed_7b", "Mixed_7c", "avgpool"),
+    "Conv2d_1a_3x3",
+    "Conv2d_2a_3x3",
+    "Conv2d_2b_3x3",
+    "maxpool1",
+    "Conv2d_3b_1x1",
+    "Conv2d_4a_3x3",
+    "maxpool2",
+    "Mixed_5b",
+    "Mixed_5c",
+    "Mixed_5d",
+    "Mixed_6a",
+    "Mixed_6b",
+    "Mixed_6c",
+    "Mixed_6d",
+    "Mixed_6e",
+    "Mixed_7a",
+    "Mixed_7b",
+    "Mixed_7c",
+    "avgpool",
 )
 
-# What weights may be called by; all else is a file.
+# Names of weights; everything else is a file.
 NAMED_WEIGHTS = ("imagenet", PRETRAINED, "random")
 
-# Seconds that a server may be silent.
-PATIENCE = 30.0
+DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
 
-# Several threads decode for one GPU; what lies between two layers should lie there only once.
-ONE_AT_A_TIME = threading.Lock()
+# One forward pass at a time on a GPU: activations of only one batch in memory.
+GPU_LOCK = threading.Lock()
 
 
 class Encoder(nn.Module):
@@ -83,7 +102,7 @@ class Encoder(nn.Module):
 
     @property
     def identity(self) -> EncoderIdentity:
-        """What this encoder is, for caches and checkpoints."""
+        """The identity of this encoder, for caches and checkpoints."""
         if self._weights_sha256 is None:
             self._weights_sha256 = weights_sha256(self.trunk.state_dict())
         return EncoderIdentity(
@@ -97,23 +116,23 @@ class Encoder(nn.Module):
         )
 
     def forget_identity(self) -> None:
-        """Have the weights hashed anew: to be called after they changed."""
+        """Forget the hash of the weights; call this after they changed."""
         self._weights_sha256 = None
 
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Bring uint8 (B, 299, 299, 3) to floats in [-1, 1], (B, 3, 299, 299) channels-last.
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Convert uint8 (B, 299, 299, 3) to floats in [-1, 1], (B, 3, 299, 299) channels-last.
 
-        torchvision normalises with ImageNet's mean and deviation and its network, with
-        ``transform_input=True``, maps the result to the [-1, 1] that Google's weights were
-        trained on. The two together are exactly ``pixel / 127.5 - 1``.
+        torchvision normalizes with ImageNet's mean and deviation; its network, with
+        ``transform_input=True``, maps the result to the [-1, 1] of Google's training. Together
+        they are exactly ``pixel / 127.5 - 1``.
         """
-        # A channels-last image is what permuting (B, H, W, C) gives, without a copy.
+        # Permuting (B, H, W, C) is a channels-last tensor, without a copy.
         return pixels.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1.0)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode uint8 images (B, 299, 299, 3), RGB, to float32 features (B, 2048)."""
         with autocast(pixels.device, self.precision):
-            return self.trunk(self.normalise(pixels)).flatten(1).float()
+            return self.trunk(self.normalize(pixels)).flatten(1).float()
 
     def for_inference(self, engine: str = "torch") -> Encoder:
         """Fold every BatchNorm into its convolution; afterwards the encoder only encodes.
@@ -121,7 +140,7 @@ class Encoder(nn.Module):
         The identity is taken first, as folding changes the tensors but not the function.
 
         Args:
-            engine: ``torch``, or ``openvino`` (see ``openvino_engine``).
+            engine: ``torch``, or ``openvino`` (see ``openvino``).
         """
         self._weights_sha256 = self.identity.weights_sha256
         self.engine = engine
@@ -129,14 +148,14 @@ class Encoder(nn.Module):
         if engine == "openvino":
             from pipeline.models.openvino import compile_trunk
 
-            self._compiled = compile_trunk(self.normalise, self.trunk, self.precision)
+            self._compiled = compile_trunk(self.normalize, self.trunk, self.precision)
         return self
 
     @torch.inference_mode()
     def encode(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
-        """Encode squares from ``images.to_square``: float32 (len(images), 2048).
+        """Encode squares of ``images.to_square``: float32 (len(images), 2048).
 
-        May be called from several threads side by side.
+        Safe to call from several threads.
         """
         squares = numpy.stack(images)
         if self._compiled is not None:
@@ -147,7 +166,7 @@ class Encoder(nn.Module):
             return self(pixels).numpy()
         if device.type == "cuda":
             pixels = pixels.pin_memory()
-        with ONE_AT_A_TIME:
+        with GPU_LOCK:
             features = self(pixels.to(device, non_blocking=True))
         return features.cpu().numpy()
 
@@ -155,7 +174,7 @@ class Encoder(nn.Module):
 def fold_for_inference(layers: nn.Module, precision: str) -> None:
     """Fold BatchNorm into convolutions, round weights to ``precision``, order channels last.
 
-    Rounding once here spares autocast from doing it in every batch.
+    Rounding once here saves autocast from rounding in every batch.
     """
     for module in layers.modules():
         if isinstance(module, BasicConv2d) and isinstance(module.bn, nn.BatchNorm2d):
@@ -167,18 +186,18 @@ def fold_for_inference(layers: nn.Module, precision: str) -> None:
 
 
 def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
-    """Build an encoder with the weights that ``weights`` names.
+    """Build an encoder with the weights named by ``weights``.
 
     Args:
-        weights: ``imagenet`` (torchvision's, downloaded once), ``pretrained`` (those that come
-            with the program), ``auto`` (the first of these that can be had; the second is said
-            aloud), ``random`` (seeded and untrained, for tests), or a file: a torchvision
+        weights: ``imagenet`` (torchvision's, downloaded once), ``pretrained`` (those of the
+            pretrained model), ``auto`` (the first of these that is available, with a warning for
+            the second), ``random`` (seeded and untrained, for tests), or a file: a torchvision
             ``inception_v3`` state dict, full or trunk only, or a checkpoint of
             ``finetune_joint.py``.
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
-        UserError: the weights cannot be had or do not fit.
+        UserError: the weights are not available or do not fit.
     """
     state: dict[str, Tensor] | None = None
     if weights == "auto":
@@ -186,8 +205,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
             state, weights = _imagenet_state(), "imagenet"
         except UserError as error:
             echo(
-                f"{error}. For now the encoder of the model that comes with the program is taken "
-                "(--weights pretrained)",
+                f"{error}. Using the pretrained model's encoder instead (--weights pretrained)",
                 err=True,
             )
             weights = PRETRAINED
@@ -205,10 +223,10 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
 
 
 def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
-    """Put a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
+    """Load a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
 
-    The classifier and the auxiliary head are passed over, as is a ``module.`` prefix that
-    DataParallel left.
+    The classifier and the auxiliary head are ignored, and so is the ``module.`` prefix of
+    DataParallel.
 
     Raises:
         UserError: see ``trunk_state``.
@@ -224,79 +242,99 @@ def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
 
 
 def trunk_shapes() -> dict[str, torch.Size]:
-    """Give the shapes of the trunk's state dict, by name."""
+    """Return the shapes of the trunk's state dict, by name."""
     with torch.device("meta"):  # without memory
         return shapes_of(Encoder().trunk)
 
 
-def trunk_state(state: Any, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Take the trunk's tensors out of an ``inception_v3`` state dict, see ``load_trunk``.
+def trunk_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the trunk's tensors of an ``inception_v3`` state dict, see ``load_trunk``.
 
     Raises:
-        ValueError: a tensor is missing, unknown, of another shape or type, or holds numbers that
-            are not finite.
+        ValueError: a tensor is missing, unknown, of another shape or not of finite floats.
     """
     given = {}
     for key, value in state.items():
         key = key.removeprefix("module.").removeprefix("trunk.")
-        if not key.startswith(("fc.", "AuxLogits.")):
+        # Counters of BatchNorm belong to a training that is over.
+        if not key.startswith(("fc.", "AuxLogits.")) and not key.endswith("num_batches_tracked"):
             given[key] = value
-    counters = {name for name in shapes if name.endswith("num_batches_tracked")}
-    missing = next((name for name in shapes if name not in given and name not in counters), None)
-    if missing is not None:
-        raise ValueError(f"not an inception_v3 state dict: {missing} is missing")
-    unknown = min((name for name in given if name not in shapes), default=None)
-    if unknown is not None:
-        raise ValueError(f"not an inception_v3 state dict: {short(unknown)} is unknown")
-    # They count batches of a training long ago.
-    weights = {name: tensor for name, tensor in given.items() if name not in counters}
-    check_state(weights, {name: shapes[name] for name in weights}, "encoder")
-    check_values(weights, "encoder")
-    return weights
+    wanted = {n: shape for n, shape in shapes.items() if not n.endswith("num_batches_tracked")}
+    check_state(given, wanted, "InceptionV3 state dict")
+    return given
 
 
 def _imagenet_state() -> dict[str, Tensor]:
-    """Get torchvision's ImageNet weights from its cache or, once, from the network."""
-    weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
-    usual = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(PATIENCE)  # torch.hub waits for ever
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError, HTTPException, EOFError, UnpicklingError) as error:
-        # No network or a full disk; a wrong checksum; a connection that broke off; a file in
-        # torchvision's cache that was damaged earlier.
-        raise UserError(
-            f"the ImageNet weights of InceptionV3 cannot be had ({error}); give a file of "
-            f"them: --weights FILE (get {weights.url} where there is a network)"
-        ) from error
-    finally:
-        socket.setdefaulttimeout(usual)
+    """Return torchvision's ImageNet weights from its cache or, once, from the network.
+
+    Raises:
+        UserError: they cannot be downloaded, or the file in torchvision's cache is damaged.
+    """
+    url = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
+    file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not file.is_file():
+        try:
+            _download(url, file)
+        except (OSError, HTTPException, UserError) as error:
+            raise UserError(
+                f"the ImageNet weights of InceptionV3 cannot be downloaded ({error}); pass a file "
+                f"instead: --weights FILE (download {url} on a machine with a network)"
+            ) from error
+    return read_torch_file(file)
+
+
+def _download(url: str, target: Path) -> None:
+    """Download a file of torchvision, as ``torch.hub`` does, but give up on a silent server.
+
+    Raises:
+        OSError, HTTPException: no network, a broken connection, a wrong checksum.
+        UserError: the file cannot be written.
+    """
+    digest = hashlib.sha256()
+    with (
+        urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
+        atomic_write(target, "wb") as file,
+        progress_bar(desc=target.name, unit="B", unit_scale=True) as bar,
+    ):
+        while block := response.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+            bar.update(len(block))
+        if not digest.hexdigest().startswith(target.stem.rpartition("-")[2]):
+            raise HTTPException("wrong checksum")
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, or the encoder inside a checkpoint, without running its pickles."""
+    """Read a state dict, or the encoder inside a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
     if not path.is_file():
         raise UserError(
-            f"--weights {path}: no such file (say imagenet, pretrained or a file's path)"
+            f"--weights {path}: no such file (use imagenet, pretrained or a file's path)"
         )
-    state = read_torch_file(path, f"--weights {path}", "a state dict")
-    if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
-        scales = state.get("encoder_scales", {})
-        try:
-            state = dequantize(state["encoder_weights"], scales)
-        except (LookupError, RuntimeError, AttributeError, TypeError) as error:
-            raise UserError(f"--weights {path}: the checkpoint is damaged ({error})") from error
-    elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
-    ):
+    scales: dict[str, Tensor] = {}
+    if path.suffix == ".safetensors":
+        tensors, _ = read_tensors(path)
+        state: Any = group_of(tensors, "encoder")
+        scales = group_of(tensors, "encoder_scales")
+    else:
+        state = read_torch_file(path)
+        if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
+            state, scales = state["encoder_weights"], state.get("encoder_scales", {})
+        elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise UserError(f"--weights {path}: holds no InceptionV3 weights")
-    return state
+    try:
+        return dequantize(state, scales)
+    except (LookupError, RuntimeError, AttributeError) as error:
+        raise UserError(f"--weights {path}: the checkpoint is damaged ({error})") from error
 
 
 def weights_sha256(state: dict[str, Tensor]) -> str:
-    """Hash names, shapes and float32 values, so that the same weights hash alike in any file."""
+    """Hash names, shapes and float32 values: the same weights have the same hash in any file."""
     digest = hashlib.sha256()
     for key in sorted(state):
         if key.endswith("num_batches_tracked"):
@@ -308,11 +346,11 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
 
 
 def initialise_untrained(encoder: Encoder, seed: int = 0) -> None:
-    """Fill the trunk with seeded random weights that still tell images apart at the top.
+    """Fill the trunk with seeded random weights whose features still differ between images.
 
     He initialisation (arXiv 1502.01852) keeps the variance from layer to layer, as
     BatchNorm's statistics stay at 0 and 1. Every filter is centred (as in arXiv 1903.10520):
-    what all positive inputs share would otherwise grow with depth and drown the differences.
+    the common part of positive inputs would otherwise grow with depth and drown differences.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

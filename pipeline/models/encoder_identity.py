@@ -12,11 +12,11 @@ class EncoderIdentity:
     Attributes:
         encoder: the network's name.
         weights_sha256: hash of its weights, see ``encoder.weights_sha256``.
-        transform: how an image is brought to the network's input.
+        transform: how an image is converted to the network's input.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         weights_source: ``imagenet``, ``pretrained``, ``random`` or a file.
         torchvision: the version that built the network.
-        engine: what ran it: ``torch`` or ``openvino``.
+        engine: what ran the network: ``torch`` or ``openvino``.
     """
 
     encoder: str
@@ -28,7 +28,7 @@ class EncoderIdentity:
     engine: str = "torch"
 
     def mismatch(self, other: EncoderIdentity) -> str | None:
-        """Say how two encoders differ in what decides features but for rounding, or None."""
+        """Return how two encoders differ in what determines features beyond rounding, or None."""
         for field in ("encoder", "weights_sha256", "transform"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:

@@ -1,12 +1,11 @@
-"""Several decoders that caption together.
+"""An ensemble of decoders (Vinyals et al., arXiv 1609.06647, section 5).
 
-At every word the members' logits are averaged, which is the geometric mean of their
-probabilities, normalised. They were trained from other seeds and err in different ways
-(Vinyals et al., arXiv 1609.06647, section 5, caption with such an ensemble). All read the same
-features: an image goes through the encoder once, however many decoders there are.
+At every word the members' logits are averaged: the normalized geometric mean of their
+probabilities. The members differ in their seed. All read the same features, so an image goes
+through the encoder once, however many decoders there are.
 
-An ensemble has the parts of a ``Decoder`` that search, consensus and joint training use: its
-image embedding and its state are those of its members, side by side.
+An ensemble has the interface of a ``Decoder`` that search, consensus and joint training use. Its
+image embedding and its state are those of its members, concatenated.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Ensemble(nn.Module):
 
     @property
     def feature_mean(self) -> Tensor:
-        """The first member's mean of the features, (2048,); it tells the device, too."""
+        """The first member's mean of the features, (2048,)."""
         return self._decoders[0].feature_mean
 
     @property
@@ -46,24 +45,24 @@ class Ensemble(nn.Module):
     def loss(
         self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, int]:
-        """Give the mean of the members' losses, see ``Decoder.loss``; each learns on its own."""
+        """Return the mean of the members' losses, see ``Decoder.loss``."""
         losses = [m.loss(features, captions, label_smoothing) for m in self._decoders]
         return torch.stack([loss for loss, _ in losses]).mean(0), losses[0][1]
 
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
-        """Show the images (B, 2048) to all members; returns their states, (B, sum of H)."""
+        """Feed the images (B, 2048) to all members; return their states, (B, sum of H)."""
         return _joined([member.start(features) for member in self._decoders])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """Feed one token a sequence, int64 (B,); see ``Decoder.step``."""
+        """Feed one token per sequence, int64 (B,); see ``Decoder.step``."""
         parts = zip(*(part.chunk(len(self._decoders), dim=1) for part in state), strict=True)
         logits, states = zip(
             *(m.step(tokens, part) for m, part in zip(self._decoders, parts, strict=True)),
             strict=True,
         )
-        # Logits differ from log-probabilities by a number a row, which normalising takes away.
+        # Logits differ from log-probabilities by a constant per row, which normalizing removes.
         return torch.stack(logits).mean(0), _joined(states)
 
 
@@ -76,5 +75,5 @@ CaptionDecoder = Decoder | Ensemble
 
 
 def make_decoder(config: DecoderConfig) -> CaptionDecoder:
-    """Make a decoder, or several that caption together, with untrained weights."""
+    """Build a decoder or an ensemble with untrained weights."""
     return Decoder(config) if config.members == 1 else Ensemble(config)

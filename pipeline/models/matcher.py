@@ -1,12 +1,12 @@
-"""How well a caption fits an image: a second opinion on what the decoder proposes.
+"""Image-text matching: how well a caption fits an image, for reranking the decoder's candidates.
 
-Images and captions are brought into one space, in which a caption lies nearer to its own image
-than to others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv
-2103.00020). The decoder prefers captions that are likely, which are often those that fit many
-images; what tells this image from others is rewarded here. A caption is the weighted mean of
-its words' vectors: their order is the decoder's business.
+Images and captions are embedded in one space, in which a caption is nearer to its own image than
+to others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv 2103.00020).
+The decoder prefers likely captions, which often fit many images; the matcher rewards what
+distinguishes this image from others. A caption is the weighted mean of its word vectors: word
+order is left to the decoder.
 
-Trained on the cached features in a minute or two, at the end of stages 2 and 3.
+It trains on the cached features in a minute or two, at the end of stages 2 and 3.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIRST_TEMPERATURE = 0.07
 
 @dataclass(frozen=True)
 class MatcherConfig:
-    """Sizes of a matcher: tokens V, width D of the common space, width of the features."""
+    """Sizes of a matcher: tokens V, width D of the shared space, width of the features."""
 
     vocabulary_size: int
     size: int = 512
@@ -50,19 +50,19 @@ class Matcher(nn.Module):
         self.image_embedding = nn.Linear(config.feature_size, config.size)
         self.word_embedding = nn.Embedding(config.vocabulary_size, config.size)
         nn.init.normal_(self.word_embedding.weight, std=0.1)
-        # The logarithm of what a word counts: "a" tells less than "trampoline".
+        # The logarithm of a word's weight: "trampoline" matters more than "a".
         self.word_weight = nn.Parameter(torch.zeros(config.vocabulary_size))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(FIRST_TEMPERATURE)))
 
     def embed_images(self, features: Tensor) -> Tensor:
-        """Map features (B, 2048) to the common space: (B, D), of length 1."""
+        """Map features (B, 2048) to the shared space: (B, D), of length 1."""
         standard = (features - self.feature_mean) * self.feature_scale
         if self.training:
             standard = dropout(standard, FEATURE_DROPOUT)
         return F.normalize(self.image_embedding(standard), dim=1)
 
     def embed_captions(self, captions: Tensor) -> Tensor:
-        """Map captions, int64 (C, T), padded, to the common space: (C, D), of length 1."""
+        """Map captions, int64 (C, T), padded, to the shared space: (C, D), of length 1."""
         counts = (captions != PAD_ID) & (captions != START_ID) & (captions != END_ID)
         if self.training:
             counts = counts & (torch.rand(captions.shape, device=counts.device) >= WORD_DROPOUT)
@@ -76,7 +76,7 @@ class Matcher(nn.Module):
         Args:
             features: float (B, 2048), one row for each caption.
             captions: int64 (B, T), padded.
-            images: int64 (B,): whose captions they are; several may be of one image.
+            images: int64 (B,): the image of each caption; several may be of one image.
         """
         cosines = self.embed_images(features) @ self.embed_captions(captions).t()
         logits = self.log_scale.exp() * cosines  # (B, B)
@@ -87,11 +87,11 @@ class Matcher(nn.Module):
 
     @torch.inference_mode()
     def fit(self, features: Tensor, candidates: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
-        """Tell how well captions fit their images.
+        """Score how well captions fit their images.
 
         Args:
             features: float (B, 2048).
-            candidates: for each image some captions, as word ids.
+            candidates: for each image its captions, as word ids.
 
         Returns:
             For each image the cosines, -1 to 1, of its captions: float32 (their number,).

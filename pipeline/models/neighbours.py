@@ -12,18 +12,18 @@ from torch import Tensor
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.models.ensemble import CaptionDecoder
 
-# Of more training images an evenly spaced sample is kept: with Flickr8k's 6,000 a checkpoint
-# grows by 4 MB.
+# Of more training images, an evenly spaced sample is kept. Flickr8k's 6,000 add 4 MB to a
+# checkpoint.
 MOST_IMAGES = 10_000
 
 
 @dataclass
 class Neighbours:
-    """Training images to compare with, as they are kept in a checkpoint.
+    """Training images to compare with.
 
     Attributes:
         mean: float32 (E,): the mean image embedding.
-        directions: float16 (N, E): the others' difference from it, of length 1.
+        directions: float16 (N, E): the images' differences from it, of length 1.
         captions: of these images, by their number.
     """
 
@@ -32,24 +32,24 @@ class Neighbours:
     captions: EncodedCaptions
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Give all as tensors, by name."""
+        """Return all as tensors, by name."""
         return {
             "mean": self.mean,
             "directions": self.directions,
-            "pictures": self.captions.images.int(),
+            "images": self.captions.images.int(),
             "tokens": self.captions.tokens,
             "offsets": self.captions.offsets.int(),
         }
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Neighbours:
-        """Make it again of ``to_tensors``.
+        """Rebuild neighbours from the result of ``to_tensors``.
 
         Raises:
             KeyError, ValueError: the tensors are not of one such object.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        images, offsets = tensors["pictures"], tensors["offsets"]
+        images, offsets = tensors["images"], tensors["offsets"]
         count, width = shapes["directions"]
         whole = (
             shapes["mean"] == (width,)
@@ -62,15 +62,15 @@ class Neighbours:
             and (int(offsets[0]), int(offsets[-1])) == (0, len(tensors["tokens"]))
         )
         if not whole:
-            raise ValueError("neighbours of other shapes")
+            raise ValueError("the neighbours do not fit together")
         captions = EncodedCaptions(
-            tensors["pictures"].long(), tensors["tokens"].int(), tensors["offsets"].long()
+            tensors["images"].long(), tensors["tokens"].int(), tensors["offsets"].long()
         )
         return cls(tensors["mean"].float(), tensors["directions"].half(), captions)
 
 
 def sampled_images(count: int) -> Tensor:
-    """Choose the training images to keep, of so many: int64 (up to MOST_IMAGES,)."""
+    """Return which of ``count`` training images are kept: int64 (up to MOST_IMAGES,)."""
     return torch.arange(0, count, max(1, -(-count // MOST_IMAGES)))
 
 
@@ -78,12 +78,12 @@ def sampled_images(count: int) -> Tensor:
 def choose_neighbours(
     decoder: CaptionDecoder, images: Tensor, features: Iterable[Tensor], captions: EncodedCaptions
 ) -> Neighbours:
-    """Keep training images to compare with.
+    """Embed training images to compare with.
 
     Args:
         decoder: in eval mode.
-        images: int64 (P,): their numbers, rising.
-        features: theirs, in batches (B, 2048).
+        images: int64 (P,): their numbers, ascending.
+        features: of these images, in batches (B, 2048).
         captions: of all training images.
     """
     device = decoder.feature_mean.device
@@ -100,10 +100,10 @@ def choose_neighbours(
 
 
 def merge_neighbours(neighbours: Sequence[Neighbours]) -> Neighbours | None:
-    """Make those of an ensemble of its members': near is what is near to all of them.
+    """Combine the neighbours of an ensemble's members: near means near to all of them.
 
     Returns:
-        None where the members keep other training images, or captions, than each other.
+        None if the members keep different training images or captions.
     """
     first, *others = neighbours
     for other in others:

@@ -1,8 +1,7 @@
-"""The encoder's network under OpenVINO, which fuses and lays it out for Intel's CPUs.
+"""The encoder under OpenVINO, which fuses and lays out networks for Intel CPUs.
 
-An extra (``pip install -e '.[openvino]'``); where it is installed, extraction on a CPU takes
-it of itself. In fp32 it gains about a tenth over PyTorch (``make benchmark``); it is meant for
-bf16 with AMX, which it fuses and lays out as PyTorch's eager mode does not.
+An extra (``pip install -e '.[openvino]'``); where it is installed, extraction on a CPU uses it by
+default. ``make benchmark`` measures the gain, which is largest in bf16 with AMX.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from torch import Tensor, nn
 from pipeline.utils.devices import default_workers
 from pipeline.utils.errors import UserError
 
-# OpenVINO's words for our precisions.
+# OpenVINO's names of precisions.
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-# Captioning fewer images than this, PyTorch is done before OpenVINO has compiled.
+# For fewer images than this, PyTorch finishes before OpenVINO has compiled.
 WORTH_COMPILING = 200
 
 
 def choose_engine(name: str, device: torch.device, images: int = WORTH_COMPILING) -> str:
-    """Turn ``auto`` into ``openvino`` where it is installed and pays, else ``torch``.
+    """Resolve ``auto`` to ``openvino`` where it is installed and faster, else to ``torch``.
 
     Raises:
-        UserError: ``openvino`` is asked for, but not installed or not for this device.
+        UserError: ``openvino`` is requested, but not installed or not for this device.
     """
     installed = importlib.util.find_spec("openvino") is not None
     if name == "openvino" and not installed:
@@ -45,23 +44,23 @@ def choose_engine(name: str, device: torch.device, images: int = WORTH_COMPILING
 class _FromPixels(nn.Module):
     """The trunk with its normalisation, as one network to convert."""
 
-    def __init__(self, normalise: Callable[[Tensor], Tensor], trunk: nn.Module) -> None:
+    def __init__(self, normalize: Callable[[Tensor], Tensor], trunk: nn.Module) -> None:
         super().__init__()
-        self.normalise = normalise
+        self.normalize = normalize
         self.trunk = trunk
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.trunk(self.normalise(pixels)).flatten(1)
+        return self.trunk(self.normalize(pixels)).flatten(1)
 
 
 def compile_trunk(
-    normalise: Callable[[Tensor], Tensor], trunk: nn.Module, precision: str
+    normalize: Callable[[Tensor], Tensor], trunk: nn.Module, precision: str
 ) -> Callable[[numpy.ndarray], numpy.ndarray]:
     """Compile a folded fp32 trunk for this CPU.
 
     Returns:
-        A function from uint8 images (B, 299, 299, 3) to float32 features (B, 2048), to be
-        called from as many threads as ``devices.default_workers`` says, side by side.
+        A function from uint8 images (B, 299, 299, 3) to float32 features (B, 2048), for up to
+        ``devices.default_workers`` threads at once.
 
     Raises:
         UserError: OpenVINO is installed, but does not load.
@@ -70,15 +69,15 @@ def compile_trunk(
         import openvino
     except ImportError as error:
         raise UserError(
-            f"openvino is installed but does not load ({error}); install it anew, or do without: "
+            f"openvino is installed but does not load ({error}); reinstall it, or "
             "pip uninstall openvino"
         ) from error
 
     pixels = torch.zeros(1, 299, 299, 3, dtype=torch.uint8)
     with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")  # of torch.jit's deprecation, which OpenVINO still needs
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, but OpenVINO still needs it
         model = openvino.convert_model(
-            _FromPixels(normalise, trunk), example_input=pixels, input=[(-1, 299, 299, 3)]
+            _FromPixels(normalize, trunk), example_input=pixels, input=[(-1, 299, 299, 3)]
         )
     compiled = openvino.Core().compile_model(
         model,

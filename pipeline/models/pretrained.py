@@ -1,10 +1,7 @@
-"""The captioner in the box: a model that comes with the program.
+"""Where the pretrained model is: the checkpoint that comes with the program.
 
-    captioner compress runs/seed-0 runs/seed-1 runs/seed-2     # how such a file is made
-
-It is a checkpoint like any other, with the encoder inside, but at a third of the size: the
-encoder's filters have 8 bits a weight (see ``quantisation``), the decoder's weights 16.
-MODEL_CARD.md in data/pretrained tells how it was trained.
+``captioner compress`` makes such a file, with the encoder inside; data/pretrained/MODEL_CARD.md
+documents how it was trained.
 """
 
 from __future__ import annotations
@@ -13,13 +10,15 @@ from pathlib import Path
 
 from pipeline.utils.errors import UserError
 
-# What --weights and --model call it.
+# Its name for --weights and --model.
 PRETRAINED = "pretrained"
 FILE = "captioner.pt"
+# The checkpoints of a run folder: the one to use, and that of the last epoch.
+BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def pretrained_path() -> Path:
-    """Find the model's file: in data/pretrained of the repository, or in the installed package.
+    """Return the model's file: in data/pretrained of the repository, or in the installed package.
 
     Raises:
         UserError: it is not there.
@@ -29,9 +28,9 @@ def pretrained_path() -> Path:
     for folder in folders:
         if (folder / FILE).is_file():
             return folder / FILE
-    raise UserError(f"{folders[0] / FILE}: the model that comes with the program is missing")
+    raise UserError(f"{folders[0] / FILE}: the pretrained model is missing")
 
 
 def is_pretrained(model: Path) -> bool:
-    """Tell whether a model's name means the one that comes with the program."""
-    return str(model) == PRETRAINED and not model.is_file() and not (model / "best.pt").is_file()
+    """True if a name means the pretrained model, and no file or run of that name is here."""
+    return str(model) == PRETRAINED and not model.is_file() and not (model / BEST).is_file()

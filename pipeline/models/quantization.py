@@ -1,7 +1,7 @@
-"""Weights in fewer bits: convolutions in 8, a quarter of their size in a file.
+"""Weights in fewer bits: filters in 8, a quarter of their size in a file.
 
-Symmetric, one scale a filter (Krishnamoorthi, arXiv 1806.08342, section 3.1). What is computed
-with is float32 again, so results are the same on every machine.
+Symmetric, one scale per filter (Krishnamoorthi, arXiv 1806.08342, section 3.1). Computation uses
+float32 again, so results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-LARGEST = 127  # -128 is left out: the scale is the same on both sides of zero
+LARGEST = 127  # -128 is unused: the scale is the same on both sides of zero
 
 
 def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -19,10 +19,10 @@ def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
     Args:
         weights: float tensors; those with four dimensions (O, I, H, W) are filters. The others,
-            such as BatchNorm's numbers, are few and matter much: they are kept.
+            such as BatchNorm's parameters, are few and sensitive: they are kept.
 
     Returns:
-        The state dict with int8 filters, and the scale of each filter, float32 (O,), by name.
+        The state dict with int8 filters, and the scales of each filter, float32 (O,), by name.
     """
     rounded, scales = dict(weights), {}
     for name, tensor in weights.items():
@@ -35,7 +35,7 @@ def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def dequantize(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the result of ``quantise`` back to float32.
+    """Bring the result of ``quantize`` back to float32.
 
     Raises:
         LookupError, RuntimeError: names or shapes of the two do not belong together.
@@ -47,7 +47,7 @@ def dequantize(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> d
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Bring all to one type; a matrix with two names, as of tied embeddings, stays one."""
+    """Convert all to one type; a matrix with two names, as of tied embeddings, stays one."""
     places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in weights.items()}
     converted = {places[name]: tensor.to(dtype) for name, tensor in weights.items()}
     return {name: converted[place] for name, place in places.items()}

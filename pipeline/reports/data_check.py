@@ -20,7 +20,7 @@ from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH
 from pipeline.datasets.vocabulary import SPECIALS, Vocabulary, tokenizer_of
 from pipeline.features.cache import DONE, FeatureCache, partial_path
 from pipeline.features.feature_set import rows_of
-from pipeline.models.checkpoint import load_checkpoint
+from pipeline.models.checkpoint import LAST, load_checkpoint
 from pipeline.models.pretrained import PRETRAINED
 from pipeline.reports.caption_statistics import (
     better_tokenizer,
@@ -29,7 +29,7 @@ from pipeline.reports.caption_statistics import (
     unspaced_example,
 )
 from pipeline.training.options import DecoderOptions
-from pipeline.training.run_folder import refuse_other_settings, split_hashes
+from pipeline.training.run_folder import RESUME, refuse_other_settings, split_hashes
 from pipeline.training.validation import split_captions
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
@@ -263,14 +263,13 @@ def _check_run(checked: CheckedData, options: DecoderOptions, run: Path, force: 
     Raises:
         UserError: that run has other settings or features.
     """
-    last = run / "last.pt"
-    if not last.is_file():
+    if not (run / RESUME).is_file():
         return
     if force:
         echo(f"run: {run} is started over (--force)")
         return
     refuse_other_settings(run, {**asdict(options), **split_hashes(checked.table)})
-    saved = load_checkpoint(last)
+    saved = load_checkpoint(run / LAST)
     mismatch = None if checked.cache is None else saved.encoder.mismatch(checked.cache.identity)
     if mismatch:
         raise UserError(

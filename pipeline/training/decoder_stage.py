@@ -22,14 +22,14 @@ from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics, rows_of
-from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.models.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.neighbours import choose_neighbours, sampled_images
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
 from pipeline.training.options import DecoderOptions
-from pipeline.training.run_folder import open_run, split_hashes
+from pipeline.training.run_folder import RESUME, open_run, split_hashes
 from pipeline.training.self_critical import SAMPLES, SelfCritical
 from pipeline.training.stage import SEED_STRIDE, EpochCallback, Phase, TrainingConfig
 from pipeline.training.validation import Validation, Validator, split_captions
@@ -213,7 +213,7 @@ def add_matcher(stage: DecoderStage, run: Path) -> None:
             stage.options.seed,
             stage.device,
         )
-        save_checkpoint(run / "best.pt", best)
+        save_checkpoint(run / BEST, best)
 
 
 def prepare_stage(
@@ -232,9 +232,9 @@ def prepare_stage(
     captions_file = Path(options.captions) if options.captions else None
     table, names = load_table(open_source(options.data), captions_file, cache.names(DONE))
     train_captions, val_captions = split_captions(table, options.tokenizer, "image with features")
-    last = run / "last.pt"
     force = force and not world.restarted
-    saved = world.broadcast(lambda: load_checkpoint(last) if last.is_file() and not force else None)
+    resumed = world.broadcast(lambda: (run / RESUME).is_file() and not force)
+    saved = world.broadcast(lambda: load_checkpoint(run / LAST) if resumed else None)
     if saved is not None:
         vocabulary = saved.vocabulary
         mismatch = saved.encoder.mismatch(cache.identity)

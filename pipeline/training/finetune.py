@@ -16,14 +16,21 @@ from pipeline.datasets.images import ImageRefT, unreadable_images
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.datasets.vocabulary import END_ID, UNKNOWN_ID
 from pipeline.features.encode_images import encode_distributed
-from pipeline.models.checkpoint import encoder_of, load_checkpoint, load_ensemble, save_checkpoint
+from pipeline.models.checkpoint import (
+    BEST,
+    LAST,
+    encoder_of,
+    load_checkpoint,
+    load_ensemble,
+    save_checkpoint,
+)
 from pipeline.models.encoder import TRUNK_LAYERS
 from pipeline.models.neighbours import choose_neighbours, sampled_images
 from pipeline.training.joint_stage import JointStage, TrainingImage
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
 from pipeline.training.options import JointOptions
-from pipeline.training.run_folder import open_run, split_hashes
+from pipeline.training.run_folder import RESUME, open_run, split_hashes
 from pipeline.training.stage import EpochCallback
 from pipeline.training.validation import Validator, split_captions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
@@ -43,8 +50,8 @@ def settings_to_start_from(run: Path, starts: Sequence[str], force: bool) -> dic
     Raises:
         UserError: the checkpoint cannot be read, or does not name its data.
     """
-    last = run / "last.pt"
-    path = last if last.is_file() and not force else Path(starts[0])
+    resumed = (run / RESUME).is_file() and not force
+    path = run / LAST if resumed else Path(starts[0])
     settings = load_checkpoint(path).settings
     if not {"data", "captions", "features"} <= settings.keys():
         raise UserError(f"--start {path}: the checkpoint does not name its training data")
@@ -101,10 +108,9 @@ def prepare_stage(
     for path in starts:
         if run.resolve() in (path.resolve(), path.resolve().parent):
             raise UserError(f"--run {run}: is the run that --start names; give another folder")
-    last = run / "last.pt"
     force = force and not world.restarted
-    resumed = world.broadcast(lambda: last.is_file() and not force)
-    start = world.broadcast(lambda: load_ensemble([last] if resumed else starts))
+    resumed = world.broadcast(lambda: (run / RESUME).is_file() and not force)
+    start = world.broadcast(lambda: load_ensemble([run / LAST] if resumed else starts))
 
     source = open_source(options.data)
     captions_file = Path(options.captions) if options.captions else None
@@ -121,7 +127,7 @@ def prepare_stage(
 
     weights = None if resumed else options.weights
     encoder = world.local_main_first(lambda: encoder_of(start, weights, "fp32"))
-    encoder.source = str(run / "best.pt")
+    encoder.source = str(run / BEST)
     open_run(run, {**asdict(options), **split_hashes(table)}, force, world)
     english = tokenizer == ENGLISH
     if options.flip and not english:
@@ -224,4 +230,4 @@ def add_reranking(stage: JointStage, run: Path) -> None:
         stage.options.seed,
         stage.device,
     )
-    save_checkpoint(run / "best.pt", best)
+    save_checkpoint(run / BEST, best)

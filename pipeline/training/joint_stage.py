@@ -192,7 +192,7 @@ class JointStage:
 
     def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
         """Return the cross-entropy of all captions of the batch's images."""
-        pixels = self.encoder.normalise(batch.pixels.to(self.device, non_blocking=True))
+        pixels = self.encoder.normalize(batch.pixels.to(self.device, non_blocking=True))
         # Few at a time, as in extraction: activations then stay in the core's cache.
         few = pixels.split(inference_batch_size(self.device))
         with torch.no_grad():

@@ -15,15 +15,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.models.checkpoint_checks import check_training
-from pipeline.training.ema import EMA
-from pipeline.training.run_folder import LOG, SAMPLES, append_epoch, read_epochs, trim_epochs
+from pipeline.models.checkpoint import BEST, LAST, save_checkpoint
+from pipeline.models.checkpoint_file import read_tensors, write_tensors
+from pipeline.training.ema import EMA, parameters_of, restore_training_state, training_state
+from pipeline.training.run_folder import (
+    LOG,
+    RESUME,
+    SAMPLES,
+    append_epoch,
+    read_epochs,
+    trim_epochs,
+)
 from pipeline.training.stage import (
     SEED_STRIDE,
     EpochCallback,
@@ -90,28 +96,28 @@ class Training:
 
     def __post_init__(self) -> None:
         self.optimizer = make_optimizer(self.stage)
-        self.parameters = _parameters(self.optimizer)
+        self.parameters = parameters_of(self.optimizer)
         self.ema = EMA(self.parameters, self.config.ema_decay)
         self.progress = Progress()
 
     def resume(self) -> bool:
         """Restore optimizer, EMA and progress of the last epoch, if one was saved."""
-        last = self.run / "last.pt"
-        saved = self.world.broadcast(lambda: _read_training(last) if last.is_file() else None)
+        path = self.run / RESUME
+        saved = self.world.broadcast(lambda: read_tensors(path) if path.is_file() else None)
         if saved is not None:
+            tensors, document = saved
             try:
-                check_training(saved, asdict(self.progress), self.optimizer, self.ema.shadow)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                self.progress = Progress(**document["progress"])
+                steps = int(document["ema_steps"])
+                restore_training_state(tensors, steps, self.optimizer, self.ema)
+            except (ValueError, LookupError, TypeError) as error:
                 raise UserError(
-                    f"{last}: the checkpoint is damaged ({error}); --force starts over"
+                    f"{path}: the training state is damaged ({error}); --force starts over"
                 ) from error
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.ema.load(saved["weights"], saved["steps"])
-            self.progress = Progress(**saved["progress"])
             if self.progress.epoch:
                 echo(f"{self.run}: resuming after epoch {self.progress.epoch}", err=True)
         if self.world.rank == 0:
-            check_writable(last)
+            check_writable(path)
             for name in (LOG, SAMPLES):
                 trim_epochs(self.run / name, -1 if saved is None else self.progress.epoch)
         return saved is not None
@@ -139,20 +145,19 @@ class Training:
         epoch = self.progress.epoch
         checkpoint = self.stage.checkpoint(epoch, found.scores)
         if better:
-            save_checkpoint(self.run / "best.pt", checkpoint)
+            save_checkpoint(self.run / BEST, checkpoint)
         record = {"epoch": epoch, **record, **found.scores}
         record["validation_seconds"] = round(time.perf_counter() - began, 2)
         append_epoch(self.run / LOG, record)
         append_epoch(self.run / SAMPLES, {"epoch": epoch, "captions": found.samples})
         for callback in self.callbacks:
             callback(record, found.samples)
-        checkpoint.training = {
-            "optimizer": self.optimizer.state_dict(),
-            "progress": asdict(self.progress),
-            "weights": self.ema.shadow,
-            "steps": self.ema.steps,
-        }
-        save_checkpoint(self.run / "last.pt", checkpoint)
+        save_checkpoint(self.run / LAST, checkpoint)
+        write_tensors(
+            self.run / RESUME,
+            training_state(self.optimizer, self.ema),
+            {"progress": asdict(self.progress), "ema_steps": self.ema.steps},
+        )
         print_epoch(read_epochs(self.run / LOG), self.config.epochs, better, found.samples)
 
 
@@ -218,22 +223,11 @@ def train(
     return progress
 
 
-def _read_training(last: Path) -> dict[str, Any]:
-    training = load_checkpoint(last).training
-    if training is None:
-        raise UserError(f"{last}: cannot be resumed; --force starts over")
-    return training
-
-
 def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
     """Return AdamW for a stage; each group keeps its full learning rate as ``initial_lr``."""
     groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
     fused = stage.device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def train_epoch(
@@ -252,7 +246,7 @@ def train_epoch(
     Raises:
         LossError: the loss or its gradient is not finite, or there was no batch.
     """
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     phase, before = config.phase_of(epoch)
     count = stage.batches_per_epoch(epoch)
     steps = math.ceil(count / config.grad_accum_steps)  # per epoch

@@ -7,8 +7,9 @@ It holds
     samples.jsonl            one line per epoch: captions of a few val images, always the same ones
     curves.svg, curves.png   log.jsonl as a figure
     report.html              an overview of the run for the browser
-    last.pt                  the last epoch, with everything needed to resume
-    best.pt                  the epoch with the best CIDEr-D on val: the model to use
+    best.safetensors         the checkpoint with the best CIDEr-D on val: the model to use
+    last.safetensors         the checkpoint of the last epoch
+    resume.safetensors       optimizer state and weights that only resuming needs
 
 and after the training ``predictions.json`` and ``scores.json``, those of the best epoch.
 """
@@ -22,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.caption_table import CaptionTable
+from pipeline.models.pretrained import BEST, LAST
 from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 
+RESUME = "resume.safetensors"
 CONFIG = "config.json"
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"
@@ -36,8 +39,9 @@ REPORT = "report.html"
 PREDICTIONS = "predictions.json"
 SCORES = "scores.json"
 RUN_FILES = (
-    "last.pt",
-    "best.pt",
+    BEST,
+    LAST,
+    RESUME,
     LOG,
     SAMPLES,
     CURVES,
@@ -94,7 +98,7 @@ def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
         UserError: it has others, or its ``config.json`` is damaged.
     """
     path = run / CONFIG
-    if not path.is_file() or not (run / "last.pt").is_file():
+    if not path.is_file() or not (run / RESUME).is_file():
         return
     try:
         saved = dict(json.loads(path.read_text(encoding="utf-8")))

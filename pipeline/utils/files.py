@@ -7,8 +7,6 @@ import errno
 import os
 import platform
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,23 +84,6 @@ def move_into_place(temporary: Path, path: Path) -> None:
 def cannot_be_written(path: Path, error: OSError) -> UserError:
     """Return the one line for a file that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error})")
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block has ended, if this is the main thread, which gets it."""
-    usual = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or usual is None:
-        yield
-        return
-    interruptions = []
-    signal.signal(signal.SIGINT, lambda *_: interruptions.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if interruptions:
-        signal.raise_signal(signal.SIGINT)
 
 
 def check_writable(path: Path) -> None:

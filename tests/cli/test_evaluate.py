@@ -177,7 +177,7 @@ def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_
         assert (run / f"predictions-{name}.json").is_file()
         scores = json.loads((run / f"scores-{name}.json").read_text())
         assert scores["predictions"] == f"predictions-{name}.json"
-    last = shutil.copy(run / "best.pt", run / "other.pt")
+    last = shutil.copy(run / "best.safetensors", run / "other.safetensors")
     assert evaluate(last, "--search-passes", 2).exit_code == 0
     assert (run / "scores-other-search-passes-2.json").is_file()
     assert evaluate(run, "--split", "test", "--output", run / "mine.json").exit_code == 0
@@ -192,8 +192,8 @@ def test_remote_data_named_in_a_checkpoint_are_not_opened(
 ) -> None:
     checkpoint = load_checkpoint(drawn_run.run)
     checkpoint.settings["data"] = "ftp://127.0.0.1:9/{0..1}.tar"
-    save_checkpoint(tmp_path / "best.pt", checkpoint)
-    refused = evaluate(tmp_path / "best.pt")
+    save_checkpoint(tmp_path / "best.safetensors", checkpoint)
+    refused = evaluate(tmp_path / "best.safetensors")
     assert refused.exit_code == 2
     assert "was trained on remote data; to read them give --data 'ftp://" in refused.stderr
 

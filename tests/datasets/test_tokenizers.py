@@ -14,7 +14,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
 from example_layouts import chinese_captions, scenes_of, write_translated
@@ -193,17 +192,6 @@ def test_the_checkpoint_names_its_tokenizer(chinese: DrawnRun, drawn_run: DrawnR
     assert load_checkpoint(drawn_run.run).vocabulary.tokenizer.name == "english"
 
 
-def test_checkpoints_of_before_are_english(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    content = torch.load(drawn_run.run / "best.pt", weights_only=True)
-    del content["tokenizer"]
-    torch.save(content, tmp_path / "old.pt")
-    assert load_checkpoint(tmp_path / "old.pt").vocabulary.tokenizer.name == "english"
-    content["tokenizer"] = "syllables"
-    torch.save(content, tmp_path / "new.pt")
-    with pytest.raises(UserError, match=r"new.pt: made with the tokenizer 'syllables', which this"):
-        load_checkpoint(tmp_path / "new.pt")
-
-
 def test_a_run_begun_before_there_was_a_choice_goes_on(drawn_run: DrawnRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(drawn_run.run, run)
@@ -279,9 +267,11 @@ def test_models_of_different_tokenizers_do_not_caption_together(
     first = load_checkpoint(chinese.run)
     words = first.vocabulary.to_list()
     other = replace(first, vocabulary=Vocabulary.from_list(words, "words"))
-    save_checkpoint(tmp_path / "other.pt", other)
-    with pytest.raises(UserError, match=r"other.pt: has the tokenizer words, .* has characters"):
-        load_ensemble([chinese.run, tmp_path / "other.pt"])
+    save_checkpoint(tmp_path / "other.safetensors", other)
+    with pytest.raises(
+        UserError, match=r"other.safetensors: has the tokenizer words, .* has characters"
+    ):
+        load_ensemble([chinese.run, tmp_path / "other.safetensors"])
 
 
 def test_stage_3_goes_on_with_the_tokenizer_and_flips_nothing(
@@ -307,7 +297,7 @@ def test_stage_3_refuses_captions_of_another_language(
         code=2,
     )
     assert f"100 % of its words are unknown to --start {drawn_run.run}" in result.stderr
-    assert not (tmp_path / "joint" / "best.pt").exists()
+    assert not (tmp_path / "joint" / "best.safetensors").exists()
 
 
 def test_tokenizers_load_nothing_heavy() -> None:

@@ -17,13 +17,11 @@ from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
 from pipeline.datasets.vocabulary import END_ID, Vocabulary
 from pipeline.decoding.consensus import NEIGHBOURS, TEMPERATURE, Consensus
 from pipeline.decoding.hypothesis import Hypothesis
-from pipeline.decoding.reranking import reranker_of
 from pipeline.metrics.cider import Idf, cider_d, ngrams
 from pipeline.models import neighbours as module
 from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.neighbours import Neighbours, choose_neighbours, sampled_images
-from pipeline.utils.errors import UserError
 
 WORDS = Vocabulary.build([[*"abcdefgh"]], min_count=1)
 
@@ -152,8 +150,8 @@ def test_of_many_images_a_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(neighbours.captions.offsets, expected.offsets)
 
 
-def test_a_checkpoint_keeps_them_and_refuses_damaged_ones(tmp_path: Path) -> None:
-    path = tmp_path / "best.pt"
+def test_a_checkpoint_keeps_neighbours(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
     _, captions = made_up(20)
     decoder = make_decoder()
     neighbours = neighbours_of(captions, 20)
@@ -165,28 +163,3 @@ def test_a_checkpoint_keeps_them_and_refuses_damaged_ones(tmp_path: Path) -> Non
     assert loaded is not None
     for name, tensor in neighbours.to_tensors().items():
         assert torch.equal(tensor, loaded.to_tensors()[name]), name
-    content = torch.load(path, weights_only=True)
-    good = content["neighbours"]
-    for name, bad in (
-        ("mean", torch.zeros(5)),
-        ("directions", good["directions"][:19]),
-        ("pictures", good["pictures"].flip(0)),
-        ("pictures", good["pictures"] + 1),
-        ("offsets", good["offsets"][1:]),
-        ("offsets", good["offsets"] * 2),
-        ("tokens", good["tokens"][1:]),
-    ):
-        torch.save({**content, "neighbours": {**good, name: bad}}, path)
-        with pytest.raises(UserError, match=r"best\.pt: the checkpoint is damaged"):
-            load_checkpoint(path)
-    torch.save({**content, "neighbours": {"mean": good["mean"]}}, path)
-    with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(path)
-    other_width = {**good, "mean": torch.zeros(4), "directions": good["directions"][:, :4]}
-    for bad_content in (other_width, "text", [good]):
-        torch.save({**content, "neighbours": bad_content}, path)
-        with pytest.raises(UserError, match="damaged"):
-            load_checkpoint(path)
-    del content["neighbours"]  # as older ones are
-    torch.save(content, path)
-    assert reranker_of(load_checkpoint(path)).consensus is None

@@ -189,7 +189,7 @@ def test_several_decoders_are_one_graph(
     for name, weights in checkpoint.decoder_weights.items():
         if name not in ("feature_mean", "feature_scale"):
             weights += 0.3 * weights.std() * torch.randn_like(weights)
-    save_checkpoint(tmp_path / "other.pt", checkpoint)
+    save_checkpoint(tmp_path / "other.safetensors", checkpoint)
 
     def encoder_known(graph: Graph) -> bytes:
         if isinstance(graph.module, onnx_graphs.EncoderGraph):
@@ -197,12 +197,12 @@ def test_several_decoders_are_one_graph(
         return to_onnx(graph)
 
     monkeypatch.setattr(onnx_graphs, "to_onnx", encoder_known)
-    models = [drawn_run.run, tmp_path / "other.pt"]
+    models = [drawn_run.run, tmp_path / "other.safetensors"]
     result = export(models[0], "--model", models[1], "--output", tmp_path / "both")
     assert result.exit_code == 0, result.output
     both = onnx_runner.Captioner(tmp_path / "both")
     assert both.settings["decoders"] == 2 and both.settings["state_size"] == 2 * 48
-    assert both.settings["models"][1].endswith("/other.pt")
+    assert both.settings["models"][1].endswith("/other.safetensors")
     together = Captioner.load(models, device="cpu", precision="fp32")
     features = some_features(together, 20)
     found = [[c.text for c in both.search(row[None].numpy())] for row in features]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -401,7 +402,7 @@ def test_bf16_is_close_on_photographs() -> None:
 
 def test_normalisation() -> None:
     pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).expand(1, IMAGE_SIZE, IMAGE_SIZE, 3)
-    normal = Encoder().normalise(pixels)
+    normal = Encoder().normalize(pixels)
     assert normal.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE)
     assert torch.allclose(normal[0, :, 0, 0], torch.tensor([-1.0, -0.6, 1.0]))
 
@@ -499,18 +500,41 @@ def test_help_loads_no_torch() -> None:
 
 
 def test_no_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        assert socket.getdefaulttimeout() == 30.0  # a silent server is given up
+    def offline(url: str, timeout: float) -> None:
+        assert timeout == 30.0  # a silent server is given up
         raise URLError("no network")
 
-    monkeypatch.setattr(torchvision.models.Inception_V3_Weights, "get_state_dict", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request.urlopen", offline)
     asked = ("--weights", "imagenet", "--output", tmp_path / "x.h5")
     message = refusal("--data", images, *asked)
     assert len(message.splitlines()) == 1
     for words in ("no network", "--weights FILE", "https://download.pytorch.org/"):
         assert words in message
     assert not list(tmp_path.glob("*.h5*"))
-    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_imagenet_weights_are_downloaded_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    torch.save(Encoder().trunk.state_dict(), tmp_path / "served")
+    served = (tmp_path / "served").read_bytes()
+    digest = hashlib.sha256(served).hexdigest()[:8] if whole else "0cc3c7bd"
+    url = f"https://download.pytorch.org/models/inception_v3_google-{digest}.pth"
+    weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "_value_", dataclasses.replace(weights.value, url=url))
+    answers = iter([io.BytesIO(served)])
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: next(answers))
+    kept = tmp_path / "hub" / "checkpoints" / Path(url).name
+    if not whole:
+        with pytest.raises(UserError, match="wrong checksum"):
+            load_encoder("imagenet")
+        assert not kept.exists()
+        return
+    assert load_encoder("imagenet").identity == load_encoder("imagenet").identity
+    assert kept.read_bytes() == served
 
 
 class Bomb:
@@ -548,7 +572,7 @@ def test_weights_that_are_none(images: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("no weights")
     assert "not a state dict" in refusal("--data", images, "--weights", tmp_path / "text")
     message = refusal("--data", images, "--weights", tmp_path / "gone.pth")
-    assert "gone.pth: no such file (say imagenet, pretrained" in message
+    assert "gone.pth: no such file (use imagenet, pretrained" in message
     assert not (tmp_path / "exploded").exists()
     assert not list(tmp_path.glob("*.h5*"))
 

@@ -9,34 +9,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 try:
     import resource
 except ImportError:
     pytest.skip("Windows has no such limits", allow_module_level=True)
-
-
-def values_of(path: Path) -> Any:
-    """Give what a file holds, of a checkpoint the values, to be compared to the bit.
-
-    The bytes of two files with the same values may differ: what is one object in memory is written
-    once.
-    """
-    if path.suffix != ".pt":
-        return path.read_bytes()
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes()
-        if isinstance(value, dict):
-            return {key: plain(inner) for key, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(torch.load(path, map_location="cpu", weights_only=True))
 
 
 @contextlib.contextmanager

@@ -116,10 +116,10 @@ def test_models_of_one_recipe_become_one_file(drawn_run: DrawnRun, tmp_path: Pat
     with torch.no_grad():
         noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
     noisy["projection.weight"] = noisy["word_embedding.weight"]  # as they are tied
-    save_checkpoint(tmp_path / "other.pt", replace(first, decoder_weights=noisy))
-    two = load_ensemble([drawn_run.run, tmp_path / "other.pt"])
-    save_checkpoint(tmp_path / "two.pt", two)
-    three = load_ensemble([tmp_path / "two.pt", drawn_run.run])
+    save_checkpoint(tmp_path / "other.safetensors", replace(first, decoder_weights=noisy))
+    two = load_ensemble([drawn_run.run, tmp_path / "other.safetensors"])
+    save_checkpoint(tmp_path / "two.safetensors", two)
+    three = load_ensemble([tmp_path / "two.safetensors", drawn_run.run])
     assert (two.decoder_config.members, three.decoder_config.members) == (2, 3)
     members = members_of(three.build_decoder())  # type: ignore[arg-type]
     for member, weights in zip(members, (first.decoder_weights, noisy), strict=False):
@@ -136,13 +136,13 @@ def test_models_that_do_not_belong_together_are_refused(
     drawn_run: DrawnRun, tmp_path: Path
 ) -> None:
     first = load_checkpoint(drawn_run.run)
-    path = tmp_path / "other.pt"
+    path = tmp_path / "other.safetensors"
     words = first.vocabulary.to_list()
     unlike = {
         "not of the same encoder": {
             "encoder": EncoderIdentity(**{**vars(first.encoder), "weights_sha256": "1" * 64})
         },
-        "has not the vocabulary": {
+        "has another vocabulary": {
             "vocabulary": type(first.vocabulary).from_list([*words[:-2], words[-1], words[-2]])
         },
     }
@@ -153,7 +153,7 @@ def test_models_that_do_not_belong_together_are_refused(
     config = replace(first.decoder_config, hidden_size=8)
     weights = Decoder(config).state_dict()
     save_checkpoint(path, replace(first, decoder_config=config, decoder_weights=weights))
-    with pytest.raises(UserError, match="not of the sizes"):
+    with pytest.raises(UserError, match="has other sizes"):
         load_ensemble([drawn_run.run, path])
 
 
@@ -183,13 +183,13 @@ def test_stage_3_trains_all_members_on_one_encoder(drawn_run: DrawnRun, tmp_path
     with torch.no_grad():
         noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
     noisy["projection.weight"] = noisy["word_embedding.weight"]
-    save_checkpoint(tmp_path / "other.pt", replace(first, decoder_weights=noisy))
-    starts = ["--start", str(drawn_run.run), "--start", str(tmp_path / "other.pt")]
+    save_checkpoint(tmp_path / "other.safetensors", replace(first, decoder_weights=noisy))
+    starts = ["--start", str(drawn_run.run), "--start", str(tmp_path / "other.safetensors")]
     options = ["--run", str(tmp_path / "joint"), "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
     words = [*starts, *options, "--batch-size", "8", "--epochs", "1"]
     result = CliRunner().invoke(finetune_joint.main, words)
     assert result.exit_code == 0, result.output
-    last = load_checkpoint(tmp_path / "joint" / "last.pt")
+    last = load_checkpoint(tmp_path / "joint" / "last.safetensors")
     assert last.decoder_config.members == 2 and last.encoder_weights is not None
     for number, before in enumerate((first.decoder_weights, noisy)):
         for name in ("lstm.weight_hh_l0", "image_embedding.weight"):

@@ -23,7 +23,6 @@ from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpo
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.training.matcher_training import train_matcher
-from pipeline.utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -143,11 +142,11 @@ def test_many_captions_take_no_more_steps(small: Small, monkeypatch: pytest.Monk
     assert calls == [10, 10, 10]
 
 
-def test_a_checkpoint_keeps_it_and_refuses_a_damaged_one(tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_matcher(tmp_path: Path) -> None:
     words = Vocabulary.build([["a", "b", "c"]], 1)
     config = DecoderConfig(len(words), 4, 4, feature_size=5)
     matcher = make_matcher(len(words))
-    path = tmp_path / "best.pt"
+    path = tmp_path / "best.safetensors"
     save_checkpoint(
         path, Checkpoint(config, Decoder(config).state_dict(), words, IDENTITY, matcher=matcher)
     )
@@ -155,21 +154,6 @@ def test_a_checkpoint_keeps_it_and_refuses_a_damaged_one(tmp_path: Path) -> None
     assert loaded is not None and not loaded.training
     for name, tensor in matcher.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
-    content = torch.load(path, weights_only=True)
-    good = content["matcher"]
-    other_vocabulary = Matcher(MatcherConfig(9, size=8, feature_size=5))
-    for bad in (
-        {"config": good["config"]},
-        {**good, "weights": {}},
-        {"config": vars(other_vocabulary.config), "weights": other_vocabulary.state_dict()},
-        "text",
-    ):
-        torch.save({**content, "matcher": bad}, path)
-        with pytest.raises(UserError, match=r"best\.pt: the checkpoint is damaged"):
-            load_checkpoint(path)
-    del content["matcher"]  # as older ones are
-    torch.save(content, path)
-    assert load_checkpoint(path).matcher is None
 
 
 def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
@@ -179,7 +163,7 @@ def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
     options = [*words.split(), "--embed-size", "8", "--hidden-size", "8"]
     assert CliRunner().invoke(train_decoder.main, options).exit_code == 0
     whole = load_checkpoint(run)
-    save_checkpoint(run / "best.pt", replace(whole, matcher=None))
+    save_checkpoint(run / "best.safetensors", replace(whole, matcher=None))
     result = CliRunner().invoke(train_decoder.main, options)
     assert result.exit_code == 0 and "resuming after epoch 2" in result.stderr, result.output
     again = load_checkpoint(run).matcher

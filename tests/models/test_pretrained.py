@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO
 
 import numpy
 import pytest
@@ -27,6 +26,7 @@ from pipeline.datasets.images import read_square
 from pipeline.features.cache import FeatureCache
 from pipeline.models import encoder
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.models.checkpoint_file import read_tensors, write_tensors
 from pipeline.models.encoder import load_encoder
 from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
 from pipeline.models.quantization import dequantize, quantize
@@ -63,7 +63,7 @@ def small_model(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -
     more = "--unfreeze-from Mixed_7c --device cpu"
     result = CliRunner().invoke(finetune_joint.main, [*words.split(), *more.split()])
     assert result.exit_code == 0, result.output
-    small = folder / "small.pt"
+    small = folder / "small.safetensors"
     result = CliRunner().invoke(command.main, [str(folder / "joint"), "--output", str(small)])
     assert result.exit_code == 0, result.output
     assert f"{small.stat().st_size / 1e6:.1f} MB" in result.stderr
@@ -74,7 +74,7 @@ def test_a_compressed_model_captions_as_the_whole_one(
     drawn_run: DrawnRun, small_model: tuple[Path, Path]
 ) -> None:
     joint, small = small_model
-    assert small.stat().st_size < 0.3 * (joint / "best.pt").stat().st_size
+    assert small.stat().st_size < 0.3 * (joint / "best.safetensors").stat().st_size
     paths = sorted((drawn_run.data / "Images").glob("*.jpg"))
     whole, compressed = (Captioner.load(model, device="cpu") for model in small_model)
     squares = [read_square(path) for path in paths[:4]]
@@ -94,75 +94,56 @@ def test_a_compressed_model_is_its_own_encoder_and_tells_no_paths(
     assert checkpoint.encoder.mismatch(load_encoder(str(small)).identity) is None
     assert checkpoint.encoder.mismatch(load_checkpoint(joint).encoder) is not None
     assert all(v.dtype == torch.float32 for v in checkpoint.decoder_weights.values())
-    content = torch.load(small, weights_only=True)
-    told = str({k: content[k] for k in ("settings", "encoder", "scores")})
-    assert str(drawn_run.data.parent) not in told and str(joint) not in told
+    document = str(read_tensors(small)[1])
+    assert str(drawn_run.data.parent) not in document and str(joint) not in document
 
 
 def test_a_run_of_stage_2_takes_its_encoder_along(drawn_run: DrawnRun, tmp_path: Path) -> None:
     """Two decoders, together with the encoder whose features they were trained on."""
     runs = [str(drawn_run.run)] * 2
-    result = CliRunner().invoke(command.main, [*runs, "--output", str(tmp_path / "small.pt")])
+    result = CliRunner().invoke(
+        command.main, [*runs, "--output", str(tmp_path / "small.safetensors")]
+    )
     assert result.exit_code == 0, result.output
-    checkpoint = load_checkpoint(tmp_path / "small.pt")
+    checkpoint = load_checkpoint(tmp_path / "small.safetensors")
     assert checkpoint.decoder_config.members == 2 and checkpoint.matcher is not None
     image = next((drawn_run.data / "Images").glob("*.jpg"))
-    assert len(Captioner.load(tmp_path / "small.pt", device="cpu").caption([image])[0]) > 5
-    words = [*runs, "--weights", "imagenet.pth", "--output", str(tmp_path / "none.pt")]
+    assert len(Captioner.load(tmp_path / "small.safetensors", device="cpu").caption([image])[0]) > 5
+    words = [*runs, "--weights", "imagenet.pth", "--output", str(tmp_path / "none.safetensors")]
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 2 and "imagenet.pth" in result.stderr
-    assert not (tmp_path / "none.pt").exists()
+    assert not (tmp_path / "none.safetensors").exists()
 
 
 def test_compressing_again_makes_it_no_larger(
     small_model: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """A matrix with two names, as of tied embeddings, is in the file once."""
-    again, whole = tmp_path / "again.pt", tmp_path / "whole.pt"
+    again, whole = tmp_path / "again.safetensors", tmp_path / "whole.safetensors"
     result = CliRunner().invoke(command.main, [str(small_model[1]), "--output", str(again)])
     assert result.exit_code == 0, result.output
     assert again.stat().st_size == pytest.approx(small_model[1].stat().st_size, rel=0.001)
     save_checkpoint(whole, load_checkpoint(small_model[1]))
     for path in (small_model[1], again, whole):
-        weights = torch.load(path, weights_only=True)["decoder_weights"]
+        weights = load_checkpoint(path).decoder_weights
         names = ("word_embedding.weight", "projection.weight")
         assert len({weights[name].data_ptr() for name in names}) == 1, path
-
-
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A write that fails halfway, as torch reports it: not as an OSError."""
-
-    def full(content: object, handle: IO[bytes]) -> None:
-        handle.write(b"half")
-        raise RuntimeError("unexpected pos 64 vs 0") from OSError(28, "No space left on device")
-
-    checkpoint = load_checkpoint(drawn_run.run)
-    path = tmp_path / "best.pt"
-    path.write_bytes(b"the one before")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"best\.pt: cannot be written \(is the disk full\?\)"):
-        save_checkpoint(path, checkpoint)
-    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
-    assert path.read_bytes() == b"the one before"
 
 
 @pytest.mark.parametrize("change", ["scale of another shape", "scale of no filter"])
 def test_a_damaged_compressed_model_is_named(
     small_model: tuple[Path, Path], tmp_path: Path, change: str
 ) -> None:
-    content = torch.load(small_model[1], weights_only=True)
-    name = next(iter(content["encoder_scales"]))
-    scale = content["encoder_scales"].pop(name)
+    tensors, document = read_tensors(small_model[1])
+    name = next(name for name in tensors if name.startswith("encoder_scales."))
     if change == "scale of another shape":
-        content["encoder_scales"][name] = scale[:-1]
+        tensors[name] = tensors[name][:-1]
     else:
-        content["encoder_scales"]["nothing"] = scale
-    damaged = tmp_path / "damaged.pt"
-    torch.save(content, damaged)
+        tensors["encoder_scales.nothing"] = tensors.pop(name)
+    damaged = tmp_path / "damaged.safetensors"
+    write_tensors(damaged, tensors, document)
     for load in (load_checkpoint, lambda path: load_encoder(str(path))):
-        with pytest.raises(UserError, match=r"damaged\.pt: .*damaged"):
+        with pytest.raises(UserError, match=r"damaged\.safetensors: .*(damaged|holds no)"):
             load(damaged)
 
 
@@ -190,7 +171,7 @@ def test_a_folder_of_that_name_is_preferred(
     assert is_pretrained(Path(PRETRAINED))
     (tmp_path / PRETRAINED).mkdir()
     assert is_pretrained(Path(PRETRAINED))  # an empty folder is no model
-    (tmp_path / PRETRAINED / "best.pt").touch()
+    (tmp_path / PRETRAINED / "best.safetensors").touch()
     assert not is_pretrained(Path(PRETRAINED))
 
 

@@ -107,7 +107,7 @@ def test_samples_are_the_captions_that_are_scored(drawn_run: DrawnRun) -> None:
     samples = read_epochs(drawn_run.run / "samples.jsonl")
     assert [line["epoch"] for line in samples] == list(range(1, 13))
     assert all(list(line["captions"]) == sample_names(val) for line in samples)
-    last = load_checkpoint(drawn_run.run / "last.pt")
+    last = load_checkpoint(drawn_run.run / "last.safetensors")
     from pipeline.features.cache import FeatureCache
 
     cache = FeatureCache(drawn_run.features)

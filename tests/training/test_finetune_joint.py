@@ -50,7 +50,7 @@ def test_only_the_unfrozen_block_learns_and_statistics_stay(
     drawn_run: DrawnRun, joint_run: Path
 ) -> None:
     before = torch.load(drawn_run.weights, weights_only=True)
-    after = load_checkpoint(joint_run / "last.pt").encoder_weights
+    after = load_checkpoint(joint_run / "last.safetensors").encoder_weights
     before = {name: value for name, value in before.items() if "num_batches" not in name}
     assert after is not None and after.keys() == before.keys()
     for name, value in before.items():
@@ -72,8 +72,8 @@ def test_the_result_captions_by_itself(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
 ) -> None:
     """No data set, no weights file, another folder."""
-    model = tmp_path / "model.pt"
-    shutil.copy(joint_run / "last.pt", model)
+    model = tmp_path / "model.safetensors"
+    shutil.copy(joint_run / "last.safetensors", model)
     image = shutil.copy(next((drawn_run.data / "Images").glob("*.jpg")), tmp_path)
     result = CliRunner().invoke(caption.main, ["--model", str(model), str(image)])
     assert result.exit_code == 0, result.output
@@ -104,7 +104,7 @@ def test_a_kill_before_the_matcher_is_trained_is_made_good(
 ) -> None:
     run = shutil.copytree(joint_run, tmp_path / "run")
     whole = load_checkpoint(run)
-    save_checkpoint(run / "best.pt", replace(whole, neighbours=None, matcher=None))
+    save_checkpoint(run / "best.safetensors", replace(whole, neighbours=None, matcher=None))
     result = finetune(drawn_run, run, "--epochs", "3")
     assert result.exit_code == 0 and "resuming after epoch 3" in result.stderr, result.output
     again = load_checkpoint(run)
@@ -119,7 +119,7 @@ def test_evaluate_encodes_with_the_model_or_reads_its_own_cache(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
 ) -> None:
     """Scores from images equal those from a cache that the tuned encoder made."""
-    last = str(joint_run / "last.pt")
+    last = str(joint_run / "last.safetensors")
     features = tmp_path / "tuned.h5"
     common = ["--weights", last, "--output", str(features), "--device", "cpu"]
     result = CliRunner().invoke(extract_features.main, ["--data", str(drawn_run.data), *common])
@@ -155,11 +155,11 @@ def test_stopped_and_resumed_equals_undisturbed(
     options = ["--epochs", "3"]
     monkeypatch.setattr(joint.JointStage, "loss", failing)
     assert finetune(drawn_run, run, *options).exit_code != 0
-    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
     monkeypatch.setattr(joint.JointStage, "loss", original)
     result = finetune(drawn_run, run, *options)
     assert result.exit_code == 0, result.output
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         whole, resumed = load_checkpoint(joint_run / name), load_checkpoint(run / name)
         assert whole.encoder_weights is not None and resumed.encoder_weights is not None
         for key, value in whole.encoder_weights.items():
@@ -199,7 +199,7 @@ def test_wrong_commands(drawn_run: DrawnRun, tmp_path: Path) -> None:
         result = finetune(drawn_run, tmp_path / "run", *arguments)
         assert result.exit_code == 2 and message in result.stderr, result.output
     assert not (tmp_path / "run").exists()
-    assert (drawn_run.run / "best.pt").is_file()
+    assert (drawn_run.run / "best.safetensors").is_file()
 
 
 def test_an_image_whose_captions_mention_sides_is_not_flipped() -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 import train_decoder as command
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint import Checkpoint, load_checkpoint
+from pipeline.models.checkpoint_file import read_tensors, write_tensors
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.reports.tensorboard import tensorboard_writer
 from pipeline.training.loop import learning_rate_factor, print_epoch, train
@@ -158,8 +159,10 @@ def test_a_fixed_divisor_weighs_words_of_all_batches_alike(tmp_path: Path) -> No
     train(ScriptedStage([], (4, 2)), tmp_path / "divisor", settings)
     train(Equal([], (4, 2)), tmp_path / "equal", config(2))
     train(ScriptedStage([], (4, 2)), tmp_path / "plain", config(2))
-    assert_same_weights(tmp_path / "divisor/last.pt", tmp_path / "equal/last.pt")
-    divided, plain = (weights(tmp_path / name / "last.pt") for name in ("divisor", "plain"))
+    assert_same_weights(tmp_path / "divisor/last.safetensors", tmp_path / "equal/last.safetensors")
+    divided, plain = (
+        weights(tmp_path / name / "last.safetensors") for name in ("divisor", "plain")
+    )
     assert any(not torch.equal(divided[name], plain[name]) for name in plain)
 
 
@@ -186,7 +189,7 @@ def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path:
     for step, value in enumerate(trained, start=1):
         decay = min(0.6, step / (step + 9))
         mean = decay * mean + (1 - decay) * value
-    saved = load_checkpoint(tmp_path / "mean/last.pt")
+    saved = load_checkpoint(tmp_path / "mean/last.safetensors")
     assert torch.allclose(saved.decoder_weights["projection.weight"], mean, atol=1e-6)
     assert not torch.allclose(mean, trained[-1], atol=1e-3)
     # Stopped after an epoch and continued, it ends the same.
@@ -194,17 +197,15 @@ def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path:
     with pytest.raises(KeyboardInterrupt):
         train(stopped, tmp_path / "resumed", settings)
     resumed = ScriptedStage([])
-    resumed.decoder.load_state_dict(weights(tmp_path / "resumed/last.pt"))
     train(resumed, tmp_path / "resumed", settings)
-    assert_same_weights(tmp_path / "mean/last.pt", tmp_path / "resumed/last.pt")
+    assert_same_weights(tmp_path / "mean/last.safetensors", tmp_path / "resumed/last.safetensors")
 
 
 def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
     progress = train(ScoringStage([10.0, 30.0, 20.0]), tmp_path, config(3))
     assert (progress.best_epoch, progress.best_cider) == (2, 30.0)
     assert load_checkpoint(tmp_path).epoch == 2
-    assert load_checkpoint(tmp_path / "last.pt").epoch == 3
-    assert load_checkpoint(tmp_path / "best.pt").training is None
+    assert load_checkpoint(tmp_path / "last.safetensors").epoch == 3
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["CIDEr-D"]) for line in log] == [(1, 10), (2, 30), (3, 20)]
     assert log[0]["train_loss"] > log[2]["train_loss"]
@@ -231,7 +232,7 @@ def test_start_is_scored_when_asked_and_kept_when_better(tmp_path: Path) -> None
     start = {k: v.clone() for k, v in stage.decoder.state_dict().items()}
     progress = train(stage, tmp_path, config(2), score_start=True)
     assert progress.best_epoch == 0
-    for name, value in weights(tmp_path / "best.pt").items():
+    for name, value in weights(tmp_path / "best.safetensors").items():
         assert torch.equal(value, start[name])
 
 
@@ -242,13 +243,52 @@ def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path, epoch: int) 
     with pytest.raises(KeyboardInterrupt):
         train(ScoringStage(scores, fail_in_epoch=epoch), tmp_path / "broken", config(4))
     again = ScoringStage(scores[epoch - 1 :])
-    if epoch > 1:
-        again.decoder.load_state_dict(weights(tmp_path / "broken" / "last.pt"))
     train(again, tmp_path / "broken", config(4))
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         assert_same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
     lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_kill_before_the_training_state_is_written_repeats_the_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [1.0, 4.0, 3.0]
+    settings = config(3, ema_decay=0.9)
+    train(ScoringStage(scores), tmp_path / "whole", settings)
+    written = []
+
+    def killed(path: Path, *content: Any) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        write_tensors(path, *content)
+
+    monkeypatch.setattr("pipeline.training.loop.write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(ScoringStage(scores), tmp_path / "broken", settings)
+    assert load_checkpoint(tmp_path / "broken/last.safetensors").epoch == 2
+    train(ScoringStage(scores[1:]), tmp_path / "broken", settings)
+    for name in ("last.safetensors", "best.safetensors", "resume.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+@pytest.mark.parametrize("change", ["shape", "nan", "missing", "progress"])
+def test_a_damaged_training_state_is_one_line(tmp_path: Path, change: str) -> None:
+    train(ScoringStage([1.0]), tmp_path, config(1))
+    path = tmp_path / "resume.safetensors"
+    tensors, document = read_tensors(path)
+    if change == "shape":
+        tensors["0.exp_avg"] = torch.zeros(2)
+    elif change == "nan":
+        tensors["0.weight"].fill_(torch.nan)
+    elif change == "missing":
+        del tensors["0.exp_avg_sq"]
+    else:
+        document["progress"] = {"era": 3}
+    write_tensors(path, tensors, document)
+    with pytest.raises(UserError, match=r"resume\.safetensors: the training state is damaged"):
+        train(ScoringStage([1.0]), tmp_path, config(1))
 
 
 def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> None:
@@ -258,7 +298,6 @@ def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> No
     log.write_text(log.read_text() + json.dumps({"epoch": 3, "CIDEr-D": 0}) + "\n")
     samples.write_text(samples.read_text() + json.dumps({"epoch": 3, "captions": {}}) + "\n")
     stage = ScoringStage([])
-    stage.decoder.load_state_dict(weights(tmp_path / "last.pt"))
     train(stage, tmp_path, config(2))
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
     assert samples.read_bytes() == before
@@ -291,7 +330,7 @@ def test_callbacks_see_every_epoch_before_it_is_saved(tmp_path: Path) -> None:
     seen: list[tuple[float, str, int]] = []
 
     def watch(record: Mapping[str, float], samples: Mapping[str, str]) -> None:
-        last = tmp_path / "last.pt"
+        last = tmp_path / "last.safetensors"
         saved = load_checkpoint(last).epoch if last.is_file() else 0
         seen.append((record["epoch"], samples["a.jpg"], saved))
 
@@ -314,7 +353,10 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
 
     train(NoDropout([], (8, 8)), tmp_path / "large", config(2))
     train(Halves([], (8, 8)), tmp_path / "small", config(2, grad_accum_steps=2))
-    large, small = weights(tmp_path / "large/last.pt"), weights(tmp_path / "small/last.pt")
+    large, small = (
+        weights(tmp_path / "large/last.safetensors"),
+        weights(tmp_path / "small/last.safetensors"),
+    )
     for name in large:
         assert torch.allclose(large[name], small[name], atol=1e-5), name
 
@@ -324,11 +366,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
     tmp_path: Path, grad_accum_steps: int
 ) -> None:
     train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
-    before = (tmp_path / "last.pt").read_bytes()
+    before = (tmp_path / "last.safetensors").read_bytes()
     stage = ScoringStage([3.0], spoil_loss=True)
     with pytest.raises(UserError, match="lower learning rate"):
         train(stage, tmp_path, config(3, grad_accum_steps=grad_accum_steps))
-    assert (tmp_path / "last.pt").read_bytes() == before
+    assert (tmp_path / "last.safetensors").read_bytes() == before
 
 
 def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
@@ -338,7 +380,7 @@ def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"seed 0, not 1.*--run.*--force"):
         open_run(tmp_path, {"epochs": 2, "seed": 1}, force=False)
     open_run(tmp_path, {"epochs": 2, "seed": 1}, force=True)
-    assert not (tmp_path / "last.pt").exists()
+    assert not (tmp_path / "last.safetensors").exists()
 
 
 def test_settings_that_an_older_run_lacks_have_their_default(tmp_path: Path) -> None:
@@ -426,7 +468,7 @@ def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
         assert result.exit_code == 2, result.output
         errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and message in errors[0]
-        assert not (run / "last.pt").exists()
+        assert not (run / "last.safetensors").exists()
 
 
 def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> None:
@@ -453,12 +495,15 @@ def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> Non
     assert start(killed).wait() == 0
     whole = tmp_path / "whole"
     assert start(whole).wait() == 0
-    for name in ("last.pt", "best.pt"):
+    for name in ("last.safetensors", "best.safetensors"):
         assert_same_weights(whole / name, killed / name)
-    optimizers = [load_checkpoint(run / "last.pt").training for run in (whole, killed)]
-    assert optimizers[0] is not None and optimizers[1] is not None
-    torch.testing.assert_close(optimizers[0], optimizers[1], rtol=0, atol=0)
-    for name in ("predictions.json", "scores.json", "samples.jsonl", "curves.svg"):
+    for name in (
+        "resume.safetensors",
+        "predictions.json",
+        "scores.json",
+        "samples.jsonl",
+        "curves.svg",
+    ):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
     assert len((killed / "log.jsonl").read_text().splitlines()) == 40
 
@@ -469,7 +514,7 @@ def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) ->
 
     train(ScoringStage([10.0]), tmp_path, config(1))
     assert not (tmp_path / "tensorboard").exists()
-    for name in ("last.pt", "log.jsonl", "samples.jsonl"):
+    for name in ("resume.safetensors", "log.jsonl", "samples.jsonl"):
         (tmp_path / name).unlink()
     stage = ScoringStage([10.0, 30.0], fail_in_epoch=3)
     with pytest.raises(KeyboardInterrupt):
@@ -478,7 +523,6 @@ def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) ->
     again = ScoringStage([20.0, 40.0])
     tensorboard = tensorboard_writer(tmp_path)
     tensorboard({"epoch": 2, "CIDEr-D": 20.0}, {"a.jpg": "<b>again</b>"})
-    again.decoder.load_state_dict(weights(tmp_path / "last.pt"))
     train(again, tmp_path, config(3), callbacks=[tensorboard])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from faults import files_at_most, read_only, values_of
+from faults import files_at_most, read_only
 from small_data import make_small_data
 from test_training import ScriptedStage, arguments, assert_same_weights, config, weights
 from torch import Tensor
@@ -27,7 +27,14 @@ from pipeline.training.validation import Validation
 from pipeline.utils.errors import UserError
 
 EPOCHS = ("--epochs", "3")
-RESULTS = ("best.pt", "last.pt", "predictions.json", "samples.jsonl", "config.json", "curves.svg")
+RESULTS = (
+    "best.safetensors",
+    "last.safetensors",
+    "predictions.json",
+    "samples.jsonl",
+    "config.json",
+    "curves.svg",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,7 +75,7 @@ def refusal(data: tuple[Path, Path], run: Path) -> str:
 
 
 def contents(run: Path) -> dict[str, Any]:
-    return {name: values_of(run / name) for name in RESULTS}
+    return {name: (run / name).read_bytes() for name in RESULTS}
 
 
 def before_epoch(monkeypatch: pytest.MonkeyPatch, epoch: int, fault: Callable[[], object]) -> None:
@@ -96,7 +103,9 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_space(
         assert ": cannot be written (" in refusal(data, run)
     for path in run.rglob("*"):
         assert path.name.startswith(".") is False and ".tmp" not in path.name
-    assert not (run / "last.pt").exists() or load_checkpoint(run / "last.pt").epoch
+    assert (
+        not (run / "last.safetensors").exists() or load_checkpoint(run / "last.safetensors").epoch
+    )
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
 
@@ -108,7 +117,7 @@ def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         before_epoch(patch, 3, lambda: stack.enter_context(files_at_most(1000)))
         assert ": cannot be written (" in refusal(data, run)
-    assert load_checkpoint(run / "last.pt").epoch == 2
+    assert load_checkpoint(run / "last.safetensors").epoch == 2
     result = invoke(data, run)
     assert result.exit_code == 0 and "resuming after epoch 2" in result.stderr
     assert contents(run) == whole
@@ -126,7 +135,7 @@ def test_a_read_only_folder(data: tuple[Path, Path], whole: dict[str, Any], tmp_
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
         before_epoch(patch, 2, lambda: stack.enter_context(read_only(run)))
         assert ": cannot be written (Permission denied)" in refusal(data, run)
-    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
     options = arguments(*data, run, *EPOCHS, "--force")
@@ -164,7 +173,7 @@ def test_features_that_go_away_and_are_not_in_memory(
             data, run
         )
     away.rename(data[1])
-    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
 
@@ -183,7 +192,7 @@ def test_a_loader_that_dies_leaves_the_last_epoch(
     with pytest.MonkeyPatch.context() as patch:
         before_epoch(patch, 2, die)
         assert invoke(data, run).exit_code == 1
-    assert load_checkpoint(run / "last.pt").epoch == 1
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
 
@@ -235,13 +244,12 @@ def test_what_is_no_number_stops_the_run_with_the_last_good_weights(
         UserError, match=f"{message}; a lower learning rate may help. Earlier epochs are saved"
     ):
         train(stage, run, config(3))
-    assert load_checkpoint(run / "last.pt").epoch == 1
-    for name in ("last.pt", "best.pt"):
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
+    for name in ("last.safetensors", "best.safetensors"):
         assert all(torch.isfinite(tensor).all() for tensor in weights(run / name).values())
     lines = (run / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1]
     again = ScriptedStage([])
-    again.decoder.load_state_dict(weights(run / "last.pt"))
     train(again, run, config(3))
     train(ScriptedStage([]), tmp_path / "whole", config(3))
-    assert_same_weights(run / "last.pt", tmp_path / "whole" / "last.pt")
+    assert_same_weights(run / "last.safetensors", tmp_path / "whole" / "last.safetensors")

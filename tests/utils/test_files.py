@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
-import torch
 from conftest import REPOSITORY
 from thread_job import in_threads
 
-from pipeline.models.checkpoint import write_content
 from pipeline.utils.distributed import World
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write, lock_path, locked, temporary_path
@@ -81,27 +78,6 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
         handle.write("new")
     assert (tmp_path / "x.txt").read_text() == "new"
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_ctrl_c_waits_for_a_checkpoint_to_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save = torch.save
-
-    def interrupted(content: object, handle: IO[bytes]) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        save(content, handle)
-
-    monkeypatch.setattr(torch, "save", interrupted)
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background: ignored
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            write_content(tmp_path / "x.pt", {"epoch": 3})
-        assert torch.load(tmp_path / "x.pt", weights_only=True) == {"epoch": 3}
-        with pytest.raises(KeyboardInterrupt):  # as ever
-            signal.raise_signal(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, usual)
 
 
 # Locks

@@ -176,7 +176,7 @@ def test_fine_tuning_moves_what_is_unfrozen_and_its_model_captions_on_both(
     run(finetune_joint.main, options)
     assert all(2 < record["val_loss"] < 5 for record in log_of(joint))
     before = load_encoder(str(drawn_run.weights)).trunk.state_dict()
-    after = load_checkpoint(joint / "last.pt").encoder_weights
+    after = load_checkpoint(joint / "last.safetensors").encoder_weights
     assert after is not None
     moved = {name.split(".")[0] for name in after if not torch.equal(before[name], after[name])}
     assert moved == {"Mixed_7a", "Mixed_7b", "Mixed_7c"}

@@ -15,7 +15,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 from PIL.Image import Image
 
 if os.name == "nt":
@@ -23,12 +22,13 @@ if os.name == "nt":
 
 import resource
 
-from faults import values_of
 from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
 
 from pipeline.datasets.images import ImageRef
 from pipeline.features import cache_writer, encode_images
 from pipeline.features.cache import PENDING, FeatureCache, partial_path
+from pipeline.models.checkpoint_file import read_tensors
+from pipeline.models.pretrained import LAST
 from pipeline.outputs.resume import PartialResults, results_path
 from pipeline.training import decoder_stage, joint_stage
 from pipeline.utils.errors import UserError
@@ -54,9 +54,9 @@ def assert_whole(folder: Path) -> None:
         if path.suffix == ".h5":
             cache = FeatureCache(path)
             assert cache.complete and len(cache.damaged_rows()) == 0
-        elif path.suffix == ".pt":
+        elif path.suffix == ".safetensors":
             # Not by load_checkpoint, which here, outside of the forked process, wants all layers.
-            torch.load(path, weights_only=True)
+            read_tensors(path)
         elif path.suffix == ".json":
             json.loads(path.read_bytes())
         elif path.suffix == ".jsonl":
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = str(path.relative_to(folder))
-            found[name] = None if path.suffix == ".html" else values_of(path)
+            found[name] = None if path.suffix == ".html" else path.read_bytes()
             if path.name == "log.jsonl":
                 lines = [json.loads(line) for line in found[name].splitlines()]
                 found[name] = [{k: v for k, v in x.items() if k not in TIMES} for x in lines]
@@ -126,7 +126,7 @@ def lines_of(path: Path) -> int:
         pytest.param(
             "train",
             slowed(decoder_stage.DecoderStage, "loss"),
-            lambda folder: (folder / "run/last.pt").is_file(),
+            lambda folder: (folder / "run/last.safetensors").is_file(),
             "resuming after epoch ",
             id="train",
         ),
@@ -211,7 +211,7 @@ def test_training_images_that_go_away_stop_the_fine_tuning(world: World, tmp_pat
     assert ended(world.start("finetune", folder, unplug)) == 2
     away.rename(scenes)
     assert "its folder is gone or empty" in said(folder) and "Traceback" not in said(folder)
-    assert torch.load(folder / "joint" / "last.pt", weights_only=True)["epoch"] == 1
+    assert read_tensors(folder / "joint" / LAST)[1]["epoch"] == 1
     world.run("finetune", folder)
     assert contents(folder) == contents(world.results["finetune"])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from conftest import SHARED
 from draw_scenes import draw_scenes
@@ -20,6 +19,7 @@ import extract_features
 import finetune_joint
 import train_decoder
 from pipeline.features.cache import FeatureCache
+from pipeline.models.checkpoint import load_checkpoint
 
 FLICKR8K = SHARED / "flickr8k"
 STANDIN = SHARED / "weights" / "inception_v3_standin.pth"
@@ -54,8 +54,8 @@ def learn_by_heart(data: Path, captions: dict[str, str], weights: str, folder: P
     for beam_size in (1, 3):
         result = run(
             caption.main,
-            f"{data} --model {folder / 'run' / 'last.pt'} --beam-size {beam_size} --format json "
-            "--device cpu",
+            f"{data} --model {folder / 'run' / 'last.safetensors'} --beam-size {beam_size} "
+            "--format json --device cpu",
         )
         said = {
             Path(record["image"]).name: record["captions"][0]["caption"]
@@ -118,7 +118,7 @@ def test_flickr8k_subset_through_all_three_stages(tmp_path: Path) -> None:
         finetune_joint.main,
         f"--start {decoder} --run {joint} --epochs 1 --unfreeze-from Mixed_7b",
     )
-    assert torch.load(joint / "best.pt", weights_only=True)["encoder_weights"] is not None
+    assert load_checkpoint(joint).encoder_weights is not None
     images = [shutil.copy(p, tmp_path) for p in sorted((data / "Images").iterdir())[:3]]
     shutil.rmtree(data)
     result = run(caption.main, f"{' '.join(map(str, images))} --model {joint}")

@@ -1,0 +1,167 @@
+"""The file of a checkpoint: safetensors, which holds tensors and JSON and cannot carry code.
+
+torchvision state dicts and checkpoints of version 0.1.0 are PyTorch files. They are read with
+``weights_only=True``, which runs no code either.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
+
+# The key of the JSON document in a file's metadata.
+DOCUMENT = "captioner"
+# What version 0.1.0 called two sizes of the decoder, and a weight after one of them.
+RENAMED = {"image_state": "init_state_from_image", "tied": "tie_embeddings"}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON document to a temporary file and move it to ``path``.
+
+    A tensor with two names, as tied embeddings are, is stored once.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in tensors.items():
+        first = names.setdefault((tensor.data_ptr(), tensor.shape), name)
+        if first == name or not tensor.numel():
+            stored[name] = tensor.detach().cpu().contiguous()
+        else:
+            aliases[name] = first
+    text = json.dumps({**document, "aliases": aliases}, ensure_ascii=False)
+    with atomic_write(path, "wb") as handle:
+        handle.write(save(stored, {DOCUMENT: text}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors, on the CPU, and the JSON document of a file of ``write_tensors``.
+
+    Raises:
+        UserError: it is no such file, or it is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            document = json.loads((file.metadata() or {})[DOCUMENT])
+            # Copies: the file may be replaced while its tensors are in use.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        for name, first in document.pop("aliases").items():
+            tensors[name] = tensors[first]
+    except (SafetensorError, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint of this program, or damaged ({error})"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}: the checkpoint is damaged (nested too deep)") from error
+    return tensors, document
+
+
+def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint's file of this version, or of version 0.1.0 (``.pt``), as ``read_tensors``.
+
+    Raises:
+        UserError: it is neither, or it is damaged.
+    """
+    if not path.is_file():
+        old = path.with_suffix(".pt")
+        if old.is_file():
+            raise UserError(
+                f"{path}: no such checkpoint, but {old} is one of version 0.1.0: convert it with "
+                f"captioner compress {old} --output {path}"
+            )
+        raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
+    if path.suffix not in (".pt", ".pth"):
+        return read_tensors(path)
+    content = read_torch_file(path)
+    try:
+        return _converted(content)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not a checkpoint of this program, or damaged ({error})"
+        ) from error
+
+
+def _converted(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Bring the content of a checkpoint of version 0.1.0 to the present form."""
+    matcher = content.get("matcher")
+    neighbours = dict(content.get("neighbours") or {})
+    if neighbours:
+        neighbours["images"] = neighbours.pop("pictures")
+    groups = {
+        "decoder": content["decoder_weights"],
+        "encoder": content["encoder_weights"] or {},
+        "encoder_scales": content.get("encoder_scales", {}),
+        "neighbours": neighbours,
+        "matcher": matcher["weights"] if matcher else {},
+    }
+    tensors = {
+        f"{group}.{name.replace('image_state.', 'init_state_from_image.')}": tensor
+        for group, weights in groups.items()
+        for name, tensor in weights.items()
+    }
+    sizes = content["decoder_config"]
+    document = {
+        "schema_version": 2,
+        "decoder_config": {RENAMED.get(name, name): value for name, value in sizes.items()},
+        "matcher_config": matcher["config"] if matcher else None,
+        "tokenizer": content.get("tokenizer", "english"),
+        **{k: content[k] for k in ("vocabulary", "encoder", "epoch", "scores", "settings")},
+    }
+    return tensors, document
+
+
+def read_torch_file(path: Path) -> Any:
+    """Read a PyTorch file to the CPU without running code from it.
+
+    Raises:
+        UserError: it is none, or it is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, LookupError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a PyTorch file of tensors, or damaged ({reason})") from error
+    except (ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:
+        raise UserError(f"{path}: not a PyTorch file of tensors, or damaged ({error})") from error
+
+
+def group_of(tensors: Mapping[str, Tensor], group: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``group.``, without that prefix."""
+    prefix = f"{group}."
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of a module's state dict, by name."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def check_state(given: Mapping[str, Any], shapes: Mapping[str, torch.Size], what: str) -> None:
+    """Check that a state dict has these names and shapes, and finite floating-point numbers.
+
+    Raises:
+        ValueError: it has others; the text is for users.
+    """
+    for name in sorted(given.keys() ^ shapes.keys()):
+        problem = "unknown" if name in given else "missing"
+        raise ValueError(f"{name!r:.80} of the {what} is {problem}")
+    for name, shape in shapes.items():
+        tensor = given[name]
+        if not isinstance(tensor, Tensor) or tensor.shape != shape:
+            raise ValueError(f"{name} of the {what} does not have the shape {tuple(shape)}")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} of the {what} holds numbers that are not finite floats")
