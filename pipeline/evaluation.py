@@ -21,8 +21,7 @@ from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.encoded_captions import load_table, tokenized
 from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.images import unreadable_images
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
 from pipeline.decoding.captions import Caption, captions_of, detailed_captions
 from pipeline.decoding.options import SearchOptions, describe_search
 from pipeline.decoding.reranking import best_captions, reranker_of

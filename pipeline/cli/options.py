@@ -9,6 +9,7 @@ import dataclasses
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class GroupedCommand(click.Command):
             UserError: memory was not enough, the machine's or the GPU's.
         """
         resumable = "; the same command goes on" if self.resumable else ""
+        # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(context)
         except KeyboardInterrupt:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import TOKENIZERS, Vocabulary
+from pipeline.datasets.tokenizers import ENGLISH, TOKENIZERS
+from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint_checks import (
     check_decoder_weights,
     check_encoder,
