@@ -12,7 +12,7 @@ from material import Material, inception_weights
 from measure import Comparison, interleave
 
 from pipeline.datasets.image_sources import ImageFolder
-from pipeline.datasets.images import find_images, prefetch, read_square
+from pipeline.datasets.images import find_images, read_square
 from pipeline.features.extraction import Extraction, extract
 from pipeline.models.encoder import Encoder, load_encoder
 from pipeline.models.encoder_identity import EncoderIdentity
@@ -23,6 +23,7 @@ from pipeline.utils.devices import (
     inference_batch_size,
     threads_per_worker,
 )
+from pipeline.utils.threads import prefetch
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.datasets.vocabulary import TOKENIZERS
+from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ class GroupedCommand(click.Command):
             UserError: out of memory, on the CPU or a GPU.
         """
         resumable = "; run the same command to resume" if self.resumable else ""
+        # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             return super().invoke(context)
         except KeyboardInterrupt:

@@ -1,17 +1,28 @@
-"""The captions of a data set as one table: image, split, captions.
+"""Find and read the captions of a data set as one table: image, split, captions.
 
 >>> table = read_captions(Path("data/flickr8k"))
->>> table, images = table.restrict(cache.names())     # only images that have an image
+>>> table, images = table.restrict(cache.names())     # only images that the cache has
 >>> for image in table.of_split("train"):
 ...     cache.rows([images[image.name]]), image.captions
 
-Which files are read, and how, is told in ``pipeline.datasets.caption_readers``.
+**Files.** The folder is searched in this order, and the first match is read:
+
+1. ``Flickr8k.token.txt`` (also in ``Flickr8k_text/``): ``name.jpg#0<TAB>caption``
+2. ``captions.txt``: Kaggle's copy of Flickr8k, ``image,caption``
+3. ``dataset*.json``: Karpathy's JSON; its ``restval`` is train
+4. ``captions_*.json`` (also in ``annotations/``): COCO; several files make one table
+5. ``captions.csv``, else the one ``*.csv`` or ``*.tsv``: a header, then a caption per line
+6. ``captions.jsonl``, ``metadata.jsonl``, else the one ``*.jsonl``: an object per line
+7. text files beside the images, ``photo.txt`` or ``photo.jpg.txt``: a caption per line
+
+A file given by ``--captions`` may have any name: its content determines the layout. A folder
+given there holds images with text files.
 
 **Splits.** The file's own come first: a split column, Karpathy's, the split lists beside a
 token file (all three), or "train", "val" or "test" in a COCO file's name. Otherwise Flickr8k,
-or a part of it, gets the official lists, which travel with this package, and any other data
+or a part of it, gets the official lists, which are part of this package, and any other data
 80/10/10 by the SHA-256 of the image name, so that new images never move old ones. (Only where
-that leaves train or val without an image do the boundaries move, by as few images as will do.)
+that leaves train or val without an image are the boundaries moved, by as few images as needed.)
 An image that a split does not mention belongs to none (``split`` is None).
 
 **Names.** Backslashes become slashes and Unicode is composed (NFC), here and in matching.
@@ -19,11 +30,7 @@ An image that a split does not mention belongs to none (``split`` is None).
 
 from __future__ import annotations
 
-import functools
-import gzip
 import hashlib
-import importlib.resources
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -32,15 +39,30 @@ from pathlib import Path
 from pipeline.datasets.caption_readers import (
     SPLITS,
     CaptionCollector,
-    find_files,
+    find_sidecars,
     normalize_name,
     read_file,
     read_shards,
 )
+from pipeline.datasets.flickr8k import official_splits
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
-FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d{1,19})_[0-9a-f]{10}\.jpg")
+# The first group with a file in the folder is read. Of several files in a group the user chooses
+# one, except for COCO, which has a file per split.
+COCO_FILES = ("captions_*.json", "annotations/captions_*.json")
+SEARCH_ORDER = (
+    ("Flickr8k.token.txt",),
+    ("Flickr8k_text/Flickr8k.token.txt",),
+    ("captions.txt",),
+    ("dataset*.json",),
+    COCO_FILES,
+    ("captions.csv",),
+    ("*.csv", "*.tsv"),
+    ("captions.jsonl",),
+    ("metadata.jsonl",),
+    ("*.jsonl",),
+)
 
 
 @dataclass(frozen=True)
@@ -109,48 +131,64 @@ def read_captions(data: Path | TarShards, captions: Path | None = None) -> Capti
     dropped and counted in the table's notes. Raises ``UserError`` where no captions file is
     found, several compete, or the file cannot be read or holds no captions.
     """
-    gathered = CaptionCollector()
+    collector = CaptionCollector()
     if isinstance(data, TarShards) and captions is None:
         paths = [Path(data.origin)]
-        layouts = [read_shards(data, gathered)]
+        layouts = [read_shards(data, collector)]
     else:
         folder = Path() if isinstance(data, TarShards) else Path(data)
-        paths = find_files(folder, None if captions is None else Path(captions))
-        layouts = [read_file(path, gathered) for path in paths]
-    notes, found = gathered.finish()
+        paths = _find_files(folder, None if captions is None else Path(captions))
+        layouts = [read_file(path, collector) for path in paths]
+    notes, found = collector.finish()
     if not found:
         reasons = "; ".join(f"{words}: {count:,}" for words, count in sorted(notes.items()))
         raise UserError(f"{paths[0]}: no captions could be read ({reasons or 'it is empty'})")
-    splits, split_source = _assign_splits(sorted(found), gathered)
+    splits, split_source = _assign_splits(sorted(found), collector)
     images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in sorted(found)]
     return CaptionTable(images, paths[0], layouts[0], split_source, notes)
 
 
-# Splits
+def _find_files(data: Path, captions: Path | None) -> list[Path]:
+    """List the captions files to read: the one named ``captions``, or those found in ``data``.
 
+    A folder stands for the text files beside its images.
 
-@functools.cache
-def official_flickr8k_split() -> dict[int, str]:
-    """Return the split of the 8,000 photo ids (6,000 train, 1,000 val, 1,000 test).
-
-    The id is the number that begins a Flickr8k file name; it is unique there.
+    Raises:
+        UserError: there is none, or several compete.
     """
-    packed = importlib.resources.files(__package__).joinpath("flickr8k_split.txt.gz").read_bytes()
-    pairs = (line.split() for line in gzip.decompress(packed).decode("ascii").splitlines())
-    return {int(photo): split for split, photo in pairs}
+    if captions is not None:
+        for path in (captions, data / captions):
+            if path.is_file() or (path.is_dir() and find_sidecars(path).images):
+                return [path]
+        raise UserError(f"{captions}: no such file; --captions names the file with the captions")
+    if not data.is_dir():
+        raise UserError(f"{data}: no such folder; --data names the folder of a data set")
+    for patterns in SEARCH_ORDER:
+        # By file name, as the same COCO file may be in both places.
+        found = {path.name: path for pattern in patterns for path in sorted(data.glob(pattern))}
+        # macOS leaves ._x.csv beside x.csv; Hugging Face's dataset_info.json holds no captions.
+        ignored = (".", "dataset_info")
+        paths = [found[name] for name in sorted(found) if not name.startswith(ignored)]
+        if len(paths) > 1 and patterns is not COCO_FILES:
+            names = ", ".join(path.name for path in paths[:5])
+            raise UserError(f"{data}: several captions files ({names}); choose with --captions")
+        if paths:
+            return paths
+    if find_sidecars(data).images:
+        return [data]
+    looked_for = ", ".join(pattern for patterns in SEARCH_ORDER for pattern in patterns)
+    raise UserError(
+        f"{data}: no captions file; looked for {looked_for} and for a .txt beside each image; "
+        "name another one with --captions"
+    )
 
 
-def _assign_splits(names: list[str], gathered: CaptionCollector) -> tuple[dict[str, str], str]:
-    if any(name in gathered.splits for name in names):
-        return gathered.splits, gathered.split_source
-    official = official_flickr8k_split()
-    listed: dict[str, str] = {}
-    for name in names:
-        parts = FLICKR8K_NAME.fullmatch(name)
-        if parts and int(parts["photo"]) in official:
-            listed[name] = official[int(parts["photo"])]
-    if len(listed) >= 0.9 * len(names):
-        return listed, "official Flickr8k lists"
+def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[str, str], str]:
+    if any(name in collector.splits for name in names):
+        return collector.splits, collector.split_source
+    official = official_splits(names)
+    if official is not None:
+        return official, "official Flickr8k lists"
     return _hash_splits(names), "hash of the image name (80/10/10)"
 
 
@@ -168,9 +206,6 @@ def _hash_splits(names: list[str]) -> dict[str, str]:
         name: "train" if position < train else "val" if position < train_and_val else "test"
         for position, name in enumerate(sorted(names, key=lambda name: (fractions[name], name)))
     }
-
-
-# Matching
 
 
 def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:

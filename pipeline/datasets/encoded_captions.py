@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pipeline.datasets.caption_table import CaptionedImage, CaptionTable, read_captions
 from pipeline.datasets.image_sources import ImageSource
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary, tokenizer_of
+from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
 

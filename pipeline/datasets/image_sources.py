@@ -20,27 +20,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """The images below a folder.
-
-    Attributes:
-        folder: which one.
-    """
+    """The images below ``folder``; the same interface as ``TarShards``."""
 
     folder: Path
-
-    @property
-    def is_local(self) -> bool:
-        """Whether an image can be read at no cost."""
-        return True
+    is_local = True
 
     @property
     def captioned(self) -> Path:
-        """What ``captions.read_captions`` reads."""
+        """The argument for ``caption_table.read_captions``."""
         return self.folder
 
     @property
     def origin(self) -> str:
-        """What a cache remembers of where its images are from."""
+        """What a cache stores of where its images are from."""
         return str(self.folder.resolve())
 
     @functools.cached_property
@@ -49,7 +41,7 @@ class ImageFolder:
         return find_images(self.folder)
 
     def image(self, name: str) -> Path:
-        """Find an image by its name."""
+        """Return the path of an image."""
         return self.folder / name
 
 
@@ -57,22 +49,19 @@ ImageSource: TypeAlias = ImageFolder | TarShards
 
 
 def open_source(data: str | Path) -> ImageSource:
-    """Open what ``--data`` names; the images of a folder are not yet looked for.
+    """Open what ``--data`` names; the images are listed later.
 
     Raises:
-        UserError: shards are missing or damaged.
+        UserError: there are no such shards, or they are compressed.
     """
     return TarShards(str(data)) if is_tar_shards(data) else ImageFolder(Path(data))
 
 
 def stop_if_unreachable(image: ImageRef) -> None:
-    """Stop the work if an image cannot be read because a disk or a share went away.
+    """Raise UserError if an image cannot be read because a disk or a share went away.
 
-    Then its folder is gone, or is the empty one in which the disk was. All other images would
-    fail, too, and be taken for broken.
-
-    Raises:
-        UserError: it is so.
+    Then its folder is gone, or is the empty mount point. All other images would fail too,
+    and be taken for broken.
     """
     if isinstance(image, TarMember):
         lost = not is_remote(image.shard) and not Path(image.shard).is_file()
@@ -91,10 +80,10 @@ def stop_if_unreachable(image: ImageRef) -> None:
 
 
 def stamps_of(source: ImageSource, names: Sequence[str]) -> numpy.ndarray:
-    """Give what tells that images are still the same: their sizes in bytes and times in ns.
+    """Return the size in bytes and the modification time in ns of each image.
 
-    Those in shards have the times in the tar file, which a copy of it has, too. Of an image that
-    is not to be had both are 0.
+    The time of an image in a shard is the one in the tar file, which a copy of it keeps.
+    Both are 0 for an image that is missing.
 
     Returns:
         int64 (len(names), 2).
@@ -106,8 +95,8 @@ def stamps_of(source: ImageSource, names: Sequence[str]) -> numpy.ndarray:
         image = source.image(name)
         if isinstance(image, Path):
             with contextlib.suppress(OSError):
-                information = image.stat()
-                stamps[row] = information.st_size, information.st_mtime_ns
+                status = image.stat()
+                stamps[row] = status.st_size, status.st_mtime_ns
         else:
             stamps[row] = image.size, image.time
     return stamps

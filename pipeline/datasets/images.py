@@ -1,56 +1,46 @@
-"""Find images, decode them, and bring them to the square that InceptionV3 reads.
+"""Find images, decode them, and resize them to InceptionV3's input square.
 
-Every stage reads images through this module, so an image looks the same to
-extraction, fine-tuning and captioning. Pillow's decoder and its resampling release
-Python's lock, so plain threads decode beside the network (``prefetch``).
+Every stage reads images through this module, so an image looks the same to extraction,
+fine-tuning and captioning. Pillow releases Python's lock while it decodes and resizes, so
+plain threads decode beside the network (``pipeline.utils.threads.prefetch``).
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 import os
+import re
+import stat
 import threading
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from pipeline.datasets.image_limits import (
-    FORMATS,
-    LARGE,
-    check_header,
-    checked_content,
-    checked_file,
-)
-from pipeline.datasets.rgb_conversion import to_rgb
 from pipeline.utils.errors import ImageError, UserError
+from pipeline.utils.threads import prefetch
 
 if TYPE_CHECKING:
     import numpy
     from PIL import Image
 
-# What Pillow reads, for HEIC with the plugin pillow-heif, and people keep photographs in.
 IMAGE_EXTENSIONS = frozenset(
-    f".{extension}"
-    for extension in (
-        *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2", "j2k", "jpx", "png", "apng", "webp"),
-        *("heic", "heif", "hif", "avif", "gif", "tif", "tiff", "bmp", "tga"),
-        *("ppm", "pgm", "pbm", "pnm"),
-    )
+    ".jpg .jpeg .jpe .jfif .mpo .jp2 .j2k .jpx .png .apng .webp .heic .heif .hif .avif .gif "
+    ".tif .tiff .bmp .tga .ppm .pgm .pbm .pnm".split()
 )
-# How HEIC files begin, after the four bytes of a length (ISO 23008-12, annex B).
-HEIC_BEGINNINGS = tuple(
-    b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1")
-)
+# Pillow's names of the formats that are opened, the commonest first; HEIF needs a plugin. Pillow
+# knows thirty more, among them EPS, which starts Ghostscript. AVIF comes before HEIF, whose
+# plugin takes every file of the brand mif1 and cannot decode AV1.
+FORMATS = "JPEG PNG WEBP GIF AVIF HEIF TIFF BMP JPEG2000 PPM TGA".split()
+# The start of HEIC files after the four bytes of a length (ISO 23008-12, annex B).
+HEIC_START = re.compile(rb".{4}ftyp(hei[cxms]|hev[cx]|mif1)", re.DOTALL)
 # InceptionV3's input: 299 x 299 pixels (Szegedy et al., arXiv 1512.00567, table 1).
 IMAGE_SIZE = 299
-# How EXIF's numbers say that an image is to be turned (EXIF 2.32, table 6), in Pillow's names.
-TURNS = {
+ORIENTATION = 0x0112  # EXIF 2.32, table 6; the transpositions by Pillow's names
+TRANSPOSITIONS = {
     2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
     4: "FLIP_TOP_BOTTOM",
@@ -59,18 +49,26 @@ TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-ORIENTATION = 0x0112
-_large = threading.Lock()
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+# Limits checked before decoding. Pillow's own is 179 million pixels.
+MAX_FILE_BYTES = 1 << 30
+MAX_SIDE = 65_535  # as in JPEG; rows of millions of pixels are very slow to resize
+# Pixels above which images are decoded one at a time, and slow decoders are refused.
+LARGE_IMAGE = 1 << 25
+# A progressive JPEG has about ten scans. Each costs a pass over all pixels, and 10 bytes of file.
+MAX_SCANS = 100
+# Marker, length and number of components of a scan (ITU-T T.81, B.2.3).
+SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")
+TILE_WIDTH, TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
+
+_large_image_lock = threading.Lock()
 
 
 class StoredImage(Protocol):
-    """An image that is not a file of its own, as in a tar shard."""
+    """An image without a file of its own, such as a member of a tar shard."""
 
     def read(self) -> bytes:
-        """Give the image's bytes; an ImageError or OSError where it cannot."""
+        """Return the image's encoded bytes; raises ImageError or OSError."""
 
 
 ImageRefT = TypeVar("ImageRefT", bound="ImageRef")
@@ -78,13 +76,13 @@ ImageRef: TypeAlias = str | os.PathLike[str] | StoredImage
 
 
 def find_images(folder: Path) -> list[str]:
-    """List the images below ``folder`` by their paths relative to it.
+    """List the images below ``folder`` by their relative paths, in the order of their bytes.
 
     Sub-folders are searched, symbolic links to folders followed (each folder once, so a
-    loop ends). Hidden files and folders and macOS archive leftovers are passed over.
+    loop ends). Hidden files and folders and the leftovers of macOS archives are skipped.
 
     Returns:
-        Paths with ``/`` between their parts, in the order of their UTF-8 bytes.
+        Relative paths with ``/`` as separator.
 
     Raises:
         UserError: ``folder`` is not a folder.
@@ -94,11 +92,11 @@ def find_images(folder: Path) -> list[str]:
     names: list[str] = []
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
-        information = Path(parent).stat()
-        if (information.st_dev, information.st_ino) in seen:
+        status = Path(parent).stat()
+        if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((information.st_dev, information.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         relative = Path(parent).relative_to(folder)
         names += [
@@ -110,95 +108,126 @@ def find_images(folder: Path) -> list[str]:
 
 
 def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
-    """Decode one image to 8-bit RGB, upright, as a person would see it.
+    """Decode one image to upright 8-bit RGB.
 
-    EXIF orientation is applied, transparency is laid over white, 16-bit and float
+    EXIF orientation is applied, transparency is composited over white, 16-bit and float
     images are scaled to 8 bits, CMYK and palettes converted; of an animation the first
-    frame is taken.
-
-    Images of more than ``LARGE`` pixels are decoded one at a time, whatever the number of
-    threads: one needs up to 3.2 GB.
+    frame is decoded. Images above ``LARGE_IMAGE`` pixels are decoded one at a time,
+    whatever the number of threads: one needs up to 3.5 GB.
 
     Args:
-        path: the image: its file, or what gives its bytes.
-        size: the side it will be resized to. A JPEG more than twice as large is decoded
+        path: the image: a file, or an object that returns its bytes.
+        size: the side to which it will be resized. A JPEG more than twice as large is decoded
             at the smallest of its own scales (1/2, 1/4, 1/8) that stays above twice
-            ``size``, which is many times quicker for camera images. Of another image
-            above ``LARGE`` pixels as many are averaged as leave twice ``size``.
+            ``size``: many times faster for photographs. Other images above
+            ``LARGE_IMAGE`` pixels are reduced to no less than twice ``size``.
 
     Raises:
-        ImageError: the file is missing, empty, broken, truncated, far too large or no
+        ImageError: the file is missing, empty, broken, truncated, too large or not an
             image; the text says which.
     """
     from PIL import Image
 
     with opened(path) as image:
-        whole = image.width * image.height
+        pixels = image.width * image.height
         if size is not None and image.format == "JPEG":
             image.draft(None, (2 * size, 2 * size))
-        # Of a progressive JPEG all coefficients are kept, whatever its scale.
-        pixels = whole if image.info.get("progressive") else image.width * image.height
-        with _large if pixels > LARGE else nullcontext():
+        # A progressive JPEG keeps all its coefficients in memory, whatever the scale.
+        if not image.info.get("progressive"):
+            pixels = image.width * image.height
+        with _large_image_lock if pixels > LARGE_IMAGE else nullcontext():
             image.load()
-            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-            photo = to_rgb(image, size)
-    return photo if turn is None else photo.transpose(Image.Transpose[turn])
+            transposition = TRANSPOSITIONS.get(image.getexif().get(ORIENTATION, 1))
+            photo = to_rgb(image)
+            if size is not None and photo.width * photo.height > LARGE_IMAGE:
+                across, down = (max(1, side // (2 * size)) for side in photo.size)
+                photo = photo.reduce((across, down))
+    if transposition is None:
+        return photo
+    return photo.transpose(Image.Transpose[transposition])
 
 
 @contextmanager
 def opened(path: ImageRef) -> Iterator[Image.Image]:
-    """Open an image with Pillow, undecoded; whatever goes wrong in the block is an ImageError.
+    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError.
 
     Raises:
         ImageError: see ``load_image``.
     """
     from PIL import Image, UnidentifiedImageError
 
-    _quieten_pillow()
-    with_heif = _register_heif()
+    formats = [name for name in FORMATS if name != "HEIF" or _register_heif()]
+    content = b""
     try:
-        if isinstance(path, (str, os.PathLike)):
-            file = checked_file(Path(path))
-        else:
-            file = checked_content(path.read())
-        formats = [name for name in FORMATS if name != "HEIF" or with_heif]
-        with Image.open(file, formats=formats) as image:
-            check_header(image)
+        content = _checked_content(path)
+        with Image.open(io.BytesIO(content), formats=formats) as image:
+            _check_header(image)
             yield image
     except UnidentifiedImageError as error:
-        raise ImageError(_why_unidentified(file)) from error
+        raise ImageError(_why_unidentified(content)) from error
     except Image.DecompressionBombError as error:
         raise ImageError("too many pixels (decompression bomb?)") from error
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except OSError as error:
         raise ImageError(error.strerror or str(error) or type(error).__name__) from error
-    except (MemoryError, KeyboardInterrupt, ImageError):
+    except (MemoryError, ImageError):
         raise
     except Exception as error:
-        # Pillow's format plugins let ValueError, SyntaxError, struct.error, IndexError and
-        # others through on damaged files; whatever it is, the run must go on.
+        # Pillow's plugins raise ValueError, SyntaxError, struct.error, IndexError and others on
+        # damaged files; whatever it is, the run goes on.
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
-def _why_unidentified(file: Path | io.BytesIO) -> str:
-    if isinstance(file, Path):
-        with file.open("rb") as opened_file:
-            beginning = opened_file.read(12)
+def _checked_content(path: ImageRef) -> bytes:
+    if isinstance(path, (str, os.PathLike)):
+        path = Path(path)
+        status = path.stat()
+        # A pipe or a device may never end. Reading a folder raises its own error.
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ImageError("not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"{status.st_size:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+        content = path.read_bytes()
     else:
-        beginning = file.getvalue()[:12]
-    if not beginning:
+        content = path.read()
+    if content.startswith(b"\xff\xd8") and any(
+        itertools.islice(SCAN.finditer(content), MAX_SCANS, None)
+    ):
+        raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+    return content
+
+
+def _check_header(image: Image.Image) -> None:
+    """Raise ImageError for an image whose format makes it far slower or larger than it looks."""
+    from PIL import Image
+
+    if max(image.size) > MAX_SIDE:
+        raise ImageError(f"a side of {max(image.size):,} pixels; at most {MAX_SIDE:,} are read")
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    tile = tags.get(TILE_WIDTH, 0) * tags.get(TILE_LENGTH, 0)
+    # libtiff decodes whole tiles, however little of them is in the image.
+    if tile > LARGE_IMAGE:
+        raise ImageError(f"tiles of {tile:,} pixels; at most {LARGE_IMAGE:,} are read")
+    # Decoders written in Python take half a microsecond per pixel.
+    decoders = {tile.codec_name for tile in getattr(image, "tile", ())}
+    if image.width * image.height > LARGE_IMAGE and decoders & Image.DECODERS.keys():
+        raise ImageError(f"more than {LARGE_IMAGE:,} pixels in a form that is very slow to decode")
+
+
+def _why_unidentified(content: bytes) -> str:
+    if not content:
         return "empty file"
-    if beginning[4:].startswith(HEIC_BEGINNINGS) and not _register_heif():
+    if HEIC_START.match(content) and not _register_heif():
         return "a HEIC image, which needs a plugin: pip install pillow-heif"
     return "not an image that Pillow reads"
 
 
 @functools.cache
 def _register_heif() -> bool:
-    """Let Pillow read HEIC where the plugin is installed, and tell whether it is.
+    """Register the HEIC plugin with Pillow; True if it is installed.
 
-    The plugin turns an image upright itself, and says in its EXIF that nothing is left to do.
+    The plugin turns images upright itself and resets their EXIF orientation.
     """
     try:
         import pillow_heif
@@ -208,24 +237,44 @@ def _register_heif() -> bool:
     return True
 
 
-@functools.cache
-def _quieten_pillow() -> None:
-    """Keep Pillow's warnings out of the progress bar.
-
-    It warns above 89 megapixels, which panoramas reach, and refuses above twice that: the
-    refusal is enough. It warns of odd metadata too, which says nothing about the pixels. The
-    filters are set once for the process, as Python cannot set them for one thread.
-    """
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any Pillow mode to RGB, as a viewer shows it."""
     from PIL import Image
 
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _scaled_to_8_bits(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit or float grey values to 8 bits.
+
+    Integers keep their full scale (65535 is white); when an image exceeds the scale, and for
+    floats outside 0..1, its own range is used. Infinities become black and white, NaN black.
+    """
+    import numpy
+    from PIL import Image
+
+    values = numpy.asarray(image)
+    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    finite = values[numpy.isfinite(values)]
+    if finite.size and (finite.min() < low or finite.max() > high):
+        low, high = float(finite.min()), float(finite.max())
+    result = numpy.empty(values.shape, numpy.uint8)
+    for row, line in enumerate(values):  # row by row, as float64 takes eight bytes per pixel
+        line = numpy.nan_to_num(line.astype(numpy.float64).clip(low, high), nan=low)
+        result[row] = numpy.round((line - low) * (255.0 / max(high - low, 1e-12)))
+    return Image.fromarray(result)
 
 
 def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
-    """Resize to ``size`` x ``size`` with antialiasing, the whole image, sides squeezed.
+    """Resize the whole image to ``size`` x ``size`` with antialiasing, ignoring its aspect ratio.
 
-    Nothing is cropped off: captions speak of what stands at the edges too.
+    Nothing is cropped: captions mention what is at the edges too.
 
     Returns:
         uint8 array (size, size, 3), RGB.
@@ -239,7 +288,7 @@ def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
 
 
 def read_square(path: ImageRef, size: int = IMAGE_SIZE) -> numpy.ndarray:
-    """Decode ``path`` and bring it to a square: uint8 (size, size, 3).
+    """Decode ``path`` and resize it to a square: uint8 (size, size, 3).
 
     Raises:
         ImageError: see ``load_image``.
@@ -247,8 +296,36 @@ def read_square(path: ImageRef, size: int = IMAGE_SIZE) -> numpy.ndarray:
     return to_square(load_image(path, size), size)
 
 
+def augmented_square(
+    image: Image.Image, random: Random, flip: bool, min_crop: float, size: int = IMAGE_SIZE
+) -> numpy.ndarray:
+    """Crop an RGB image at random, flip it with probability 0.5, and resize it to a square.
+
+    Args:
+        image: an RGB image.
+        random: the source of randomness.
+        flip: whether the image may be flipped left to right.
+        min_crop: the smallest fraction of each side that a crop keeps.
+        size: side of the result.
+
+    Returns:
+        uint8 array (size, size, 3), RGB.
+    """
+    import numpy
+    from PIL import Image
+
+    width, height = (side * random.uniform(min_crop, 1.0) for side in image.size)
+    left = random.uniform(0.0, image.width - width)
+    top = random.uniform(0.0, image.height - height)
+    box = (left, top, left + width, top + height)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    if flip and random.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return numpy.asarray(image)
+
+
 def unreadable_images(paths: Sequence[ImageRefT], workers: int) -> dict[ImageRefT, str]:
-    """Decode every image once, and give the reason for each that cannot be."""
+    """Decode every image once; return the reason for each that cannot be decoded."""
 
     def reason(path: ImageRefT) -> str | None:
         try:
@@ -259,58 +336,3 @@ def unreadable_images(paths: Sequence[ImageRefT], workers: int) -> dict[ImageRef
 
     reasons = prefetch(reason, paths, workers, ahead=4 * workers)
     return {path: why for path, why in zip(paths, reasons, strict=True) if why is not None}
-
-
-def augmented_square(
-    image: Image.Image, random: Random, flip: bool, smallest: float, size: int = IMAGE_SIZE
-) -> numpy.ndarray:
-    """Cut a random part out of an image, flip it by chance, and bring it to a square.
-
-    Args:
-        image: an RGB image.
-        random: the source of chance.
-        flip: whether left and right may be exchanged.
-        smallest: the least share of each side that is kept.
-        size: side of the result.
-
-    Returns:
-        uint8 array (size, size, 3), RGB.
-    """
-    import numpy
-    from PIL import Image
-
-    width, height = (side * random.uniform(smallest, 1.0) for side in image.size)
-    left = random.uniform(0.0, image.width - width)
-    top = random.uniform(0.0, image.height - height)
-    box = (left, top, left + width, top + height)
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if flip and random.random() < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return numpy.asarray(image)
-
-
-def prefetch(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    workers: int,
-    ahead: int,
-    start: Callable[[], None] | None = None,
-) -> Iterator[Result]:
-    """Map ``function`` over ``items`` in order, ``workers`` threads working in advance.
-
-    At most ``ahead`` results wait to be taken, so memory does not grow with the number of
-    items. An exception of ``function`` is raised where its result would have come. Every
-    thread first calls ``start``.
-    """
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=start) as pool:
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

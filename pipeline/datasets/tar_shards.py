@@ -1,24 +1,21 @@
-"""Images in tar shards, as WebDataset lays them out, read in place: nothing is unpacked.
+"""Images in tar shards, in WebDataset's layout, read in place: nothing is unpacked.
 
     --data 'shards/{0000..0099}.tar'                       # a hundred files
-    --data 'shards/*.tar'                                  # all that there are
-    --data 's3://bucket/shards/{0000..0099}.tar'           # wherever fsspec can read
+    --data 'shards/*.tar'                                  # all there are
+    --data 's3://bucket/shards/{0000..0099}.tar'           # any file system of fsspec
     --data 'simplecache::https://host/{0000..0099}.tar'    # each fetched once, to a temporary file
 
-The members of a shard are listed at the start, header by header, and an image is then read by
-its offset and size alone. So images can be read in any order, and extraction goes on in the
-middle of a shard. An image is called by its shard and its member, ``0000.tar/000017.jpg``.
+The members of a shard are listed first, header by header; an image is then read by its offset
+and size. So images can be read in any order, and extraction resumes in the middle of a shard.
+An image is named by its shard and its member, ``0000.tar/000017.jpg``.
 
-A text beside an image in the shard, ``000017.txt``, has its captions, one a line. What comes
-before the first dot of a file's name tells what belongs together.
+A text beside an image in the shard, ``000017.txt``, holds its captions, one per line. Files
+belong together if their names agree up to the first dot.
 """
 
 from __future__ import annotations
 
-import bisect
 import functools
-import glob
-import itertools
 import os
 import re
 import tarfile
@@ -27,32 +24,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any
 
-from pipeline.datasets.images import IMAGE_EXTENSIONS, ImageError
-from pipeline.utils.errors import UserError
+from pipeline.datasets.images import IMAGE_EXTENSIONS
+from pipeline.utils.errors import ImageError, UserError
 
-if TYPE_CHECKING:
-    import numpy
-
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
-MOST_SHARDS = 1_000_000
+BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 # No image or text that people make is larger; a header may claim anything.
-LARGEST_PICTURE, LARGEST_TEXT = 1 << 29, 1 << 20
-# Tries to read an image from afar, and seconds before the second; then twice as many.
-TRIES, PAUSE = 3, 1.0
+MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 1 << 29, 1 << 20
+# Tries to read a remote image (fsspec's HTTP has none of its own), and seconds between them.
+TRIES, PAUSE = 3, 2.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TarMember:
     """One image in a shard.
 
     Attributes:
         shard: path or URL of the tar file.
         member: its name there.
-        offset, size: where its bytes lie, and how many there are.
-        time: when it was made, by the tar file, in ns; 0: not known.
+        offset, size: where its bytes are, and how many.
+        time: when it was modified, by the tar file, in ns; 0: unknown.
     """
 
     shard: str
@@ -65,58 +57,33 @@ class TarMember:
         return f"{self.shard}/{self.member}"
 
     def read(self) -> bytes:
-        """Read the image's bytes; from afar with some patience.
+        """Read the image's bytes.
 
         Raises:
             ImageError: it is too large, or the shard ends before it.
             OSError: the shard cannot be read.
         """
-        if self.size > LARGEST_PICTURE:
+        if self.size > MAX_IMAGE_BYTES:
             raise ImageError(f"claims {self.size:,} bytes in its shard")
-        for attempt in range(TRIES):
+        system, path = _file_system(self.shard)
+        for tries_left in reversed(range(TRIES if is_remote(self.shard) else 1)):
             try:
-                content = _read_range(self.shard, self.offset, self.size)
+                content: bytes = system.cat_file(path, self.offset, self.offset + self.size)
                 break
             except Exception:  # each of fsspec's file systems has errors of its own
-                if not is_remote(self.shard) or attempt == TRIES - 1:
+                if not tries_left:
                     raise
-                time.sleep(PAUSE * 2**attempt)
+                time.sleep(PAUSE)
         if len(content) < self.size:
             raise ImageError("its shard ends before it")
         return content
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """What is in one shard.
-
-    Attributes:
-        members: its images, in the order of their bytes.
-        places: int64 (len(members), 3): offset, size and time of each.
-    """
-
-    members: list[str]
-    places: numpy.ndarray
-
-
-@dataclass
-class ShardCaptions:
-    """The texts in shards.
-
-    Attributes:
-        captions: name of an image -> the lines of the text beside it.
-        lone: texts without an image of their name, or with several.
-    """
-
-    captions: dict[str, list[str]]
-    lone: list[str]
 
 
 class TarShards:
     """The images of several shards. A shard is listed when something in it is first asked for.
 
     Attributes:
-        origin: the folder of the shards, so that a cache takes further ones of the same.
+        origin: the folder of the shards, so that a cache accepts more shards of the same folder.
 
     Raises:
         UserError: there are no such shards, or they are compressed.
@@ -124,19 +91,18 @@ class TarShards:
 
     def __init__(self, pattern: str) -> None:
         self.origin = shards_folder(pattern) + "/*.tar"
-        self._shards = expand(pattern)
-        self._labels = _labels(self._shards)
-        self._numbers = {label: number for number, label in enumerate(self._labels)}
-        self._indices: dict[int, ShardIndex] = {}
+        shards = expand(pattern)
+        self._shards = dict(zip(_labels(shards), shards, strict=True))
+        self._members: dict[str, dict[str, TarMember]] = {}
 
     @property
     def is_local(self) -> bool:
-        """Whether an image can be read at no cost."""
-        return not any(map(is_remote, self._shards))
+        """True if an image can be read at no cost."""
+        return not any(map(is_remote, self._shards.values()))
 
     @property
     def captioned(self) -> TarShards:
-        """What ``captions.read_captions`` reads."""
+        """The argument for ``caption_table.read_captions``."""
         return self
 
     @functools.cached_property
@@ -146,9 +112,7 @@ class TarShards:
         Raises:
             UserError: a shard is missing, cut off or damaged.
         """
-        names: list[str] = []
-        for number, label in enumerate(self._listing()):
-            names += [f"{label}/{member}" for member in self._index(number).members]
+        names = [f"{shard}/{name}" for shard in self._listing() for name in self._list(shard)]
         return sorted(names, key=os.fsencode)
 
     def image(self, name: str) -> TarMember:
@@ -157,110 +121,107 @@ class TarShards:
         Raises:
             UserError: see ``names``; or there is no such image.
         """
-        label, _, member = name.partition(".tar/")
-        number = self._numbers.get(label + ".tar")
-        if number is not None:
-            index = self._index(number)
-            row = bisect.bisect_left(index.members, os.fsencode(member), key=os.fsencode)
-            if row < len(index.members) and index.members[row] == member:
-                return TarMember(self._shards[number], member, *index.places[row].tolist())
-        raise UserError(f"{name}: no such image in {self.origin}")
+        stem, _, member = name.partition(".tar/")
+        shard = stem + ".tar"
+        if shard not in self._shards or member not in self._list(shard):
+            raise UserError(f"{name}: no such image in {self.origin}")
+        return self._members[shard][member]
 
-    def read_captions(self) -> ShardCaptions:
+    def read_captions(self) -> tuple[dict[str, list[str]], list[str]]:
         """Read the texts beside the images.
+
+        Returns:
+            Image name -> the lines of its text, and the texts that fit no image or several.
 
         Raises:
             UserError: see ``names``.
         """
-        found = ShardCaptions({}, [])
-        for number, label in enumerate(self._listing()):
+        captions: dict[str, list[str]] = {}
+        unmatched: list[str] = []
+        for shard in self._listing():
             texts: dict[str, list[str]] = {}
-            index = self._indices[number] = _list(self._shards[number], texts)
+            self._members[shard] = _list_members(self._shards[shard], texts)
             by_key: defaultdict[str, list[str]] = defaultdict(list)
-            for member in index.members:
+            for member in self._members[shard]:
                 by_key[_key(member)].append(member)
             for text, lines in texts.items():
                 images = by_key[_key(text)]
                 if len(images) == 1:
-                    found.captions[f"{label}/{images[0]}"] = lines
+                    captions[f"{shard}/{images[0]}"] = lines
                 else:
-                    found.lone.append(f"{label}/{text}")
-        return found
+                    unmatched.append(f"{shard}/{text}")
+        return captions, unmatched
 
     def _listing(self) -> Iterable[str]:
         from pipeline.utils.progress import progress_bar
 
-        return progress_bar(self._labels, desc="listing shards", unit="shard", leave=False)
+        return progress_bar([*self._shards], desc="listing shards", unit="shard", leave=False)
 
-    def _index(self, number: int) -> ShardIndex:
-        if number not in self._indices:
-            self._indices[number] = _list(self._shards[number])
-        return self._indices[number]
+    def _list(self, shard: str) -> dict[str, TarMember]:
+        if shard not in self._members:
+            self._members[shard] = _list_members(self._shards[shard], None)
+        return self._members[shard]
 
 
 def is_tar_shards(data: str | os.PathLike[str]) -> bool:
-    """Tell whether ``--data`` names tar files, and not a folder."""
+    """True if ``--data`` names tar files, not a folder."""
     text = os.fspath(data)
     return text.lower().endswith((".tar", ".tar.gz", ".tgz")) and not Path(text).is_dir()
 
 
 def is_remote(shard: str) -> bool:
-    """Tell whether fsspec reads a shard, and not Python."""
+    """True for a URL."""
     return "://" in shard or "::" in shard
 
 
+def shards_folder(pattern: str) -> str:
+    """Return the folder of the shards: what precedes the first name with a brace or wildcard."""
+    fixed = re.split(r"[{*?]", pattern)[0].replace("\\", "/").rpartition("/")[0]
+    # Not resolve(), which would return the target of a symbolic link.
+    return fixed if is_remote(pattern) else os.path.abspath(fixed)  # noqa: PTH100
+
+
 def expand(pattern: str) -> list[str]:
-    """List the shards that a pattern names.
+    """List the shards that a pattern stands for.
 
     ``{0000..0099}`` stands for the numbers, with as many digits; ``{train,val}`` for each
-    of these; ``*`` and ``?`` for what is there.
+    of these; ``*`` and ``?`` match existing files.
 
     Raises:
         UserError: there is none, or they are compressed.
     """
     if not pattern.lower().endswith(".tar"):
         raise UserError(f"--data {pattern}: compressed shards cannot be read in place; unpack them")
-    shards = []
-    for text in itertools.islice(_expanded(pattern), MOST_SHARDS + 1):
-        shards += sorted(_glob(text)) if re.search(r"[*?]", text) else [text]
-    if len(shards) > MOST_SHARDS:
-        raise UserError(f"--data {pattern}: names more than {MOST_SHARDS:,} shards")
+    shards: list[str] = []
+    for text in _expand_braces(pattern):
+        if re.search(r"[*?]", text):
+            system, path = _file_system(text)
+            found = sorted(system.glob(path))
+            shards += map(system.unstrip_protocol, found) if is_remote(text) else found
+        else:
+            shards.append(text)
     if not shards:
         raise UserError(f"--data {pattern}: no such shards")
     return list(dict.fromkeys(shards))
 
 
-def _expanded(pattern: str) -> Iterator[str]:
-    if found := RANGE.search(pattern):
-        first, last = found.groups()
-        width = len(first) if first.startswith("0") else 0
-        values: Iterator[str] = (f"{n:0{width}d}" for n in range(int(first), int(last) + 1))
-    elif found := CHOICE.search(pattern):
-        values = iter(found[1].split(","))
-    else:
+def _expand_braces(pattern: str) -> Iterator[str]:
+    found = BRACES.search(pattern)
+    if found is None:
         yield pattern
         return
+    first, last, choices = found.groups()
+    if choices is None:
+        width = len(first) if first.startswith("0") else 0
+        values = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        values = choices.split(",")
     for value in values:
-        yield from _expanded(pattern[: found.start()] + value + pattern[found.end() :])
-
-
-def _glob(pattern: str) -> list[str]:
-    if not is_remote(pattern):
-        # Path.glob takes no pattern from the root.
-        return glob.glob(pattern)  # noqa: PTH207
-    system, path = _file_system(pattern)
-    return [system.unstrip_protocol(found) for found in system.glob(path)]
-
-
-def shards_folder(pattern: str) -> str:
-    """Give what comes before the first name in a pattern that stands for several."""
-    fixed = re.split(r"[{*?]", pattern)[0].replace("\\", "/").rpartition("/")[0]
-    # Not resolve(), which would take the name of what a symbolic link points to.
-    return fixed if is_remote(pattern) else os.path.abspath(fixed)  # noqa: PTH100
+        yield from _expand_braces(pattern[: found.start()] + value + pattern[found.end() :])
 
 
 def _labels(shards: Sequence[str]) -> list[str]:
-    """Name shards by their files' names, with as much of their paths as tells them apart."""
+    """Name shards by their file names, with as many parent folders as make them unique."""
     parts = [shard.replace("\\", "/").split("/") for shard in shards]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
@@ -274,34 +235,34 @@ def _key(member: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _list(shard: str, texts: dict[str, list[str]] | None = None) -> ShardIndex:
-    """List the images of a tar file; into ``texts``, if given, go the lines of its texts.
+def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, TarMember]:
+    """List the images of a tar file; the lines of its texts are added to ``texts``, if given.
 
     Raises:
         UserError: the file is missing, cut off or damaged.
     """
-    import numpy
-
-    found: dict[str, tuple[int, int, int]] = {}
+    found: dict[str, TarMember] = {}
+    system, path = _file_system(shard)
     try:
-        with _opened(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with system.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
                 name = member.name.removeprefix("./")
                 suffix = PurePosixPath(name).suffix.lower()
                 hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-                # Links, devices and files with holes have no bytes of their own in one place.
+                # Links, devices and sparse files have no bytes of their own in one place.
                 if hidden or not member.isreg() or member.sparse:
                     continue
                 if suffix in IMAGE_EXTENSIONS:
                     # A header may claim any time.
                     time_ns = round(member.mtime * 1e9) if 0 < member.mtime < 1 << 33 else 0
-                    found[name] = (member.offset_data, member.size, time_ns)
-                elif texts is not None and suffix == ".txt" and member.size <= LARGEST_TEXT:
+                    place = member.offset_data, member.size, time_ns
+                    found[name] = TarMember(shard, name, *place)
+                elif texts is not None and suffix == ".txt" and member.size <= MAX_TEXT_BYTES:
                     file.seek(member.offset_data)
                     text = file.read(member.size).decode("utf-8-sig", "replace")
                     texts[name] = [t for t in re.split(r"\r\n|\n|\r", text) if t.strip()]
-            # Behind the last file there are zeros; tarfile takes anything else for the end, too.
+            # Zeros end a tar file; tarfile takes a damaged header for the end, too.
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset:,}")
@@ -311,36 +272,14 @@ def _list(shard: str, texts: dict[str, list[str]] | None = None) -> ShardIndex:
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"{shard}: no such shard") from error
-    except UserError:
-        raise
     except Exception as error:  # each of fsspec's file systems has errors of its own
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{shard}: cannot be read ({' '.join(reason.split())})") from error
-    members = sorted(found, key=os.fsencode)
-    places = numpy.array([found[m] for m in members], dtype=numpy.int64).reshape(-1, 3)
-    return ShardIndex(members, places)
-
-
-def _opened(shard: str) -> BinaryIO:
-    if not is_remote(shard):
-        return Path(shard).open("rb")
-    system, path = _file_system(shard)
-    file: BinaryIO = system.open(path, "rb")
-    return file
-
-
-def _read_range(shard: str, offset: int, size: int) -> bytes:
-    if not is_remote(shard):
-        with Path(shard).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-    system, path = _file_system(shard)
-    content: bytes = system.cat_file(path, start=offset, end=offset + size)
-    return content
+    return found
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """Find fsspec's file system of a URL, of which it keeps one, and the path there."""
+    """Return fsspec's file system of a path or URL, which fsspec caches, and the path there."""
     try:
         import fsspec
 

@@ -1,15 +1,28 @@
-"""Tokenizers for languages other than English, and what all tokenizers have in common.
+"""Three tokenizers, each with the detokenizer that reverses it.
 
->>> words_of("Zwei Mädchen fahren U-Bahn, in der Straße!")
+>>> tokenize_english("A man's dog sits on St. Mark's Square. He doesn't move!")
+['a', 'man', "'s", 'dog', 'sits', 'on', 'st.', 'mark', "'s", 'square', 'he', 'does', "n't", 'move']
+>>> detokenize_english(["a", "man", "'s", "dog", "does", "n't", "move"])
+"a man's dog doesn't move"
+>>> tokenize_words("Zwei Mädchen fahren U-Bahn, in der Straße!")
 ['zwei', 'mädchen', 'fahren', 'u-bahn', 'in', 'der', 'straße']
->>> characters_of("一只狗在草地上跑，穿着T恤。")
+>>> tokenize_characters("一只狗在草地上跑，穿着T恤。")
 ['一', '只', '狗', '在', '草', '地', '上', '跑', '穿', '着', 't', '恤']
->>> join_characters(["两", "个", "人", "在", "london", "bridge", "上"])
+>>> detokenize_characters(["两", "个", "人", "在", "london", "bridge", "上"])
 '两个人在london bridge上'
 
-``vocabulary`` has the English one, and lists all by name. Whatever a tokenizer makes,
-its own detokenizer writes so that tokenizing gives the same tokens again. No token holds a space,
-"<" or ">", so no caption can contain a special token.
+Tokenizing what a detokenizer writes gives the same tokens again. No token holds a space, "<" or
+">", so no caption can contain a special token.
+
+English tokens follow the Penn Treebank, in lower case and without punctuation, like those of
+Stanford's PTBTokenizer in the COCO caption evaluation, but without Java. nltk splits each word,
+and needs no downloaded corpus for that. On the 35,455 captions of Flickr8k's train and dev splits
+the two differ on 7. Intended differences:
+
+* brackets are punctuation (COCO means to drop them, but keeps "-lrb-");
+* "<" and ">" are brackets;
+* a token without a letter or digit is dropped unless it is one of & $ % # @ + = (COCO
+  also keeps "*", "?!" and the like).
 """
 
 from __future__ import annotations
@@ -18,14 +31,190 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from pipeline.utils.errors import UserError
 
 ENGLISH, WORDS, CHARACTERS = "english", "words", "characters"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and its detokenizer.
+
+    Attributes:
+        name: its name in ``--tokenizer``.
+        description: of its tokens, for tables of scores.
+        tokenize: splits any text into tokens, possibly none.
+        detokenize: joins tokens to a caption.
+        longest: the most tokens that search gives a caption.
+        longest_in_training: tokens after which a training caption is cut; the longest of Flickr8k
+            has 37.
+    """
+
+    name: str
+    description: str
+    tokenize: Callable[[str], list[str]]
+    detokenize: Callable[[Iterable[str]], str]
+    longest: int = 20
+    longest_in_training: int = 50
+
+
+class _CharacterTable(dict[int, str]):
+    """A table for ``str.translate``, filled as characters occur.
+
+    A character stays, or becomes a plain form, a space or nothing.
+    """
+
+    def __init__(self, kept: str, keep_currency: bool, special: dict[str, str]) -> None:
+        super().__init__()
+        self._kept = kept
+        self._keep_currency = keep_currency
+        self._special = special
+
+    def __missing__(self, code: int) -> str:
+        self[code] = replacement = self._replacement(chr(code))
+        return replacement
+
+    def _replacement(self, character: str) -> str:
+        category = unicodedata.category(character)
+        if character in self._special:
+            return self._special[character]
+        if character in "`´‘’‛ʼ′＇":
+            return "'"
+        if character in "\u2010\u2011":  # hyphen and non-breaking hyphen
+            return "-"
+        if character in self._kept or (category == "Sc" and self._keep_currency):
+            return character
+        variation = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+        if category in ("Cf", "Cs", "Co", "Cn", "Me") or variation:
+            return ""  # zero-width, lone surrogates, unassigned codes, keycaps
+        return character if category[0] in "LMN" else " "
+
+
+# English
+
+SYMBOLS = frozenset("&$%#@+=")  # tokens although they hold no letter or digit
+
+# Words that keep their final period wherever they stand, as in Stanford's tokenizer.
+# Abbreviations that are also everyday words ("in.", "sat.", "no.", "ill.") are not among
+# them: in a caption such a period nearly always ends the sentence.
+_ABBREVIATIONS = """
+    mr mrs ms messrs dr prof rev hon jr sr esq mme mlle msgr
+    adm capt cmdr col gen gov lt maj pres rep sen sgt
+    ave bldg blvd ct ft mt rd sq st
+    assn bros co corp dept inc ltd plc univ
+    jan feb mar apr jun jul aug sep sept oct nov dec mon tue tues wed thu thurs fri
+    ala ariz calif colo conn fla ga ind kan ky md mich minn mo mont neb nev okla penn
+    tenn va vt wis wyo
+    al cf est etc ext ph ph.d tel vs
+"""
+ABBREVIATIONS = frozenset(f"{word}." for word in _ABBREVIATIONS.split())
+APOSTROPHE_WORDS = frozenset(("'s", "'m", "'d", "'re", "'ve", "'ll", "'n", "'n'", "'em"))
+# Tokens that detokenizing joins to the word before.
+ATTACHED = frozenset(("'s", "'m", "'d", "'re", "'ve", "'ll", "n't", "%"))
+CONTRACTED = frozenset(
+    (("can", "not"), ("gim", "me"), ("gon", "na"), ("got", "ta"), ("lem", "me"), ("wan", "na"))
+)
+
+# Real words are shorter. nltk takes quadratic time on some strings and, from 3.10 on,
+# raises TimeoutError, so anything longer is cut.
+LONGEST_WORD = 200
+
+_INITIALS = re.compile(r"(?:[^\W\d_]\.)+")  # "j." and "u.s."
+_DECADE = re.compile(r"'\d\ds?")  # "'90s"
+_COMMA_OUTSIDE_NUMBER = re.compile(r"(?<!\d)[,:]|[,:](?!\d)")  # not in "1,000" and "10:30"
+_STRAY_PERIODS = re.compile(r"(?<!\w)\.(?!\d)|\.(?=\.)|-{2,}")  # not in ".5"; "..." leaves one
+# The look behind keeps time linear: a long run inside a word is tried once, from its start.
+_EDGES = re.compile(r"^(?:['/-]|\.(?!\d))+|(?<!['/-])['/-]+$")
+_EQUATION_SIGN = re.compile(r"[+=]")
+_ENGLISH_CHARACTERS = _CharacterTable("'-.,:/" + "".join(SYMBOLS), True, {"…": ". "})
+
+
+@lru_cache(maxsize=1)
+def _treebank_tokenizer() -> Any:
+    """Return nltk's tokenizer, which is the same in all its versions.
+
+    NLTKWordTokenizer is not: "5'9" is one token or two, depending on the version. nltk
+    is imported here and not above, because that takes a quarter of a second.
+    """
+    from nltk.tokenize.treebank import TreebankWordTokenizer
+
+    return TreebankWordTokenizer()
+
+
+@lru_cache(maxsize=1 << 16)
+def _split_word(word: str) -> tuple[str, ...]:
+    """Split a cleaned, lower-case word without spaces into its tokens.
+
+    Each token is split again until nothing changes, so that ``_split_word(token)`` is
+    ``(token,)`` for every token: this is what makes ``detokenize`` reversible.
+    """
+    if word in SYMBOLS or word in APOSTROPHE_WORDS or _DECADE.fullmatch(word):
+        return (word,)
+    stripped = _EDGES.sub("", word)
+    if stripped != word:
+        return _split_word(stripped)
+    if not any(character.isalnum() for character in word):
+        # A run of symbols ("$$") still holds tokens; other marks hold none.
+        return tuple(character for character in word if character in SYMBOLS)
+    if len(word) > LONGEST_WORD:
+        parts = [word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD)]
+    elif word in ABBREVIATIONS or _INITIALS.fullmatch(word):
+        return (word,)
+    else:
+        # One word at a time, so that a period within the text comes off like the last one.
+        parts = _treebank_tokenizer().tokenize(word)
+    if parts == [word]:
+        return (word,)
+    return tuple(token for part in parts for token in _split_word(part))
+
+
+def tokenize_english(text: str) -> list[str]:
+    """Split a caption into lower-case Penn Treebank tokens without punctuation.
+
+    The text is brought to Unicode form NFC; typographic quotes and hyphens become plain
+    ones; control characters separate words and zero-width characters vanish. Any string
+    is accepted, and one without words gives an empty list.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_ENGLISH_CHARACTERS)
+    text = unicodedata.normalize("NFC", text.lower())
+    text = _COMMA_OUTSIDE_NUMBER.sub(" ", text)
+    text = _STRAY_PERIODS.sub(" ", text)
+    text = _EQUATION_SIGN.sub(r" \g<0> ", text)
+    return [token for word in text.split() for token in _split_word(word)]
+
+
+def detokenize_english(tokens: Iterable[str]) -> str:
+    """Join tokens into a readable caption, the reverse of ``tokenize_english``.
+
+    Two tokens are joined only where ``tokenize_english`` splits them again, so the round trip
+    from tokens to caption to tokens changes nothing.
+    """
+    written: list[tuple[str, ...]] = []  # the tokens of each written word
+    for token in tokens:
+        if written and _belongs_to(written[-1], token):
+            written[-1] += (token,)
+        else:
+            written.append((token,))
+    return " ".join("".join(parts) for parts in written)
+
+
+def _belongs_to(parts: tuple[str, ...], token: str) -> bool:
+    """True if a token is joined to the word that ``parts`` make up."""
+    last = parts[-1]
+    amount = last in ("#", "$") and token[:1].isdecimal()
+    if not (token in ATTACHED or (last, token) in CONTRACTED or amount):
+        return False
+    return tokenize_english("".join(parts) + token) == [*parts, token]
+
+
+# Other languages
 
 # Inside a word these belong to it: "l'eau", "U-Bahn", Catalan "col·lecció", Hebrew "צה״ל", and the
 # joiners of Persian and of India's scripts, which have no width.
 _INSIDE = "'\\-·׳״\u200c\u200d"
-_APOSTROPHES = "`´‘’‛ʼ′＇"
-_HYPHENS = "\u2010\u2011"
 _NUMBER_SIGNS = ".,:"  # kept in "3.5", "1,000" and "10:30"
 
 # Scripts that are written without spaces between words: Han, kana, bopomofo, Hangul, and Thai, Lao,
@@ -51,60 +240,8 @@ _CHARACTER_OR_WORD = re.compile(
 )
 _UNSPACED_CHARACTER = re.compile(f"[{UNSPACED}]")
 _OTHER_WIDTH = re.compile("[\uff01-\uffee]+")
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """How captions become tokens and tokens a caption.
-
-    Attributes:
-        name: what ``--tokenizer`` calls it.
-        description: of its tokens, for tables of scores.
-        tokenize: splits any text into tokens, maybe none.
-        detokenize: writes tokens as a caption.
-        longest: most tokens in a caption that is searched.
-        longest_in_training: tokens after which a training caption is cut; the longest of Flickr8k
-            has 37.
-    """
-
-    name: str
-    description: str
-    tokenize: Callable[[str], list[str]]
-    detokenize: Callable[[Iterable[str]], str]
-    longest: int = 20
-    longest_in_training: int = 50
-
-
-class CharacterTable(dict[int, str]):
-    """What ``str.translate`` makes of a character, worked out when it first occurs."""
-
-    def __init__(self, clean: Callable[[str], str]) -> None:
-        super().__init__()
-        self._clean = clean
-
-    def __missing__(self, code: int) -> str:
-        self[code] = replacement = self._clean(chr(code))
-        return replacement
-
-
-def _clean_character(character: str) -> str:
-    """Return what stands for one character: itself, a plain form, a space or nothing."""
-    category = unicodedata.category(character)
-    if character in _APOSTROPHES:
-        return "'"
-    if character in _HYPHENS:
-        return "-"
-    if character in "'-·׳״\u200c\u200d" or character in _NUMBER_SIGNS:
-        return character
-    if character == "\u200b":  # the zero-width space of Thai and Khmer ends a word
-        return " "
-    variation = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
-    if category in ("Cf", "Cs", "Co", "Cn", "Me") or variation:
-        return ""
-    return character if category[0] in "LMN" else " "
-
-
-_CHARACTERS = CharacterTable(_clean_character)
+# The zero-width space of Thai and Khmer ends a word.
+_CHARACTERS = _CharacterTable("'-·׳״\u200c\u200d.,:", False, {"\u200b": " "})
 
 
 def _clean(text: str) -> str:
@@ -116,7 +253,7 @@ def _clean(text: str) -> str:
     return unicodedata.normalize("NFC", text.translate(_CHARACTERS))
 
 
-def words_of(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Split a caption in any language that puts spaces between words, in lower case.
 
     The text is brought to Unicode form NFC, so that letters with diacritics (Vietnamese "ế") are
@@ -125,24 +262,24 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(_clean(text))
 
 
-def join_words(tokens: Iterable[str]) -> str:
+def detokenize_words(tokens: Iterable[str]) -> str:
     """Join words with spaces."""
     return " ".join(tokens)
 
 
-def characters_of(text: str) -> list[str]:
-    """Split a caption in a language without spaces: a character a token, in lower case.
+def tokenize_characters(text: str) -> list[str]:
+    """Split a caption in a language without spaces: one token per character, in lower case.
 
     Words of other scripts and numbers within it stay whole. Full-width letters and digits become
     the plain ones, half-width kana the usual ones. A vowel or tone sign stays with its character
-    (Thai). Korean, which has spaces, loses them: for it ``words_of`` is better.
+    (Thai). Korean, which has spaces, loses them: for it ``tokenize_words`` is better.
     """
     # Only there: NFKC of a whole text would take Thai letters apart.
     text = _OTHER_WIDTH.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
     return _CHARACTER_OR_WORD.findall(_clean(text))
 
 
-def join_characters(tokens: Iterable[str]) -> str:
+def detokenize_characters(tokens: Iterable[str]) -> str:
     """Join tokens, with a space only between two words of scripts that have spaces."""
     written: list[str] = []
     spaced = False
@@ -156,10 +293,41 @@ def join_characters(tokens: Iterable[str]) -> str:
 
 
 def unspaced_share(text: str) -> float:
-    """Tell the share, 0 to 1, of letters that are of scripts without spaces, Hangul apart."""
+    """Return the fraction of letters in scripts without spaces, Hangul excluded."""
     letters = [character for character in text if character.isalpha()]
     unspaced = sum(
         _UNSPACED_CHARACTER.match(character) is not None and not "\uac00" <= character <= "\ud7a3"
         for character in letters
     )
     return unspaced / max(1, len(letters))
+
+
+TOKENIZERS = {
+    ENGLISH: Tokenizer(
+        ENGLISH,
+        "PTB-style tokens, lower case, no punctuation",
+        tokenize_english,
+        detokenize_english,
+    ),
+    WORDS: Tokenizer(WORDS, "words, lower case, no punctuation", tokenize_words, detokenize_words),
+    CHARACTERS: Tokenizer(
+        CHARACTERS,
+        "characters, and words of scripts with spaces, lower case, no punctuation",
+        tokenize_characters,
+        detokenize_characters,
+        # A word of Chinese or Japanese has about two characters.
+        longest=40,
+        longest_in_training=100,
+    ),
+}
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """Return a tokenizer by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in TOKENIZERS:
+        raise UserError(f"there is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]

@@ -200,8 +200,8 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
     * ``pairs``: other tokens that are joined ("can", "not"; "#", "5");
     * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
     """
-    from pipeline.datasets.tokenizers import ENGLISH
-    from pipeline.datasets.vocabulary import ATTACHED, CONTRACTED, SPECIALS
+    from pipeline.datasets.tokenizers import ATTACHED, CONTRACTED, ENGLISH
+    from pipeline.datasets.vocabulary import SPECIALS
 
     words = vocabulary.words[len(SPECIALS) :]
 

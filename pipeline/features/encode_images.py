@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.image_sources import stop_if_unreachable
-from pipeline.datasets.images import ImageError, ImageRef, prefetch, read_square
+from pipeline.datasets.images import ImageError, ImageRef, read_square
 from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE
 from pipeline.utils.devices import inference_batch_size, threads_per_worker
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
+from pipeline.utils.threads import prefetch
 
 # float16 holds no larger number, and caches are float16. Whoever makes weights can make them such
 # that what 94 layers give is infinite, or not a number, and nothing can be searched with that.

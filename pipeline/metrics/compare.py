@@ -8,8 +8,7 @@ from pathlib import Path
 from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.image_sources import open_source
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
 from pipeline.metrics.bootstrap import Difference, PerImage, compare
 from pipeline.metrics.coco import Scorer
 from pipeline.utils.errors import UserError

@@ -22,11 +22,12 @@ from urllib.parse import quote
 from markupsafe import Markup
 from PIL import Image
 
-from pipeline.datasets.images import ImageError, ImageRef, load_image, opened, prefetch
+from pipeline.datasets.images import ImageError, ImageRef, load_image, opened
 from pipeline.decoding.captions import Caption
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write, check_writable, temporary_path
 from pipeline.utils.html import TEMPLATES, environment
+from pipeline.utils.threads import prefetch
 
 THUMBNAIL_SIDE = 320  # pixels on the long side
 THUMBNAIL_QUALITY = 78

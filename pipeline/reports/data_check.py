@@ -16,8 +16,8 @@ from pipeline.datasets.caption_readers import SPLITS
 from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
-from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH
-from pipeline.datasets.vocabulary import SPECIALS, Vocabulary, tokenizer_of
+from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH, tokenizer_of
+from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache, partial_path
 from pipeline.features.feature_set import rows_of
 from pipeline.models.checkpoint import LAST, load_checkpoint

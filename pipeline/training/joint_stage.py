@@ -21,14 +21,7 @@ from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.datasets.image_sources import stop_if_unreachable
-from pipeline.datasets.images import (
-    IMAGE_SIZE,
-    ImageError,
-    ImageRef,
-    augmented_square,
-    load_image,
-    prefetch,
-)
+from pipeline.datasets.images import IMAGE_SIZE, ImageError, ImageRef, augmented_square, load_image
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.features.encode_images import encode_distributed
 from pipeline.models.checkpoint import Checkpoint
@@ -40,6 +33,7 @@ from pipeline.training.validation import Validation, Validator
 from pipeline.utils.devices import inference_batch_size
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import InputError
+from pipeline.utils.threads import prefetch
 
 
 @dataclass

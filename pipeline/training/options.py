@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import TOKENIZERS
+from pipeline.datasets.tokenizers import ENGLISH, TOKENIZERS
 from pipeline.utils.options import option
 
 TRAINING = "Training"

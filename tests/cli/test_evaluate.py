@@ -13,7 +13,7 @@ from drawn_run import DrawnRun
 
 import evaluate as command
 from pipeline.datasets.caption_table import read_captions
-from pipeline.datasets.vocabulary import tokenize
+from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.evaluation import Evaluation, _gathered
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
@@ -33,11 +33,11 @@ def test_files_say_what_was_scored_and_the_scores_follow_from_the_predictions(
     result = evaluate(drawn_run.run, "--split", split, "--beam-size", 2, "--output", output)
     assert result.exit_code == 0, result.output
     table = read_captions(drawn_run.data)
-    references = {i.name: [tokenize(c) for c in i.captions] for i in table.of_split(split)}
+    references = {i.name: [tokenize_english(c) for c in i.captions] for i in table.of_split(split)}
     predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
     assert predictions.keys() == references.keys()
     saved = json.loads((tmp_path / "scores.json").read_text())
-    expected = Scorer(references).score({n: tokenize(c) for n, c in predictions.items()})
+    expected = Scorer(references).score({n: tokenize_english(c) for n, c in predictions.items()})
     for name, value in expected.items():
         assert saved["scores"][name] == pytest.approx(value)
     assert saved["split"] == split and saved["images"] == len(references)

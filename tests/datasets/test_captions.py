@@ -18,9 +18,9 @@ from conftest import SHARED
 from pipeline.datasets.caption_table import (
     CaptionedImage,
     CaptionTable,
-    official_flickr8k_split,
     read_captions,
 )
+from pipeline.datasets.flickr8k import official_split
 from pipeline.utils.errors import UserError
 
 FLICKR8K = SHARED / "flickr8k"
@@ -128,32 +128,12 @@ def test_kaggle_commas_and_quotes(tmp_path: Path) -> None:
 def test_flickr8k_is_told_by_nine_names_in_ten(
     tmp_path: Path, strangers: int, is_flickr8k: bool
 ) -> None:
-    photos = [f"{photo}_0123456789.jpg" for photo in sorted(official_flickr8k_split())[:9]]
+    photos = [f"{photo}_0123456789.jpg" for photo in sorted(official_split())[:9]]
     names = photos + [f"Images/my{number}.jpg" for number in range(strangers)]
     write(tmp_path / "captions.txt", "image,caption", *(f"{name},A kite ." for name in names))
     table = read_captions(tmp_path)
     assert (table.split_source == "official Flickr8k lists") is is_flickr8k
     assert splits_of(table)["Images/my0.jpg"] is None or not is_flickr8k
-
-
-def test_the_official_split() -> None:
-    split = official_flickr8k_split()
-    assert Counter(split.values()) == {"train": 6000, "val": 1000, "test": 1000}
-    in_words = [split[int(name.split("_")[0])] for name in (TRAIN, TRAIN2, VAL, TEST)]
-    assert in_words == ["train", "train", "val", "test"]
-    assert 2258277193 not in split
-
-
-@pytest.mark.shared("flickr8k")
-def test_the_official_split_is_that_of_the_published_lists() -> None:
-    folder = FLICKR8K / "Flickr8k_text"
-    published: dict[int, str] = {}
-    for split, word in (("train", "train"), ("val", "dev"), ("test", "test")):
-        names = (folder / f"Flickr_8k.{word}Images.txt").read_text().split()
-        ids = {int(name.split("_")[0]) for name in names}
-        assert len(ids) == len(names) and not ids & published.keys()
-        published.update(dict.fromkeys(ids, split))
-    assert official_flickr8k_split() == published
 
 
 @pytest.mark.shared("flickr8k")

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.datasets.caption_readers import LONGEST_CAPTION, LONGEST_NAME
+from pipeline.datasets.caption_readers import MAX_CAPTION_LENGTH, MAX_NAME_LENGTH
 from pipeline.datasets.caption_table import CaptionTable, read_captions
-from pipeline.datasets.vocabulary import TOKENIZERS
+from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.utils.errors import UserError
 
 
@@ -30,14 +30,14 @@ def use(folder: Path, path: Path | None) -> CaptionTable | None:
         assert len(error.message.splitlines()) == 1 and len(error.message) < 1000, error.message
         return None
     names = [image.name for image in table.images]
-    assert names == sorted(set(names)) and all(0 < len(name) <= LONGEST_NAME for name in names)
+    assert names == sorted(set(names)) and all(0 < len(name) <= MAX_NAME_LENGTH for name in names)
     assert all(len(line.splitlines()) == 1 for line in table.summary())
     "".join(table.summary()).encode("utf-8")
     table.split_hash("train")
     for image in table.images:
         assert image.captions
         for text in image.captions:
-            assert text == " ".join(text.split()) and 0 < len(text) <= LONGEST_CAPTION
+            assert text == " ".join(text.split()) and 0 < len(text) <= MAX_CAPTION_LENGTH
             text.encode("utf-8")
         for tokenizer in TOKENIZERS.values():
             for text in set(image.captions):
@@ -298,8 +298,8 @@ def test_a_caption_of_a_million_words_is_cut_and_counted(tmp_path: Path) -> None
     file, make = LARGE["caption of a million words"]
     (tmp_path / file).write_text(make())
     table = read_captions(tmp_path, tmp_path / file)
-    assert [len(image.captions[0]) for image in table.images] == [LONGEST_CAPTION - 1, 8]
-    assert table.notes == {f"captions cut to {LONGEST_CAPTION:,} characters (first: line 2)": 1}
+    assert [len(image.captions[0]) for image in table.images] == [MAX_CAPTION_LENGTH - 1, 8]
+    assert table.notes == {f"captions cut to {MAX_CAPTION_LENGTH:,} characters (first: line 2)": 1}
 
 
 def test_names_are_compared_and_never_opened(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import numpy
 import pytest
 from click.testing import CliRunner
 from conftest import StubEncoder, draw
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import evaluate
 import extract_features
@@ -64,8 +66,8 @@ def test_patterns_stand_for_files(tmp_path: Path) -> None:
     for name in ("b.tar", "a.tar", "a.txt"):
         (tmp_path / name).touch()
     assert expand(f"{tmp_path}/*.tar") == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
-    for pattern in ("none/*.tar", "{0..99999999}.tar", "x.tar.gz", "{3..2}.tar"):
-        with pytest.raises(UserError, match=r"^--data .*(no such|more than|compressed)"):
+    for pattern in ("none/*.tar", "x.tar.gz", "{3..2}.tar"):
+        with pytest.raises(UserError, match=r"^--data .*(no such|compressed)"):
             expand(pattern)
 
 
@@ -76,7 +78,7 @@ def test_folders_are_no_shards(tmp_path: Path) -> None:
     assert not is_tar_shards("photos")
 
 
-def test_a_image_reads_as_from_its_file(shards: str, images: Path) -> None:
+def test_an_image_reads_as_from_its_file(shards: str, images: Path) -> None:
     source = TarShards(shards)
     assert list(source.names) == sorted(source.names, key=os.fsencode)
     assert len(source.names) == 10
@@ -118,7 +120,7 @@ def test_extraction_goes_on_and_takes_further_shards(
     assert len(cache) == 10
 
 
-def test_a_image_that_changed_in_its_shard_is_encoded_again(
+def test_an_image_that_changed_in_its_shard_is_encoded_again(
     shards: str, images: Path, tmp_path: Path
 ) -> None:
     """A shard that was copied, whose file is of now, has the same images still."""
@@ -169,7 +171,7 @@ def test_the_commands_take_shards(shards: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(train_decoder.main, options)
     assert result.exit_code == 0, result.output
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "data:image/jpeg;base64," in report
+    assert "data:image/webp;base64," in report
     joint = str(tmp_path / "joint")
     options = ["--start", run, "--run", joint, "--epochs", "1", "--unfreeze-from", "Mixed_7c"]
     result = CliRunner().invoke(finetune_joint.main, options)
@@ -243,7 +245,7 @@ def test_missing_and_strange_files_are_named(tmp_path: Path) -> None:
             _ = TarShards(str(tmp_path / name)).names
 
 
-def test_a_image_that_cannot_be_read_is_one_failure(shards: str, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_one_failure(shards: str, tmp_path: Path) -> None:
     """A broken image in a shard is recorded; one that its shard lost since, or of absurd size,
     is an ImageError too.
     """
@@ -287,9 +289,7 @@ def test_shards_from_afar_read_as_local_ones(shards: str, tmp_path: Path, scheme
         system.rm("/bucket", recursive=True)
 
 
-def test_a_network_that_stumbles_is_asked_again(
-    shards: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_network_that_stumbles_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     class Stumbling:
@@ -314,16 +314,50 @@ def test_what_fsspec_lacks_is_said() -> None:
         _ = TarShards("nosuch://b/0.tar").names
 
 
-def test_a_image_is_called_by_its_place(shards: str) -> None:
-    image = TarShards(shards).image("0000.tar/0.png")
-    assert str(image).endswith("shards/0000.tar/0.png")
-
-
 def test_images_of_a_shard_may_be_drawn_anew(tmp_path: Path) -> None:
     """A name with several dots belongs to the text of what comes before the first."""
     image = draw(tmp_path / "x.seg.png", 1)
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         add(archive, "x.seg.png", image.read_bytes())
         add(archive, "x.txt", "\ufeffa dog\r\na cat".encode())
-    found = TarShards(str(tmp_path / "x.tar")).read_captions()
-    assert found.captions == {"x.tar/x.seg.png": ["a dog", "a cat"]}
+    captions, _ = TarShards(str(tmp_path / "x.tar")).read_captions()
+    assert captions == {"x.tar/x.seg.png": ["a dog", "a cat"]}
+
+
+def tar_of(names: list[str]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name in names:
+            add(archive, name, b"data")
+    return content.getvalue()
+
+
+def test_names_in_shards_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    names = ["../secret.jpg", "a/../../secret.jpg", str(tmp_path / "secret.jpg"), "a.jpg"]
+    (tmp_path / "0.tar").write_bytes(tar_of(names))
+    shards = TarShards(str(tmp_path / "0.tar"))
+    assert not any(".." in name.split("/") for name in shards.names)
+    assert len(shards.names) == 2
+    for name in shards.names:
+        assert shards.image(name).read() == b"data"
+
+
+@given(at=st.integers(0, 2000), new=st.binary(min_size=1, max_size=12), left=st.floats(0.5, 1))
+@settings(max_examples=200)
+def test_any_shard_is_read_or_refused(
+    at: int, new: bytes, left: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    content = bytearray(tar_of(["a.jpg", "b.jpg", "b.txt"]))
+    content[at : at + len(new)] = new
+    path = tmp_path_factory.getbasetemp() / "spoiled.tar"
+    path.write_bytes(content[: int(left * len(content))])
+    try:
+        shards = TarShards(str(path))
+        shards.read_captions()
+        for name in shards.names:
+            shards.image(name).read()
+    except UserError as error:
+        assert "\n" not in error.format_message()
+    except ImageError as error:
+        assert str(error)

@@ -23,7 +23,8 @@ from PIL import Image
 from pipeline import Captioner
 from pipeline.cli import export as command
 from pipeline.datasets.images import read_square
-from pipeline.datasets.vocabulary import SPECIALS, Vocabulary, detokenize
+from pipeline.datasets.tokenizers import detokenize_english
+from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.search import search
 from pipeline.export import onnx as module
@@ -174,7 +175,7 @@ def test_every_hypothesis_is_the_searchs(
     features = some_features(captioner, 20)
     for row, hypotheses in zip(features, search(captioner.decoder, features, config), strict=True):
         found = runner.search(row[None].numpy())
-        wanted = [detokenize(captioner.vocabulary.decode(h.tokens)) for h in hypotheses]
+        wanted = [detokenize_english(captioner.vocabulary.decode(h.tokens)) for h in hypotheses]
         assert [caption.text for caption in found] == wanted
         for caption, hypothesis in zip(found, hypotheses, strict=True):
             assert caption.log_probability == pytest.approx(hypothesis.log_probability, abs=1e-4)
@@ -207,7 +208,7 @@ def test_several_decoders_are_one_graph(
     features = some_features(together, 20)
     found = [[c.text for c in both.search(row[None].numpy())] for row in features]
     assert found == [
-        [detokenize(together.vocabulary.decode(h.tokens)) for h in hypotheses]
+        [detokenize_english(together.vocabulary.decode(h.tokens)) for h in hypotheses]
         for hypotheses in search(together.decoder, features, SearchConfig(3))
     ]
     alone = onnx_runner.Captioner(exported)
@@ -264,7 +265,7 @@ def test_the_runner_writes_as_the_pipeline(
     chance = random.Random(0)
     for _ in range(4000):  # of four, such as "#'ll've's", some differ: nobody says so
         tokens = chance.choices(range(4, len(words)), k=chance.randint(0, 3))
-        assert runner.write(tokens) == detokenize(vocabulary.decode(tokens))
+        assert runner.write(tokens) == detokenize_english(vocabulary.decode(tokens))
 
 
 @pytest.mark.parametrize("tokenizer", ["words", "characters"])

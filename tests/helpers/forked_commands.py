@@ -27,8 +27,7 @@ import finetune_joint
 import pipeline.captioner
 import pipeline.models.encoder
 import train_decoder
-from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.datasets.vocabulary import tokenizer_of
+from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
 from pipeline.models.encoder import TRUNK_LAYERS
 from pipeline.models.encoder_identity import FEATURE_SIZE
 

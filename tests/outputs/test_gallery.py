@@ -25,7 +25,7 @@ from PIL import Image
 
 import evaluate as command
 from pipeline.datasets.caption_table import read_captions
-from pipeline.datasets.vocabulary import tokenize
+from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.decoding.captions import Caption, Word
 from pipeline.evaluation import Evaluation
 from pipeline.metrics.coco import Scorer
@@ -304,9 +304,9 @@ def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> 
     table = read_captions(drawn_run.data)
     images = table.of_split("train")
     predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
-    cider = Scorer({i.name: [tokenize(c) for c in i.captions] for i in images}).per_image_cider(
-        {name: tokenize(text) for name, text in predictions.items()}
-    )
+    cider = Scorer(
+        {i.name: [tokenize_english(c) for c in i.captions] for i in images}
+    ).per_image_cider({name: tokenize_english(text) for name, text in predictions.items()})
     assert [r["name"] for r in parsed.records] == [i.name for i in images]
     for record, image in zip(parsed.records, images, strict=True):
         assert record["references"] == list(image.captions)

@@ -25,7 +25,8 @@ import train_decoder
 from pipeline.cli.report import main
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.encoded_captions import tokenized
-from pipeline.datasets.vocabulary import Vocabulary, tokenize
+from pipeline.datasets.tokenizers import tokenize_english
+from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.reports.curves import draw_curves, write_curves
@@ -227,7 +228,7 @@ def test_worst_and_best_are_those_of_the_lowest_and_highest_scores(drawn_run: Dr
         p["image_id"]: p["caption"]
         for p in json.loads((drawn_run.run / "predictions.json").read_text())
     }
-    found = Scorer(val).per_image_cider({n: tokenize(text) for n, text in captions.items()})
+    found = Scorer(val).per_image_cider({n: tokenize_english(text) for n, text in captions.items()})
     text = Page(drawn_run.run / "report.html").text
     shown = {
         title: [float(value) for value in re.findall(r"CIDEr-D (\d+\.\d)", part)]

@@ -254,7 +254,7 @@ def test_a_kill_before_the_training_state_is_written_repeats_the_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = [1.0, 4.0, 3.0]
-    settings = config(3, ema_decay=0.9)
+    settings = replace(config(3), ema_decay=0.9)
     train(ScoringStage(scores), tmp_path / "whole", settings)
     written = []
 

@@ -1,0 +1,112 @@
+"""Read captions from JSON: Karpathy's and COCO's layouts, and JSON Lines."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.datasets.caption_readers import CaptionCollector
+
+FILE_SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
+
+
+def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollector) -> str:
+    """Read a file that begins with a brace or bracket; return the layout's name.
+
+    Args:
+        path: the file, for messages and for the split in its name.
+        text: its content.
+        lines: the same, line by line.
+        collector: receives the captions.
+
+    Raises:
+        UserError: the file is not valid JSON, or of another structure.
+    """
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # One object per line is JSON Lines under any name; otherwise the JSON is broken.
+        first = next(filter(str.strip, lines))
+        if path.suffix.lower() != ".jsonl" and not isinstance(_parse_line(first), dict):
+            raise UserError(f"{path}: not valid JSON ({error})") from error
+        return _read_jsonl(lines, collector)
+    if isinstance(document, dict) and "annotations" in document:
+        return _read_coco(path, document, collector)
+    if isinstance(document, dict) and "images" in document:
+        return _read_karpathy(path, document, collector)
+    if path.suffix.lower() == ".json":
+        raise UserError(
+            f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO)'
+        )
+    return _read_jsonl(lines, collector)
+
+
+def _read_jsonl(lines: list[str], collector: CaptionCollector) -> str:
+    collector.split_source = "the file's own split column"
+    for number, line in enumerate(lines, 1):
+        record = _parse_line(line)
+        if isinstance(record, dict):
+            collector.add_record(f"line {number}", record)
+        elif line.strip():
+            collector.malformed(f"line {number}")
+    return "JSONL"
+
+
+def _parse_line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_karpathy(path: Path, document: dict[str, Any], collector: CaptionCollector) -> str:
+    images = _list_of(path, document, "images")
+    if not any("sentences" in image for image in images if isinstance(image, dict)):
+        raise UserError(f'{path}: no "sentences" in any of "images"; expected Karpathy\'s JSON')
+    collector.split_source = "the file's own splits"
+    for number, image in enumerate(images, 1):
+        where = f"image {number}"
+        sentences = image.get("sentences") if isinstance(image, dict) else None
+        if not isinstance(sentences, list) or not isinstance(image.get("filename"), str):
+            collector.malformed(where)
+            continue
+        folder = image.get("filepath")
+        name = f"{folder}/{image['filename']}" if folder else image["filename"]
+        captions = [item.get("raw") if isinstance(item, dict) else item for item in sentences]
+        collector.add(where, name, captions, image.get("split"))
+    return "Karpathy JSON"
+
+
+def _read_coco(path: Path, document: dict[str, Any], collector: CaptionCollector) -> str:
+    collector.split_source = "the names of the captions files"
+    words = set(FILE_SPLIT.findall(path.stem.lower()))
+    split = words.pop() if len(words) == 1 else None
+    names: dict[str, str] = {}
+    for number, image in enumerate(_list_of(path, document, "images"), 1):
+        where = f"{path.name}, image {number}"
+        if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
+            collector.malformed(where)
+            continue
+        names[str(image.get("id"))] = image["file_name"]
+        collector.add(where, image["file_name"], [], split)
+    for number, item in enumerate(_list_of(path, document, "annotations"), 1):
+        where = f"{path.name}, annotation {number}"
+        if not isinstance(item, dict) or "caption" not in item:
+            collector.malformed(where)
+        elif str(item.get("image_id")) not in names:
+            collector.count("annotations of unknown images dropped", where)
+        else:
+            collector.add(where, names[str(item["image_id"])], item["caption"])
+    return "COCO JSON"
+
+
+def _list_of(path: Path, document: dict[str, Any], key: str) -> list[Any]:
+    value = document.get(key)
+    if not isinstance(value, list):
+        raise UserError(f'{path}: "{key}" is missing or not a list')
+    return value
