@@ -114,7 +114,9 @@ def initial_state(
             pairs.append((student.pooled(pictures).cpu(), teacher(for_teacher)[0].cpu()))
     given, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
     state.mean, state.deviation = wanted.mean(0), wanted.std(0).clamp_min(1e-3)
-    centre, scale = given.mean(0), given.std(0).clamp_min(1e-3)
+    # One scale for all features: of those that hardly vary yet, the map must not make much.
+    centre = given.mean(0)
+    scale = (given - centre).square().mean().sqrt().clamp_min(1e-3)
     given, wanted = (given - centre) / scale, (wanted - state.mean) / state.deviation
     kernel = given @ given.T
     ridge = RIDGE * len(kernel) * torch.eye(len(kernel))
