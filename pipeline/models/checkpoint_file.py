@@ -132,7 +132,9 @@ def read_torch_file(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, LookupError) as error:
+    except pickle.UnpicklingError as error:  # whose text advises to trust the file
+        raise UserError(f"{path}: not a PyTorch file of tensors, or damaged") from error
+    except (RuntimeError, OSError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a PyTorch file of tensors, or damaged ({reason})") from error
     except (ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:

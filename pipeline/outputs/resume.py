@@ -111,7 +111,8 @@ class PartialResults:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        self._handle.close()
+        with contextlib.suppress(OSError):  # of what a full disk did not take
+            self._handle.close()
         if kind is None:
             self.path.unlink(missing_ok=True)
 

@@ -552,15 +552,21 @@ def test_weights_that_are_none(images: Path, tmp_path: Path) -> None:
     }
     key = "Mixed_6c.branch_pool.conv.weight"
     contents: dict[str, tuple[object, str]] = {
-        "missing tensor": ({k: v for k, v in shapes.items() if k != key}, f"{key} is missing"),
+        "missing tensor": (
+            {k: v for k, v in shapes.items() if k != key},
+            f"{key!r} of the InceptionV3 state dict is missing",
+        ),
         "shape": (
             {**shapes, key: torch.zeros(2, 3)},
-            f"{key} of the encoder has not the shape (192, 768,",
+            f"{key} of the InceptionV3 state dict does not have the shape (192, 768,",
         ),
-        "unknown": ({**shapes, "layer9.weight": torch.zeros(2)}, "'layer9.weight' is unknown"),
-        "numbers": ({"epoch": 3}, "holds no InceptionV3 weights"),
+        "unknown": (
+            {**shapes, "layer9.weight": torch.zeros(2)},
+            "'layer9.weight' of the InceptionV3",
+        ),
+        "numbers": ({"epoch": 3}, "of the InceptionV3 state dict is missing"),
         "list": ([torch.zeros(2)], "holds no InceptionV3 weights"),
-        "bomb": ({**shapes, key: Bomb(tmp_path / "exploded")}, "not a state dict that torch"),
+        "bomb": ({**shapes, key: Bomb(tmp_path / "exploded")}, "not a PyTorch file of tensors"),
     }
     for name, (content, words) in contents.items():
         path = tmp_path / name
@@ -570,7 +576,9 @@ def test_weights_that_are_none(images: Path, tmp_path: Path) -> None:
         assert str(path) in message
         assert len(message.splitlines()) == 1
     (tmp_path / "text").write_text("no weights")
-    assert "not a state dict" in refusal("--data", images, "--weights", tmp_path / "text")
+    assert "not a PyTorch file of tensors" in refusal(
+        "--data", images, "--weights", tmp_path / "text"
+    )
     message = refusal("--data", images, "--weights", tmp_path / "gone.pth")
     assert "gone.pth: no such file (use imagenet, pretrained" in message
     assert not (tmp_path / "exploded").exists()

@@ -352,8 +352,8 @@ def test_images_that_evaluate_left_out_are_named(tmp_path: Path) -> None:
 def test_a_page_of_several_runs_is_refused_at_once(drawn_run: DrawnRun, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     for arguments, message in (
-        ((drawn_run.run, drawn_run.run, "--html", page), "--html is for one run"),
-        (("--compare", "a.json", "b.json", "--html", page), "--html is for one run"),
+        ((drawn_run.run, drawn_run.run, "--html", page), "--html: is for one run"),
+        (("--compare", "a.json", "b.json", "--html", page), "--html: is for one run"),
         ((drawn_run.run, "--html", tmp_path), "is a folder"),
     ):
         result = evaluate(*arguments)

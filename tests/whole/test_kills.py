@@ -126,7 +126,7 @@ def lines_of(path: Path) -> int:
         pytest.param(
             "train",
             slowed(decoder_stage.DecoderStage, "loss"),
-            lambda folder: (folder / "run/last.safetensors").is_file(),
+            lambda folder: (folder / "run/resume.safetensors").is_file(),
             "resuming after epoch ",
             id="train",
         ),
