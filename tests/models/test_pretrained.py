@@ -231,7 +231,7 @@ def test_caption_uses_it_and_says_so(
     image = str(next((drawn_run.data / "Images").glob("*.jpg")))
     result = CliRunner().invoke(caption.main, [image, "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert "comes with the program" in result.stderr and "MODEL_CARD.md" in result.stderr
+    assert "the pretrained model" in result.stderr and "MODEL_CARD.md" in result.stderr
     assert result.stdout.startswith(f"{image}\t") and len(result.stdout.split("\t")[1]) > 5
 
 
