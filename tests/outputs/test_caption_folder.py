@@ -445,6 +445,10 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--min-length", 9, "--max-length", 3), "--min-length 9: must not be above"),
         ((album, "--temperature", 0), "--temperature"),
         ((album, "--html", album), "is a folder"),
+        ((album, "--words"), "--words: is for json and jsonl"),
+        ((album, "--overwrite"), "--overwrite: is for --sidecar"),
+        ((album, "--thumbnails", "beside"), "--thumbnails: is for the page"),
+        (("--serve", "--beam-size", 2), "--serve: takes no search options (beam-size-2)"),
     ):
         result = caption(drawn_run, *arguments)
         assert result.exit_code == 2, result.output
