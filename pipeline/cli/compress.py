@@ -21,14 +21,14 @@ from pipeline.utils.terminal import echo
     help="File to write.",
 )
 def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
-    """Write one small file that captions by itself: encoder, decoder and rerankers of RUNS.
+    """Write RUNS as one small checkpoint with encoder and decoders, which captions by itself.
 
-    RUNS are run folders or checkpoints of stage 2 or 3; several, of one encoder and recipe, become
-    an ensemble. The encoder's filters are stored in 8 bits, everything else in 16.
+    RUNS are run folders or checkpoints of stage 2 or 3; several, with the same encoder and recipe,
+    become an ensemble. The encoder's filters are stored in 8 bits, other networks in 16.
 
     \b
     Examples:
-      captioner compress runs/decoder
+      captioner compress runs/joint --output small.safetensors
       captioner compress old.pt --output new.safetensors
     """
     save_compressed(runs, output, weights)

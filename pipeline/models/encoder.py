@@ -30,6 +30,7 @@ from pipeline.datasets.images import IMAGE_SIZE
 from pipeline.models.checkpoint_file import (
     check_state,
     group_of,
+    is_torch_file,
     read_tensors,
     read_torch_file,
     shapes_of,
@@ -315,7 +316,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             f"--weights {path}: no such file (use imagenet, pretrained or a file's path)"
         )
     scales: dict[str, Tensor] = {}
-    if path.suffix == ".safetensors":
+    if not is_torch_file(path):
         tensors, _ = read_tensors(path)
         state: Any = group_of(tensors, "encoder")
         scales = group_of(tensors, "encoder_scales")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,6 +53,11 @@ def test_everything_is_kept(saved: Path) -> None:
 def test_the_same_content_makes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "again", small_checkpoint())
     assert (tmp_path / "again").read_bytes() == saved.read_bytes()
+
+
+def test_the_content_decides_whatever_the_name(saved: Path, tmp_path: Path) -> None:
+    named = Path(shutil.copy(saved, tmp_path / "small.pt"))
+    assert load_checkpoint(named).epoch == 3
 
 
 def test_tied_embeddings_are_stored_once(saved: Path) -> None:
