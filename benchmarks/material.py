@@ -23,7 +23,7 @@ from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.features.cache import FeatureCache
-from pipeline.features.cache_writer import open_cache_writer
+from pipeline.features.cache_writer import open_writer
 from pipeline.models.encoder import load_encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 
@@ -135,10 +135,10 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
     identity = EncoderIdentity("inception_v3", "0" * 64, "made up", "fp32", "random", "0")
     count = rows or len(features)
     names = [f"{number:07d}.jpg" for number in range(count)]
-    writer = open_cache_writer(path, names, identity, force=True, retry_failed=False)
-    assert writer is not None
+    writer = open_writer(path, names, identity)
     for start in range(0, count, len(features)):
-        writer.cache.own_features[start : start + len(features)] = features[: count - start]
+        rows = range(start, min(start + len(features), count))
+        writer.write(rows, features[: len(rows)], {})
     return writer.finish()
 
 

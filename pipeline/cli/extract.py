@@ -137,7 +137,7 @@ def main(
         if not source.names:
             raise UserError(f"--data {data}: no images there")
         from pipeline.features.cache import default_cache_path
-        from pipeline.features.extraction import Extraction, extract, extract_share
+        from pipeline.features.extraction import Extraction, extract
         from pipeline.features.sharded_cache import resume_identity
         from pipeline.models.encoder import NAMED_WEIGHTS, load_encoder
         from pipeline.models.openvino import choose_engine
@@ -178,7 +178,7 @@ def main(
             force=force,
             retry_failed=retry_failed,
         )
-        result = extract(task, world) if world.size == 1 else extract_share(task, world)
+        result = extract(task, world)
     if world.rank == 0:
         report(result)
 

@@ -1,86 +1,91 @@
-"""The feature cache: one HDF5 file that keeps what the encoder says of every image.
+"""The feature cache: one HDF5 file with one feature vector per image.
 
-Layout (N images, in the order of their names' bytes):
+Layout (N images, in the byte order of their names):
 
-    features  (N, 2048) float16   one row an image
+    features  (N, 2048) float16   0 where an image failed
     names     (N,) UTF-8          paths relative to the data folder
     status    (N,) uint8          0 pending, 1 done, 2 failed
     reason    (N,) UTF-8          why an image failed
-    crc       (N,) uint32         CRC-32 of the row of features, which is 0 where an image failed
-    stamps    (N, 2) int64        the image's size in bytes and time in ns; 0, 0: not known
-    row_crc   (N,) uint32         CRC-32 of the row's name, status, reason, crc and stamp
-    layout_crc (1,) uint32        CRC-32 of all bytes of the file but the datasets' values
-    complete  (1,) uint8          1 when no row is pending
+    crc       (N,) uint32         CRC-32 of the row's features
+    stamps    (N, 2) int64        the image's size in bytes and time in ns; 0, 0: unknown
+    row_crc   (N,) uint32         CRC-32 of the row's name, status, reason, crc and stamps
 
     attributes: schema_version, data (the folder), encoder, weights_sha256, transform, precision,
-                weights_source, torchvision, engine, images_sha256
+                weights_source, torchvision, engine
 
-Every dataset is contiguous and allocated when the file is made. Afterwards nothing but
-raw values changes, at offsets that are known, so rows are written and read past the HDF5
-library: a process killed at any moment cannot break the file's structure, and reading a
-row costs one page of memory, however many rows there are. The file carries the suffix
-``.partial`` until it is complete.
+``cache_writer`` lays a cache out whole, through h5py: contiguous datasets, allocated at once. From
+then on it writes rows at fixed offsets and never touches HDF5's own structures, so a process
+killed at any moment cannot break the file. The file has the suffix ``.partial`` until every row is
+done or failed. This module reads caches, and copies that HDF5 tools made of them.
 
-Where several processes extracted (``feature_shards``), ``features`` is a virtual dataset: its
-rows lie in the shards beside the file, each of them such a cache itself. ``feature_writer``
-writes caches; this module reads them. Old caches have no stamps and no last two checksums.
+Where several processes extracted (``sharded_cache``), ``features`` is a virtual dataset: its rows
+lie in the shards beside the file, each of them a cache itself.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
+import h5py
 import numpy
 
 from pipeline.datasets.tar_shards import is_tar_shards, shards_folder
-from pipeline.features.cache_columns import (
-    MapMode,
-    all_finite,
-    check_places,
-    check_structure,
-    map_again,
-    map_dataset,
-    row_crcs,
-)
-from pipeline.features.hdf5_layout import read_layout
-from pipeline.features.sharded_features import ShardedFeatures, find_shards
-from pipeline.models.encoder_identity import FEATURE_SIZE as FEATURE_SIZE
-from pipeline.models.encoder_identity import EncoderIdentity
+from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.utils.errors import UserError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PENDING, DONE, FAILED = 0, 1, 2
 REASON_BYTES = 160
+FEATURE_TYPE = numpy.dtype("<f2")
+# Shape of a row and type of each dataset; S: bytes of a fixed number.
+DATASETS: dict[str, tuple[tuple[int, ...], str]] = {
+    "features": ((FEATURE_SIZE,), "<f2"),
+    "names": ((), "S"),
+    "status": ((), "|u1"),
+    "reason": ((), "S"),
+    "crc": ((), "<u4"),
+    "stamps": ((2,), "<i8"),
+    "row_crc": ((), "<u4"),
+}
+CHECKED_COLUMNS = ("names", "status", "reason", "crc", "stamps")
 # Rows touched at a time where a whole cache is walked through: 32 MB of features.
 CHUNK = 8192
 
 
+class StoredDataset(NamedTuple):
+    """Type, shape and place of a dataset; the offset is None unless its bytes lie in one piece."""
+
+    dtype: numpy.dtype
+    shape: tuple[int, ...]
+    offset: int | None
+
+
 def partial_path(path: Path) -> Path:
-    """Give the name that a cache has while it is being made."""
+    """Return the name that a cache has until it is complete."""
     return path.with_name(path.name + ".partial")
 
 
 class FeatureCache:
-    """A cache opened for reading. Arrays are mapped, not loaded, so any size opens at once.
+    """A cache opened for reading. Nothing is loaded, so a cache of any size opens at once.
 
     Attributes:
-        identity: what made the features.
+        identity: the encoder that made the features.
         data: the folder of the images when it was made.
-        shards: the files of its rows' features, where they are not in the file itself.
-        status: uint8 (N,), mapped.
-        stamps: int64 (N, 2), mapped; 0 in old caches.
+        shards: the files that hold the features, if they are not in the file itself.
+        datasets: where the values lie.
 
     Raises:
         UserError: the file is missing, no feature cache, or of another schema version.
     """
 
-    def __init__(self, path: Path, writable: bool = False) -> None:
+    def __init__(self, path: Path, may_have_shards: bool = True) -> None:
         self.path = path
+        self.shards: list[Path] = []
+        self._loaded: dict[str, numpy.ndarray] = {}
         if not path.is_file():
             unfinished = partial_path(path).is_file()
             raise UserError(
@@ -89,99 +94,112 @@ class FeatureCache:
                 else f"{path}: no such feature cache; make it with extract_features.py"
             )
         try:
-            layout = read_layout(path)
-            if layout.attributes.get("schema_version") != SCHEMA_VERSION:
-                raise UserError(
-                    f"{path}: not a feature cache of schema version {SCHEMA_VERSION}; "
-                    "make it anew: extract_features.py --force"
-                )
-            places = layout.datasets
-            check_places(places)
-            texts = {name: str(value) for name, value in layout.attributes.items()}
-            fields = EncoderIdentity.__dataclass_fields__.keys() & texts.keys()
-            self.identity = EncoderIdentity(**{field: texts[field] for field in fields})
-            self.images_sha256, self.data = texts["images_sha256"], texts["data"]
-            mode: MapMode = "r+" if writable else "r"
-            self.shards: list[Path] = []
-            self._open_features: Callable[[], numpy.memmap | ShardedFeatures]
-            if places["features"].offset is None:
-                self.shards, self._open_features = find_shards(path, places["features"])
-            else:
-                self._open_features = functools.partial(map_again, path, places["features"], mode)
-            self._open_features()
-            self._names = map_dataset(path, places["names"], mode)
-            self.status = map_dataset(path, places["status"], mode)
-            self._open_reason = functools.partial(map_again, path, places["reason"], mode)
-            self._crc = map_dataset(path, places["crc"], mode)
-            self._complete = map_dataset(path, places["complete"], mode)
-            self._row_crc: numpy.memmap | None = None
-            self.stamps: numpy.ndarray = numpy.broadcast_to(numpy.int64(0), (len(self), 2))
-            if "row_crc" in places:
-                self.stamps = map_dataset(path, places["stamps"], mode)
-                self._row_crc = map_dataset(path, places["row_crc"], mode)
-            check_structure(path, layout)
+            with h5py.File(path, "r") as file:
+                self._open(file, may_have_shards)
         except PermissionError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-        except (OSError, LookupError, ValueError, TypeError) as error:
+        except (OSError, LookupError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise UserError(
-                f"{path}: not a readable feature cache ({error}); "
+                f"{path}: not a readable feature cache ({reason}); "
                 "extract_features.py --force makes it anew"
             ) from error
 
+    def _open(self, file: h5py.File, may_have_shards: bool) -> None:
+        version = file.attrs.get("schema_version")
+        if not isinstance(version, numpy.integer) or version != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path}: not a feature cache of schema version {SCHEMA_VERSION}; "
+                "make it anew: extract_features.py --force"
+            )
+        texts = {}
+        for name in ("data", *EncoderIdentity.__dataclass_fields__):
+            text = file.attrs[name]
+            texts[name] = text.decode() if isinstance(text, bytes) else text
+            if not isinstance(texts[name], str):
+                raise ValueError(f"the attribute {name} is no text")
+        self.data = texts.pop("data")
+        self.identity = EncoderIdentity(**texts)
+        self.datasets: dict[str, StoredDataset] = {}
+        for name, (row_shape, kind) in DATASETS.items():
+            dataset = _own_dataset(file, name)
+            shape = (*file["names"].shape[:1], *row_shape)
+            fits = dataset.dtype.kind == "S" if kind == "S" else dataset.dtype.str == kind
+            if dataset.shape != shape or not fits:
+                raise ValueError(f"{name} has another type or shape")
+            dtype = numpy.dtype(dataset.dtype.str)
+            self.datasets[name] = StoredDataset(dtype, shape, dataset.id.get_offset())
+            if dataset.is_virtual:
+                if name != "features" or not may_have_shards:
+                    raise ValueError(f"{name} is a virtual dataset")
+                self.shards = _shards_of(self.path, dataset)
+
     def __len__(self) -> int:
-        return len(self._names)
-
-    def flush(self) -> None:
-        """Force what was written through the maps to disk."""
-        if not self.shards:
-            self.own_features.flush()
-        columns = (self._names, self._crc, self._reason, self.status, self._complete)
-        for mapped in (*columns, self.stamps, self._row_crc):
-            if isinstance(mapped, numpy.memmap):
-                mapped.flush()
-
-    def seal(self, rows: numpy.ndarray) -> None:
-        """Write down the checksums of rows that are no longer to change."""
-        assert self._row_crc is not None
-        self._row_crc[rows] = self._row_crcs(rows)
-
-    def _row_crcs(self, rows: numpy.ndarray) -> numpy.ndarray:
-        columns = (self._names, self.status, self._reason, self._crc, self.stamps)
-        return row_crcs([column[rows] for column in columns])
-
-    @property
-    def features(self) -> numpy.memmap | ShardedFeatures:
-        """The features, float16 (N, 2048), mapped anew.
-
-        The pages that are read or written through a map count as this process's memory for
-        as long as the map lives; so none is kept.
-        """
-        return self._open_features()
-
-    @property
-    def _reason(self) -> numpy.memmap:
-        """The reasons, mapped anew: the checksums pass over all of them, which are many bytes."""
-        return self._open_reason()
-
-    @property
-    def own_features(self) -> numpy.memmap:
-        """The same as an array of the file itself, to be written to; not for shards."""
-        features = self.features
-        assert isinstance(features, numpy.memmap)
-        return features
+        return self.datasets["names"].shape[0]
 
     @property
     def complete(self) -> bool:
-        """Whether the file says that no row is pending."""
-        return bool(self._complete[0] == 1)
+        """True if the file has its final name; no row of it should be pending."""
+        return self.path.suffix != ".partial"
 
-    def name(self, row: int | numpy.integer) -> str:
-        """Give the image's path, relative to the data folder, of one row.
+    @property
+    def status(self) -> numpy.ndarray:
+        """What became of each row: uint8 (N,)."""
+        return self.column("status")
+
+    def column(self, name: str) -> numpy.ndarray:
+        """Return all rows of a dataset, mapped; those of a compressed or chunked copy are loaded.
+
+        It is mapped anew each time: the pages that are read through a map count as this process's
+        memory for as long as the map lives.
 
         Raises:
-            UserError: it would lead out of that folder.
+            UserError: the file is gone, or shorter now.
         """
-        name = os.fsdecode(bytes(self._names[row]))
+        dtype, shape, offset = self.datasets[name]
+        if offset is None:
+            if name not in self._loaded:
+                self._loaded[name] = self._load(name)
+            return self._loaded[name]
+        try:
+            return numpy.memmap(self.path, dtype, "r", offset, shape)
+        except (OSError, ValueError) as error:
+            raise self._lost(error) from error
+
+    def read(self, rows: numpy.ndarray, dtype: type = numpy.float32) -> numpy.ndarray:
+        """Return the features of ``rows``, int64 (R,), in any order: (R, 2048)."""
+        if self.datasets["features"].offset is not None:
+            return self.column("features")[rows].astype(dtype)
+        if not len(rows):
+            return numpy.empty((0, FEATURE_SIZE), dtype)
+        wanted, places = numpy.unique(rows, return_inverse=True)
+        # A slice is much faster than a list of rows, and walks through a cache ask for slices.
+        first, last = int(wanted[0]), int(wanted[-1])
+        whole = last - first + 1 == len(wanted)
+        values = self._load("features", slice(first, last + 1) if whole else wanted)
+        return values[places].astype(dtype)
+
+    def _load(self, name: str, rows: slice | numpy.ndarray = slice(None)) -> numpy.ndarray:
+        try:
+            with h5py.File(self.path, "r") as file:
+                return file[name][rows]
+        except (OSError, KeyError) as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: Exception) -> UserError:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        return UserError(f"{self.path}: can no longer be opened ({reason})")
+
+    def name(self, row: int | numpy.integer) -> str:
+        """Return the path of a row's image, relative to the data folder.
+
+        Raises:
+            UserError: the path leads out of that folder.
+        """
+        return self._path_of(self.column("names")[row])
+
+    def _path_of(self, encoded: numpy.bytes_) -> str:
+        name = os.fsdecode(bytes(encoded))
         if not _is_below(name):
             raise UserError(
                 f"{self.path}: names an image outside of its folder ({name}); "
@@ -190,63 +208,73 @@ class FeatureCache:
         return name
 
     def names(self, status: int | None = None) -> list[str]:
-        """List all names, or those of rows with one status, in row order.
+        """Return all names, or those of rows with one status, in row order.
 
         Raises:
             UserError: a row's name or status is damaged.
         """
-        for known in self._parts(None):
+        for known in self.chunks():
             self.refuse_damage(known[~self._fit(known)])
-        rows = range(len(self)) if status is None else numpy.flatnonzero(self.status == status)
-        return [self.name(row) for row in rows]
+        encoded = self.column("names")
+        if status is not None:
+            encoded = encoded[self.status == status]
+        return [self._path_of(name) for name in encoded]
 
     def failures(self) -> dict[str, str]:
-        """Give name and reason of every image that could not be read."""
-        reasons = self._reason
-        return {
-            self.name(row): bytes(reasons[row]).decode("utf-8", "ignore")
-            for row in numpy.flatnonzero(self.status == FAILED)
-        }
+        """Return the name of every image that could not be read, and why."""
+        failed = numpy.flatnonzero(self.status == FAILED)
+        reasons = self.column("reason")[failed]
+        texts = [bytes(reason).decode("utf-8", "ignore") for reason in reasons]
+        return dict(zip(map(self.name, failed), texts, strict=True))
 
     def rows(self, names: Sequence[str]) -> numpy.ndarray:
-        """Find the rows of ``names``: int64 (len(names),), -1 where there is no such name."""
-        wanted = numpy.array([os.fsencode(name) for name in names], dtype="S")
-        if not len(self) or not len(wanted):
-            return numpy.full(len(wanted), -1, dtype=numpy.int64)
-        # In the names' own type: for a longer one numpy would copy all names to widen them.
-        found = numpy.searchsorted(self._names, wanted.astype(self._names.dtype))
-        found = numpy.minimum(found, len(self) - 1)
-        return numpy.where(self._names[found] == wanted, found, -1)
+        """Return the rows of ``names``: int64 (len(names),), -1 where there is no such name."""
+        return self.find(numpy.array([os.fsencode(name) for name in names], dtype="S"))
+
+    def find(self, names: numpy.ndarray) -> numpy.ndarray:
+        """Return the rows of names as bytes, (R,), like ``rows``."""
+        known = self.column("names")
+        if not len(known) or not len(names):
+            return numpy.full(len(names), -1, dtype=numpy.int64)
+        # In the known names' type: for a longer one numpy would copy all names to widen them.
+        found = numpy.searchsorted(known, names.astype(known.dtype))
+        found = numpy.minimum(found, len(known) - 1)
+        return numpy.where(known[found] == names, found, -1)
 
     def changed(self, rows: numpy.ndarray, stamps: numpy.ndarray) -> numpy.ndarray:
-        """Tell which rows' images are others now: those whose known stamps differ.
+        """Return which rows' images have changed, bool (R,): both stamps known, and different.
 
         Args:
             rows: int64 (R,).
-            stamps: int64 (R, 2), as the images are now.
-
-        Returns:
-            bool (R,).
+            stamps: int64 (R, 2), of the images now.
         """
-        before = self.stamps[rows]
+        before = self.column("stamps")[rows]
         return (before != stamps).any(1) & before.any(1) & stamps.any(1)
 
+    def chunks(self) -> Iterator[numpy.ndarray]:
+        """Yield all rows that should have checksums, some at a time."""
+        for start in range(0, len(self), CHUNK):
+            if self.complete:
+                yield numpy.arange(start, min(start + CHUNK, len(self)))
+            else:
+                yield start + numpy.flatnonzero(self.status[start : start + CHUNK] != PENDING)
+
     def damaged_rows(self, rows: numpy.ndarray | None = None) -> numpy.ndarray:
-        """List those rows, of all that are done or failed or of ``rows``, whose checksums do not
-        fit, or whose features are no numbers. In a complete cache a pending row is damaged, too.
+        """Return the rows whose checksums do not match or whose features are not finite.
+
+        Args:
+            rows: those to look at; by default all that are done or failed, and in a complete
+                cache all.
         """
-        damaged: list[int] = []
-        for part in self._parts(rows):
-            features = self.features[part]
-            fit = self._fit(part) & all_finite(features)
-            # Old caches have no checksum of what is not there.
-            sealed = (self.status[part] == DONE) | (self._row_crc is not None)
-            damaged += (
-                row
-                for row, fits, has_crc, values in zip(part, fit, sealed, features, strict=True)
-                if not fits or (has_crc and zlib.crc32(values) != self._crc[row])
-            )
-        return numpy.array(damaged, dtype=numpy.int64)
+        parts = self.chunks() if rows is None else numpy.split(rows, range(CHUNK, len(rows), CHUNK))
+        damaged = [numpy.empty(0, numpy.int64)]
+        for part in parts:
+            features = self.read(part, numpy.float16)
+            crcs = numpy.array([zlib.crc32(row) for row in features], numpy.uint32)
+            fit = self._fit(part) & (crcs == self.column("crc")[part])
+            fit &= numpy.isfinite(features).all(axis=1)
+            damaged.append(part[~fit])
+        return numpy.concatenate(damaged)
 
     def refuse_damage(self, rows: numpy.ndarray) -> None:
         """Raise a UserError if there are any among ``rows``, which are damaged."""
@@ -256,32 +284,25 @@ class FeatureCache:
                 "extract_features.py makes them again"
             )
 
-    def _parts(self, rows: numpy.ndarray | None) -> Iterator[numpy.ndarray]:
-        """Give rows, or all those that should have checksums, some at a time."""
-        for start in range(0, len(self) if rows is None else len(rows), CHUNK):
-            if rows is not None:
-                yield rows[start : start + CHUNK]
-            elif self.complete:
-                yield numpy.arange(start, min(start + CHUNK, len(self)))
-            else:
-                yield start + numpy.flatnonzero(self.status[start : start + CHUNK] != PENDING)
-
     def _fit(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Tell which rows are done or failed and, beside their features, undamaged: bool (R,)."""
-        ended = numpy.isin(self.status[rows], (DONE, FAILED))
-        return (
-            ended
-            if self._row_crc is None
-            else ended & (self._row_crc[rows] == self._row_crcs(rows))
-        )
+        """Return which rows are done or failed and, beside their features, undamaged: bool (R,)."""
+        columns = {name: self.column(name)[rows] for name in CHECKED_COLUMNS}
+        ended = numpy.isin(columns["status"], (DONE, FAILED))
+        return ended & (self.column("row_crc")[rows] == row_crcs(columns))
 
-    def read(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Copy rows out of the file: float32 (len(rows), 2048)."""
-        return self.features[rows].astype(numpy.float32)
+
+def row_crcs(columns: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
+    """Return the CRC-32 of each row of ``CHECKED_COLUMNS``: uint32 (R,)."""
+    rows = len(columns["names"])
+    parts = [
+        numpy.frombuffer(columns[name].tobytes(), "u1").reshape(rows, -1 if rows else 0)
+        for name in CHECKED_COLUMNS
+    ]
+    return numpy.array([zlib.crc32(row) for row in numpy.hstack(parts)], "<u4")
 
 
 def default_cache_path(data: str | Path) -> Path:
-    """Give the cache of a data folder, or of one with shards, where no other is named:
+    """Return the default cache of a data folder, or of one with tar shards:
     data/features/FOLDER.h5.
     """
     if is_tar_shards(data):
@@ -290,13 +311,46 @@ def default_cache_path(data: str | Path) -> Path:
     return Path("data/features") / f"{Path(os.path.abspath(data)).name}.h5"  # noqa: PTH100
 
 
-def images_sha256(names: Sequence[str]) -> str:
-    """Hash a list of names, which is in the order of its bytes."""
-    return hashlib.sha256(b"\0".join(os.fsencode(name) for name in names)).hexdigest()
+def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """Return a dataset whose values lie in this file, or in shards.
+
+    Raises:
+        ValueError: it is missing, or a link or its storage leads to other files.
+    """
+    link = file.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+        raise ValueError(f"{name} is missing")
+    if file[name].external:
+        raise ValueError(f"{name} is stored in other files")
+    return file[name]
+
+
+def _shards_of(path: Path, features: h5py.Dataset) -> list[Path]:
+    """Return the files behind a virtual dataset, which have to be caches beside ``path``.
+
+    Raises:
+        UserError: a shard is missing, or is no cache.
+        ValueError: a source is something else.
+    """
+    shards = []
+    for source in features.virtual_sources():
+        shard = path.parent / source.file_name
+        if shard.name != source.file_name or source.dset_name != "features":
+            raise ValueError(f"features in {source.file_name!r}")
+        if not shard.is_file():
+            raise UserError(
+                f"{shard}: missing, though {path.name} needs it; put it back, or make it "
+                "again with the command that made it"
+            )
+        (first, _), (last, _) = source.vspace.get_select_bounds()
+        if len(FeatureCache(shard, may_have_shards=False)) != last + 1 - first:
+            raise ValueError(f"{shard.name} has other rows")
+        shards.append(shard)
+    return shards
 
 
 def _is_below(name: str) -> bool:
-    """Tell whether a name is that of a file below a folder, and leads nowhere else."""
+    """True if a name is that of a file below a folder, and leads nowhere else."""
     if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
         return True  # as nearly all are, and there may be millions
     path = PurePath(name)

@@ -1,15 +1,16 @@
-"""Filling a feature cache: laid out whole at first, then written row by row, safe at any kill.
+"""Writing a feature cache: laid out whole through h5py, then filled row by row, safe at any kill.
 
-``features`` says what is in the file; ``open_cache_writer`` keeps whatever of it was done before.
+``cache`` says what is in the file; ``open_writer`` keeps whatever of it was done before.
 """
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -17,44 +18,48 @@ import numpy
 
 from pipeline.features.cache import (
     CHUNK,
+    DATASETS,
     DONE,
     FAILED,
+    FEATURE_TYPE,
     PENDING,
     REASON_BYTES,
+    SCHEMA_VERSION,
     FeatureCache,
     partial_path,
+    row_crcs,
 )
-from pipeline.features.cache_columns import FEATURE_TYPE
-from pipeline.features.cache_file import allocate, create_file
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import move_into_place, temporary_path
+from pipeline.utils.files import cannot_be_written, temporary_path
 from pipeline.utils.terminal import echo
 
 # Seconds between two commits; a kill costs at most the work of one such span.
 COMMIT_INTERVAL = 1.0
-# What stands where an image failed, and its checksum.
 NO_FEATURES = numpy.zeros(FEATURE_SIZE, FEATURE_TYPE)
-NO_FEATURES_CRC = zlib.crc32(NO_FEATURES.tobytes())
+# Upper limit of a file's bytes beside its rows.
+STRUCTURE_BYTES = 1 << 14
 
 
 class CacheWriter:
-    """A partial cache being filled.
+    """A partial cache being filled; rows are kept in memory until ``commit``, about once a second.
 
-    Values are written at once; a row is marked done only after its values have been forced
-    to disk, which ``commit`` does about once a second for all rows since the last.
+    Attributes:
+        path: the cache's final name.
+        cache: the same file, for reading.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.final_path = path
-        self.cache = FeatureCache(partial_path(path), writable=True)
-        self._uncommitted: dict[int, int] = {}
+    def __init__(self, path: Path, file: Path | None = None) -> None:
+        self.path = path
+        self.cache = FeatureCache(file or partial_path(path))
+        self._handle = self.cache.path.open("r+b")
+        self._uncommitted: dict[int, tuple[int, numpy.ndarray, bytes]] = {}
         self._last_commit = time.monotonic()
 
     def pending_batches(self, batch_size: int) -> Iterator[list[int]]:
-        """Give the rows still to be made, in the batches of an undisturbed run.
+        """Yield the pending rows, in the batches of an undisturbed run.
 
-        A batch with one pending row is made again whole: the rounding of a row may depend
+        A batch with one pending row is encoded again whole: the rounding of a row may depend
         on its batch, and a resumed cache must equal an undisturbed one byte for byte.
         """
         for start in range(0, len(self.cache), batch_size):
@@ -70,230 +75,274 @@ class CacheWriter:
         Returns:
             How many of these rows were pending.
         """
-        touched = [*rows, *failures]
-        news = int((self.cache.status[touched] == PENDING).sum())
-        values, mapped = features.astype(FEATURE_TYPE), self.cache.own_features
-        reasons = self.cache._reason
-        for row, value in zip(rows, values, strict=True):
-            mapped[row] = value
-            self.cache._crc[row] = zlib.crc32(value)
-            reasons[row] = b""
-            self._uncommitted[row] = DONE
+        pending = int((self.cache.status[[*rows, *failures]] == PENDING).sum())
+        for row, value in zip(rows, features.astype(FEATURE_TYPE), strict=True):
+            self._uncommitted[row] = (DONE, value, b"")
         for row, reason in failures.items():
-            mapped[row] = NO_FEATURES
-            self.cache._crc[row] = NO_FEATURES_CRC
             encoded = reason.encode("utf-8", "replace")[:REASON_BYTES]
-            reasons[row] = encoded.decode("utf-8", "ignore").encode()
-            self._uncommitted[row] = FAILED
+            encoded = encoded.decode("utf-8", "ignore").encode()  # no half letter at the end
+            self._uncommitted[row] = (FAILED, NO_FEATURES, encoded)
         if time.monotonic() - self._last_commit > COMMIT_INTERVAL:
             self.commit()
-        return news
+        return pending
 
     def commit(self) -> None:
-        """Force what was written to disk, then mark it done.
+        """Force the rows' values to disk, and only then mark the rows done or failed.
 
         Raises:
-            UserError: that cannot be, or the file is gone.
+            UserError: they cannot be written, or the file is gone.
         """
-        path = self.cache.path
-        if not path.is_file():
-            raise UserError(f"{path}: is gone; the same command begins it anew")
+        if not self.cache.path.is_file():
+            raise UserError(f"{self.cache.path}: is gone; the same command begins it anew")
+        rows = numpy.array(sorted(self._uncommitted), dtype=numpy.int64)
         try:
-            self.cache.flush()
+            if len(rows):
+                status, features, reasons = zip(
+                    *(self._uncommitted[row] for row in rows), strict=True
+                )
+                columns = {
+                    "status": numpy.array(status, "u1"),
+                    "features": numpy.stack(features),
+                    "reason": numpy.array(reasons, f"S{REASON_BYTES}"),
+                    "crc": numpy.array([zlib.crc32(values) for values in features], "<u4"),
+                }
+                self.put(rows, columns)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        rows = numpy.array(list(self._uncommitted), dtype=numpy.int64)
-        self.cache.status[rows] = list(self._uncommitted.values())
-        self.cache.seal(rows)
+            raise cannot_be_written(self.cache.path, error) from error
         self._uncommitted.clear()
         self._last_commit = time.monotonic()
 
+    def put(self, rows: numpy.ndarray, columns: dict[str, numpy.ndarray]) -> None:
+        """Write status, reason, crc and, if given, features of sorted rows, with a checksum each.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        present = {name: self.cache.column(name)[rows] for name in ("names", "stamps")}
+        columns["row_crc"] = row_crcs({**present, **columns})
+        self.put_values(rows, {name: v for name, v in columns.items() if name != "status"})
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self.put_values(rows, {"status": columns["status"]})
+        self._handle.flush()
+
+    def put_values(self, rows: numpy.ndarray, columns: Mapping[str, numpy.ndarray]) -> None:
+        """Write values at their places in the file; ``rows`` are sorted."""
+        runs = numpy.split(numpy.arange(len(rows)), numpy.flatnonzero(numpy.diff(rows) != 1) + 1)
+        for run in runs if len(rows) else []:
+            for name, values in columns.items():
+                dtype, shape, offset = self.cache.datasets[name]
+                assert offset is not None
+                row_bytes = dtype.itemsize * int(numpy.prod(shape[1:]))
+                self._handle.seek(offset + int(rows[run[0]]) * row_bytes)
+                self._handle.write(values[run[0] : run[-1] + 1].astype(dtype).tobytes())
+
+    def move(self, path: Path) -> None:
+        """Force everything to disk, close the file and rename it.
+
+        Raises:
+            OSError: it cannot be written or renamed.
+        """
+        with self._handle as handle:
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.cache.path.replace(path)
+
     def finish(self) -> FeatureCache:
-        """Mark the cache complete, move it to its final name, and open it there."""
+        """Commit, rename the cache to its final name, and open it there."""
         self.commit()
-        self.cache.flush()
-        self.cache._complete[0] = 1
-        self.cache._complete.flush()
-        partial = self.cache.path
-        del self.cache  # Windows moves no file that is mapped
-        move_into_place(partial, self.final_path)
-        return FeatureCache(self.final_path)
+        try:
+            self.move(self.path)
+        except OSError as error:
+            raise cannot_be_written(self.path, error) from error
+        return FeatureCache(self.path)
 
 
-def open_cache_writer(
+def open_writer(
     path: Path,
     names: Sequence[str],
     identity: EncoderIdentity,
-    force: bool,
-    retry_failed: bool,
     data: str = "",
-    others: Sequence[Path] = (),
     stamps: numpy.ndarray | None = None,
-) -> CacheWriter | None:
-    """Open the cache at ``path`` for the images ``names``, keeping all work already done.
+    sources: Sequence[FeatureCache] = (),
+    retry_failed: bool = False,
+) -> CacheWriter:
+    """Open the partial cache of ``path`` for the images ``names``, keeping all work already done.
 
-    A finished or partial cache by the same encoder gives the rows that it has; images
-    added or changed since are pending, images gone are left out, damaged rows are made again.
-    ``data`` is the folder of the images: one cache is for one folder, as names recur in others.
-    ``others`` are further caches, finished or partial, that may have rows of these images.
-    ``stamps``, int64 (N, 2), tell how ``names`` are now: see ``features``.
-
-    Returns:
-        A writer, or None when the cache is complete as it stands.
+    Args:
+        path: the final name.
+        names: the images, in the byte order of their names.
+        identity: the encoder.
+        data: the folder of the images.
+        stamps: int64 (N, 2), their sizes and times now; see ``cache``.
+        sources: caches, finished or partial, by the same encoder, whose rows are taken over. A row
+            whose image has changed, or that is damaged, is pending. Images gone are left out.
+        retry_failed: rows that failed are pending, too.
 
     Raises:
-        UserError: a cache there was made by another encoder or of another folder, and
-            ``force`` is not set.
+        UserError: the file cannot be written.
     """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; --output names the file to write")
     partial = partial_path(path)
-    order = sorted(range(len(names)), key=lambda number: os.fsencode(names[number]))
-    names = [names[number] for number in order]
-    stamps = numpy.zeros((len(names), 2), dtype=numpy.int64) if stamps is None else stamps[order]
-    if force:
-        with contextlib.suppress(OSError):  # where that is not allowed, the next line says so
-            partial.unlink()
-        temporary = _create(partial, names, stamps, identity, data, [], retry_failed)
-        move_into_place(temporary, partial)
-        return CacheWriter(path)
-    own = existing_cache(path)
-    sources = [own] if own is not None else []
-    sources += [FeatureCache(file) for file in others]
-    check_origin(sources, identity, data)
-    if (
-        own is not None
-        and own.path == path
-        and own.complete
-        and is_complete(own, names, retry_failed, stamps)
-    ):
-        return None
-    _check_rounding(sources, identity)
-    if own is None or own.path == path or not is_complete(own, names, retry_failed, stamps):
-        temporary = _create(partial, names, stamps, identity, data, sources, retry_failed)
-        del own, sources  # Windows replaces no file that is mapped
-        move_into_place(temporary, partial)
+    stamps = numpy.zeros((len(names), 2), dtype=numpy.int64) if stamps is None else stamps
+    own = next((source for source in sources if source.path == partial), None)
+    in_place = own is not None and all(place.offset is not None for place in own.datasets.values())
+    if own is None or not in_place or not is_current(own, names, stamps, retry_failed):
+        create_file(partial, names, identity, data, stamps, sources, retry_failed)
     return CacheWriter(path)
 
 
-def existing_cache(path: Path) -> FeatureCache | None:
-    """Open what is at ``path``, begun or finished, if there is anything."""
-    return next((FeatureCache(f) for f in (partial_path(path), path) if f.is_file()), None)
-
-
-def echo_changes(
-    previous: FeatureCache | None, names: Sequence[str], stamps: numpy.ndarray
-) -> None:
-    """Say aloud how many images of an earlier cache are no longer there, or others now."""
-    if previous is not None:
-        rows = previous.rows(names)
-        gone = len(previous) - int((rows >= 0).sum())
-        if gone:
-            echo(f"images that are gone, their features dropped: {gone:,}", err=True)
-        changed = int(previous.changed(rows[rows >= 0], stamps[rows >= 0]).sum())
-        if changed:
-            echo(f"images that have changed, to be encoded again: {changed:,}", err=True)
-
-
-def check_origin(caches: Sequence[FeatureCache], identity: EncoderIdentity, data: str) -> None:
-    """Refuse caches of another encoder, or of another folder.
-
-    Raises:
-        UserError: there is one among them.
-    """
-    for cache in caches:
-        mismatch = identity.mismatch(cache.identity)
-        if mismatch is not None:
-            raise UserError(
-                f"{cache.path} was made by another encoder ({mismatch}); --force makes it anew, "
-                "--output FILE keeps both"
-            )
-        if data != cache.data:
-            raise UserError(
-                f"{cache.path} is of the images in {cache.data}, not of those in {data}; "
-                "--output FILE makes one for these, --force replaces it"
-            )
-
-
-def is_complete(
+def is_current(
     cache: FeatureCache,
     names: Sequence[str],
-    retry_failed: bool,
     stamps: numpy.ndarray,
-    rows: range | None = None,
+    retry_failed: bool,
+    first: int = 0,
+    count: int | None = None,
 ) -> bool:
-    """Tell whether a cache is of the images ``names``, in their order, and none of its rows,
-    or of ``rows``, is damaged or is to be made again; ``stamps`` are those of these rows.
+    """True if a cache is of ``count`` images, of which ``names`` are those from row ``first`` on,
+    and of these rows none has to be encoded again.
     """
-    if not numpy.array_equal(cache.rows(names), numpy.arange(len(cache))):
+    rows = numpy.arange(first, first + len(names))
+    if len(cache) != (count or len(names)) or not numpy.array_equal(cache.rows(names), rows):
         return False
-    chosen = numpy.arange(len(cache)) if rows is None else numpy.arange(rows.start, rows.stop)
-    if cache.changed(chosen, stamps).any():
+    if cache.changed(rows, stamps).any():
         return False
     if not cache.complete:
-        chosen = chosen[cache.status[chosen] != PENDING]
-    if retry_failed and (cache.status[chosen] == FAILED).any():
+        rows = rows[cache.status[rows] != PENDING]
+    if retry_failed and (cache.status[rows] == FAILED).any():
         return False
-    return not len(cache.damaged_rows(chosen))
+    return not len(cache.damaged_rows(rows))
 
 
-def _check_rounding(caches: Sequence[FeatureCache], identity: EncoderIdentity) -> None:
-    """Refuse to go on with caches in another precision or by another engine than before."""
-    for cache in caches:
-        for option in ("precision", "engine"):
-            before, now = getattr(cache.identity, option), getattr(identity, option)
-            if before != now:
-                raise UserError(
-                    f"{cache.path} was begun with --{option} {before}, not {now}: give that to go "
-                    "on with it; --force makes it anew, --output FILE keeps both"
-                )
-
-
-def _create(
+def create_file(
     path: Path,
     names: Sequence[str],
-    stamps: numpy.ndarray,
     identity: EncoderIdentity,
     data: str,
-    sources: Sequence[FeatureCache],
-    retry_failed: bool,
-) -> Path:
-    """Lay out a whole cache for ``path`` and take over what ``sources`` hold of its images.
+    stamps: numpy.ndarray,
+    sources: Sequence[FeatureCache] = (),
+    retry_failed: bool = False,
+    shards: Sequence[FeatureCache] = (),
+) -> None:
+    """Lay out a whole cache at ``path`` and take over the good rows of ``sources``.
 
-    Returns:
-        The temporary file, to be moved to ``path``.
+    With ``shards`` their features stay where they are, and a virtual dataset presents them.
+
+    Raises:
+        UserError: the file cannot be written; what was at ``path`` is still there.
     """
+    temporary = temporary_path(path)
+    longest = max((len(os.fsencode(name)) for name in names), default=1)
+    row_bytes = longest + REASON_BYTES + sum((1, 4, 16, 4)) + 2 * FEATURE_SIZE * (not shards)
+    attributes = {**asdict(identity), "data": data}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Before HDF5 begins, whose errors of a full disk are long, and leave the file open.
+        _reserve(temporary, "wb", STRUCTURE_BYTES + len(names) * row_bytes)
+        _lay_out(temporary, len(names), longest, attributes, shards)
+        _reserve(temporary, "r+b", temporary.stat().st_size)
+        writer = CacheWriter(path, temporary)
+        with writer._handle:
+            for start in range(0, len(names), CHUNK):
+                chunk = [os.fsencode(name) for name in names[start : start + CHUNK]]
+                columns = {"names": numpy.array(chunk), "stamps": stamps[start : start + CHUNK]}
+                writer.put_values(numpy.arange(start, start + len(chunk)), columns)
+            writer._handle.flush()
+            for source in sources:
+                _take_over(writer, source, retry_failed, with_features=not shards)
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary.is_file():
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise cannot_be_written(path, error) from error
+        raise
 
-    def allocate_features(file: h5py.File) -> None:
-        allocate(file, "features", (len(names), FEATURE_SIZE), FEATURE_TYPE)
 
-    with create_file(path, names, stamps, identity, data, allocate_features) as cache:
-        for source in sources:
-            _take_over(cache, source, retry_failed)
-        cache.flush()
-    return temporary_path(path)
+def _lay_out(
+    path: Path,
+    count: int,
+    longest: int,
+    attributes: Mapping[str, str],
+    shards: Sequence[FeatureCache],
+) -> None:
+    """Write the structure of a cache of ``count`` rows through h5py; all values are 0.
+
+    Everything that decides the file's form is set here, so that no global setting of h5py and no
+    clock changes a byte. The form is that of HDF5 1.8, whose structures have checksums.
+    """
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_obj_track_times(False)
+    creation.set_link_creation_order(0)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_LATEST)
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_layout(h5py.h5d.CONTIGUOUS)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    # The new part of a file reads as zeros without writing them.
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)
+    file_id = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)
+    with h5py.File(file_id) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        for name, text in attributes.items():
+            # Of fixed length: HDF5 has no checksum of texts of any length.
+            encoded = text.encode("utf-8", "replace")
+            kind = h5py.string_dtype("utf-8", max(1, len(encoded)))
+            file.attrs.create(name, encoded, dtype=kind)
+        for name, (row_shape, kind) in DATASETS.items():
+            if name == "features" and shards:
+                continue
+            length = {"names": longest, "reason": REASON_BYTES}.get(name)
+            dtype = h5py.string_dtype("utf-8", length) if length else numpy.dtype(kind)
+            h5py.h5d.create(
+                file.id,
+                name.encode(),
+                h5py.h5t.py_create(dtype, logical=True),
+                h5py.h5s.create_simple((count, *row_shape)),
+                properties,
+            )
+        if shards:
+            layout, first = h5py.VirtualLayout((count, FEATURE_SIZE), FEATURE_TYPE), 0
+            for shard in shards:
+                shape = (len(shard), FEATURE_SIZE)
+                # By its bare name: HDF5 looks beside the file that has the virtual dataset.
+                source = h5py.VirtualSource(shard.path.name, "features", shape, FEATURE_TYPE)
+                layout[first : first + len(shard)] = source
+                first += len(shard)
+            file.create_virtual_dataset("features", layout)
 
 
-def _take_over(cache: FeatureCache, previous: FeatureCache, retry_failed: bool) -> None:
-    """Copy the good rows of ``previous`` to the rows of the same names that are not yet there."""
-    damaged = previous.damaged_rows()
-    if len(damaged):
-        echo(f"{previous.path}: damaged rows, to be made again: {len(damaged):,}", err=True)
-    usable = previous.status == DONE
-    if not retry_failed:
-        usable |= previous.status == FAILED
-    usable[damaged] = False
-    rows = numpy.flatnonzero(usable)
-    for start in range(0, len(rows), CHUNK):
-        old = rows[start : start + CHUNK]
-        new = cache.rows([previous.name(row) for row in old])
+def _take_over(
+    writer: CacheWriter, source: FeatureCache, retry_failed: bool, with_features: bool
+) -> None:
+    """Copy the good rows of ``source`` to the rows of the same names that are still pending."""
+    cache, damaged_rows = writer.cache, 0
+    for old in source.chunks():
+        damaged = source.damaged_rows(old)
+        damaged_rows += len(damaged)
+        old = numpy.setdiff1d(old, damaged)
+        if retry_failed:
+            old = old[source.status[old] == DONE]
+        new = cache.find(source.column("names")[old])
         wanted = (new >= 0) & (cache.status[new] == PENDING)
-        wanted &= ~previous.changed(old, cache.stamps[new])
+        wanted &= ~source.changed(old, cache.column("stamps")[new])
         old, new = old[wanted], new[wanted]
-        done = previous.status[old] == DONE
-        cache.own_features[new] = numpy.where(done[:, None], previous.features[old], NO_FEATURES)
-        # Old caches have another checksum where there are no features.
-        cache._crc[new] = numpy.where(done, previous._crc[old], NO_FEATURES_CRC)
-        cache._reason[new] = previous._reason[old]
-        cache.status[new] = previous.status[old]
-        cache.seal(new)
+        columns = {name: source.column(name)[old] for name in ("status", "reason", "crc")}
+        if with_features:
+            columns["features"] = source.read(old, numpy.float16)
+        writer.put(new, columns)
+    if damaged_rows:
+        echo(f"{source.path}: damaged rows, to be made again: {damaged_rows:,}", err=True)
+
+
+def _reserve(path: Path, mode: str, size: int) -> None:
+    """Allocate a file's disk space now, so that a full disk shows before the work, not amid it."""
+    with path.open(mode) as handle:
+        try:
+            os.posix_fallocate(handle.fileno(), 0, max(size, 1))
+        except AttributeError:
+            return  # macOS and Windows have no such call
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise

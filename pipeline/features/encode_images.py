@@ -18,8 +18,7 @@ from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.threads import prefetch
 
-# float16 holds no larger number, and caches are float16. Whoever makes weights can make them such
-# that what 94 layers give is infinite, or not a number, and nothing can be searched with that.
+# The largest float16, which caches hold. Damaged weights can give infinity or NaN.
 LARGEST_FEATURE = 65504.0
 
 
@@ -45,11 +44,11 @@ def encode_batches(
 
     Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
     share of the cores to itself, so that none waits for another in the middle of the network;
-    on a GPU one encodes while the others decode. Memory holds a few batches a worker,
+    on a GPU one encodes while the others decode. Memory holds a few batches per worker,
     whatever the number of files.
 
     Raises:
-        UserError: what the encoder gives is not finite.
+        UserError: the encoder's output is not finite.
     """
 
     def encode(batch: Sequence[tuple[int, ImageRef]]) -> EncodedBatch:
@@ -83,7 +82,7 @@ def encode_images(
 ) -> Iterator[EncodedBatch]:
     """Encode files in batches that suit the encoder's device; keys are their indices.
 
-    Each process of ``job`` encodes a share of the batches.
+    Each process of ``world`` encodes a share of the batches.
     """
     size = inference_batch_size(next(encoder.parameters()).device)
     files = list(enumerate(images))
@@ -99,13 +98,13 @@ def encode_distributed(
     dtype: torch.dtype = torch.float32,
     watch: Callable[[int], object] = lambda done: None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Encode files, each process of ``job`` a share of them; every one gets all.
+    """Encode files, each process of ``world`` a share of them; every process gets all features.
 
     Args:
-        encoder: as for ``encode_all``.
+        encoder: the network.
         images: the files, or where else their bytes are.
         workers: threads.
-        job: the processes; each has to call this.
+        world: the processes; each has to call this.
         dtype: of the features.
         watch: called with the number of files that this process has done since the last call.
 

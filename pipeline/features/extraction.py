@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +11,23 @@ from pathlib import Path
 import numpy
 
 from pipeline.datasets.image_sources import ImageSource, stamps_of, stop_if_unreachable
-from pipeline.datasets.images import ImageRef
-from pipeline.features.cache import PENDING, FeatureCache, images_sha256, partial_path
-from pipeline.features.cache_writer import (
-    CacheWriter,
-    check_origin,
-    echo_changes,
-    existing_cache,
-    is_complete,
-    open_cache_writer,
-)
+from pipeline.features.cache import PENDING, FeatureCache
+from pipeline.features.cache_writer import CacheWriter, is_current, open_writer
 from pipeline.features.encode_images import encode_batches
 from pipeline.features.sharded_cache import (
     combine_shards,
+    earlier_work,
     remove_superseded,
-    shard_files,
     shard_path,
     shares,
 )
 from pipeline.models.encoder import Encoder
+from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import InputError, UserError
 from pipeline.utils.files import locked
 from pipeline.utils.progress import progress_bar
+from pipeline.utils.terminal import echo
 
 
 @dataclass
@@ -40,7 +35,7 @@ class ExtractionResult:
     """What an extraction did.
 
     Attributes:
-        cache: the finished cache.
+        cache: the complete cache.
         encoded: images that went through the network in this run.
         kept: images whose features were there before.
     """
@@ -56,10 +51,10 @@ class Extraction:
 
     Attributes:
         source: where the images are.
-        names: which of them, in the order of their bytes; all are ``source.names``.
+        names: which of them, in the byte order of their names; all are ``source.names``.
         output: the HDF5 file; ``.partial`` is added to its name until it is complete.
         encoder: the network; BatchNorm is folded into its weights in the work.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         workers: threads that decode and encode.
         engine: what runs the network: ``torch`` or ``openvino``.
         on_error: ``skip`` records an unreadable image as failed, ``fail`` stops at it.
@@ -80,106 +75,128 @@ class Extraction:
 
 
 def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult:
-    """Encode images into a cache; go on where a kill left off.
+    """Encode images into a cache; go on where an earlier run was killed.
 
-    Raises:
-        UserError: a cache of another encoder or folder at ``output``; another process is at work
-            on it.
-        InputError: an unreadable image, with ``on_error="fail"``.
-    """
-    with locked(task.output, world):
-        return _extract(task, world)
-
-
-def _extract(task: Extraction, world: World) -> ExtractionResult:
-    task.encoder.engine = task.engine
-    stamps = stamps_of(task.source, task.names)
-    if not task.force:
-        echo_changes(existing_cache(task.output), task.names, stamps)
-    writer = _open_writer(task, task.output, task.names, stamps)
-    if writer is None:
-        return ExtractionResult(FeatureCache(task.output), encoded=0, kept=len(task.names))
-    task.encoder.for_inference(task.engine)
-    encoded, kept = _encode_pending(task, writer)
-    cache = writer.finish()
-    remove_superseded(cache)
-    return ExtractionResult(cache, encoded, kept)
-
-
-def extract_share(task: Extraction, world: World) -> ExtractionResult:
-    """Encode this process's share of the images; to be called by every process of ``job``.
-
-    Each makes a shard, and when all are whole rank 0 makes one cache of them: see
-    ``feature_shards``. Work of any earlier run, by whatever number of processes, is kept.
+    Every process of ``world`` calls this. Of several, each makes a shard, and when all are complete
+    rank 0 makes one cache of them: see ``sharded_cache``. The work of any earlier run, by any
+    number of processes, is kept.
 
     Returns:
-        The cache, the same for all; what was done is summed over all processes.
+        The cache, the same for all processes; the counts are summed over them.
 
     Raises:
-        UserError: see ``extract``; another process ended early, or sees other images.
-        InputError: see ``extract``.
+        UserError: a cache of another encoder or folder at ``output``; another program is at work
+            on it; another process ended early, or sees other images.
+        InputError: an unreadable image, with ``on_error="fail"``.
     """
-    with locked(task.output, world):
-        return _extract_share(task, world)
-
-
-def _extract_share(task: Extraction, world: World) -> ExtractionResult:
     task.encoder.engine = task.engine
-    if len(set(world.all_gather(images_sha256(task.names)))) > 1:
-        raise UserError(
-            f"--data {task.source.origin}: the processes of this job see different images"
+    output = task.output
+    if output.is_dir():
+        raise UserError(f"{output}: is a folder; --output names the file to write")
+    with locked(output, world):
+        names_hash = hashlib.sha256("\0".join(task.names).encode("utf-8", "surrogateescape"))
+        world.refuse_differences({"the images of --data": names_hash.hexdigest()})
+        parts = shares(len(task.names), task.batch_size, world.size)
+        shards = [shard_path(output, number, len(parts)) for number in range(len(parts))]
+        mine = parts[world.rank] if world.rank < len(parts) else range(0)
+        path = output if world.size == 1 else shards[min(world.rank, len(parts) - 1)]
+        names = task.names[mine.start : mine.stop]
+        stamps = stamps_of(task.source, names)
+        earlier = [] if task.force else earlier_work(path, output)
+        for cache in earlier:
+            _check_origin(cache, task, names, stamps)
+        whole = next((cache for cache in earlier if cache.path == output), None)
+        if whole is not None:
+            first, count = mine.start, len(task.names)
+            current = is_current(whole, names, stamps, task.retry_failed, first, count)
+            if world.total(current) == world.size:
+                return ExtractionResult(whole, encoded=0, kept=count)
+        _echo_changes(earlier, names, stamps, world)
+        for cache in earlier:
+            _check_rounding(cache, task.encoder.identity)
+        identity, origin = task.encoder.identity, task.source.origin
+        writer = (
+            open_writer(path, names, identity, origin, stamps, earlier, task.retry_failed)
+            if mine
+            else None
         )
-    parts = shares(len(task.names), task.batch_size, world.size)
-    shards = [shard_path(task.output, number, len(parts)) for number in range(len(parts))]
-    mine = parts[world.rank] if world.rank < len(parts) else range(0)
-    names = [task.names[row] for row in mine]
-    stamps = stamps_of(task.source, names)
-    finished = FeatureCache(task.output) if task.output.is_file() and not task.force else None
-    if finished is not None:
-        check_origin([finished], task.encoder.identity, task.source.origin)
-        whole = is_complete(finished, task.names, task.retry_failed, stamps, mine)
-        if world.total(whole) == world.size:
-            return ExtractionResult(finished, encoded=0, kept=len(task.names))
+        # No one's shard may go away before all have taken over what they need of it.
+        world.barrier()
+        encoded, kept = _encode_pending(task, writer, world.rank > 0) if writer else (0, 0)
+        encoded, kept = world.total(encoded), world.total(kept)
+        if whole is not None and whole.shards and world.rank == 0:
+            output.unlink(missing_ok=True)  # some of its shards are about to be replaced
+        world.barrier()
+        if writer is not None:
+            writer.finish()
+        world.barrier()
         if world.rank == 0:
-            echo_changes(finished, task.names, stamps_of(task.source, task.names))
-    writer, encoded, kept = None, 0, len(mine)
-    if mine:
-        writer = _open_writer(task, shards[world.rank], names, stamps)
-    # No one's shard may go away before all have taken over what they need of it.
-    world.barrier()
-    if writer is not None:
-        task.encoder.for_inference(task.engine)
-        encoded, kept = _encode_pending(task, writer, quiet=world.rank > 0)
-        writer.finish()
-    world.barrier()
-    if world.rank == 0:
-        remove_superseded(combine_shards(task.output, shards))
-    encoded, kept = world.total(encoded), world.total(kept)
-    return ExtractionResult(FeatureCache(task.output), encoded, kept)
+            if world.size > 1:
+                combine_shards(output, shards)
+            remove_superseded(FeatureCache(output))
+        world.barrier()
+        return ExtractionResult(FeatureCache(output), encoded, kept)
 
 
-def _open_writer(
-    task: Extraction, path: Path, names: Sequence[str], stamps: numpy.ndarray
-) -> CacheWriter | None:
-    """Open the whole cache or a shard of it, with all that earlier runs left."""
-    related = [partial_path(task.output), task.output, *shard_files(task.output)]
-    if path == task.output and path.is_file():
-        related = []  # it is complete, or was made of all that there is
-    own = (path, partial_path(path))
-    return open_cache_writer(
-        path,
-        names,
-        task.encoder.identity,
-        task.force,
-        task.retry_failed,
-        task.source.origin,
-        [] if task.force else [f for f in related if f not in own and f.is_file()],
-        stamps,
-    )
+def _check_origin(
+    cache: FeatureCache, task: Extraction, names: Sequence[str], stamps: numpy.ndarray
+) -> None:
+    """Refuse a cache of another encoder, or of another folder.
+
+    A folder that was moved is the same one: its images have the sizes and times of before.
+
+    Raises:
+        UserError: it is one.
+    """
+    mismatch = task.encoder.identity.mismatch(cache.identity)
+    if mismatch is not None:
+        raise UserError(
+            f"{cache.path} was made by another encoder ({mismatch}); --force makes it anew, "
+            "--output FILE keeps both"
+        )
+    if task.source.origin != cache.data:
+        rows = cache.rows(names)
+        known = stamps[rows >= 0]
+        same = known.any() and (cache.column("stamps")[rows[rows >= 0]] == known).all()
+        if not same:
+            raise UserError(
+                f"{cache.path} is of the images in {cache.data}, not of those in "
+                f"{task.source.origin}; --output FILE makes one for these, --force replaces it"
+            )
 
 
-def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) -> tuple[int, int]:
-    """Encode what a cache lacks; returns how many images were, and how many were there."""
+def _check_rounding(cache: FeatureCache, identity: EncoderIdentity) -> None:
+    """Refuse to go on with a cache in another precision or by another engine than before."""
+    for option in ("precision", "engine"):
+        before, now = getattr(cache.identity, option), getattr(identity, option)
+        if before != now:
+            raise UserError(
+                f"{cache.path} was begun with --{option} {before}, not {now}: give that to go "
+                "on with it; --force makes it anew, --output FILE keeps both"
+            )
+
+
+def _echo_changes(
+    earlier: Sequence[FeatureCache], names: Sequence[str], stamps: numpy.ndarray, world: World
+) -> None:
+    """Print how many images of the earlier cache are no longer there, or have changed."""
+    whole = [cache for cache in earlier if ".shard-" not in cache.path.name][:1]
+    counts = (0, 0)
+    for cache in whole:
+        rows = cache.rows(names)
+        changed = cache.changed(rows[rows >= 0], stamps[rows >= 0])
+        counts = int((rows >= 0).sum()), int(changed.sum())
+    found, changed_images = map(sum, zip(*world.all_gather(counts), strict=True))
+    gone = len(whole[0]) - found if whole else 0
+    if world.rank == 0 and gone:
+        echo(f"images that are gone, their features dropped: {gone:,}", err=True)
+    if world.rank == 0 and changed_images:
+        echo(f"images that have changed, to be encoded again: {changed_images:,}", err=True)
+
+
+def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool) -> tuple[int, int]:
+    """Encode what a cache lacks; return how many images were, and how many were there."""
+    task.encoder.for_inference(task.engine)
     finished = int((writer.cache.status != PENDING).sum())
     batches = (
         [(row, task.source.image(writer.cache.name(row))) for row in rows]
@@ -199,25 +216,19 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool = False) 
             for batch in encode_batches(task.encoder, batches, task.workers):
                 done = writer.write(batch.keys, batch.features, {})
                 for row, reason in batch.failures.items():
-                    _judge_failure(task, task.source.image(writer.cache.name(row)), reason)
+                    image = task.source.image(writer.cache.name(row))
+                    stop_if_unreachable(image)
+                    if task.on_error == "fail":
+                        raise InputError(
+                            f"{image}: {reason} (--on-error skip records it and goes on; what is "
+                            "done is kept)"
+                        )
                 done += writer.write([], batch.features[:0], batch.failures)
                 bar.update(done)
                 encoded += len(batch.keys)
+        writer.commit()
     except BaseException:
-        with contextlib.suppress(UserError):  # what stops the work is told already
+        with contextlib.suppress(UserError):  # the error that stops the work is the one to report
             writer.commit()
         raise
     return encoded, finished
-
-
-def _judge_failure(task: Extraction, image: ImageRef, reason: str) -> None:
-    """Stop at an image that cannot be read, where that is asked for or others would follow.
-
-    Raises:
-        InputError, UserError: it has to stop; what is done is kept.
-    """
-    stop_if_unreachable(image)
-    if task.on_error == "fail":
-        raise InputError(
-            f"{image}: {reason} (--on-error skip records it and goes on; what is done is kept)"
-        )

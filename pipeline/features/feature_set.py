@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from pipeline.models.encoder_identity import FEATURE_SIZE
 
 
 def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
-    """Find the rows of images, which must be there and whole: int64 (len(names),).
+    """Return the rows of images, which must be there and undamaged: int64 (len(names),).
 
     Raises:
         KeyError: a name is not in the cache.
@@ -28,8 +29,8 @@ def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
 class FeatureSet:
     """The features of some images, by their number, whatever the size of the cache.
 
-    They are held in memory as float16 where that takes no more than ``memory`` bytes, and
-    otherwise read from the file batch by batch.
+    They are held in memory as float16 if that takes no more than ``memory`` bytes, and are
+    otherwise read from the file per batch.
     """
 
     def __init__(self, cache: FeatureCache, rows: Tensor, memory: float) -> None:
@@ -50,17 +51,17 @@ class FeatureSet:
         return 0 if self._held is None else self._held.nbytes
 
     def _read(self, images: Tensor) -> Tensor:
-        return torch.from_numpy(self._cache.features[self._rows[images].numpy()])
+        return torch.from_numpy(self._cache.read(self._rows[images].numpy(), numpy.float16))
 
     def __getitem__(self, images: Tensor) -> Tensor:
-        """Give the features of images, int64 (B,), as float32 (B, 2048)."""
+        """Return the features of images, int64 (B,), as float32 (B, 2048)."""
         if self._held is None:
             return self._read(images).float()
         return self._held.index_select(0, images).float()
 
 
 def feature_statistics(features: FeatureSet, sample: int = 20_000) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of features, float32 (2048,) each.
+    """Return mean and standard deviation of features, float32 (2048,) each.
 
     Of more than ``sample`` images an evenly spaced sample is taken.
     """

@@ -69,18 +69,6 @@ def _is_at(path: Path, file: os.stat_result) -> bool:
     return path.exists() and os.path.samestat(path.stat(), file)
 
 
-def move_into_place(temporary: Path, path: Path) -> None:
-    """Give a finished file its final name.
-
-    Raises:
-        UserError: the file system refuses.
-    """
-    try:
-        temporary.replace(path)
-    except OSError as error:
-        raise cannot_be_written(path, error) from error
-
-
 def cannot_be_written(path: Path, error: OSError) -> UserError:
     """Return the one line for a file that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error})")

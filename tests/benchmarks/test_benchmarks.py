@@ -155,7 +155,7 @@ def test_made_up_features_tell_captions_apart(tmp_path: Path) -> None:
     assert same > other + 0.1
     cache = write_cache(tmp_path / "x.h5", features, rows=8)
     assert len(cache) == 8
-    assert numpy.allclose(cache.own_features[7], features[1], atol=0.01)
+    assert numpy.allclose(cache.column("features")[7], features[1], atol=0.01)
 
 
 def test_the_gpu_benchmark_has_every_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

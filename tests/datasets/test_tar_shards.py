@@ -101,7 +101,7 @@ def test_features_are_those_of_a_folder(shards: str, tmp_path: Path) -> None:
     of_shards = stub_extract(shards, tmp_path / "a.h5")
     of_folder = stub_extract(folder, tmp_path / "b.h5")
     assert of_shards.names() == of_folder.names()
-    assert numpy.array_equal(of_shards.own_features, of_folder.own_features)
+    assert numpy.array_equal(of_shards.column("features"), of_folder.column("features"))
 
 
 def test_extraction_goes_on_and_takes_further_shards(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy
 
-from pipeline.features.cache_writer import open_cache_writer
+from pipeline.features.cache_writer import open_writer
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 
 COLOURS = ("red", "blue", "green", "white")
@@ -39,8 +39,7 @@ def make_small_data(folder: Path, images: int = 60) -> tuple[Path, Path]:
         rows.append((name, f"there is a {thing} , it is {colour}", split))
     with (data / "captions.csv").open("w", newline="", encoding="utf-8") as handle:
         csv.writer(handle).writerows([("image", "caption", "split"), *rows])
-    writer = open_cache_writer(cache, names, IDENTITY, force=True, retry_failed=False)
-    assert writer is not None
+    writer = open_writer(cache, names, IDENTITY)
     writer.write(range(images), numpy.stack(features), {})
     writer.finish()
     return data, cache

@@ -16,7 +16,7 @@ from pipeline.datasets.encoded_captions import bucketed_batches, count_batches, 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.search import search
-from pipeline.features.cache_writer import open_cache_writer
+from pipeline.features.cache_writer import open_writer
 from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.decoder import Decoder, DecoderConfig, dropout
 from pipeline.models.encoder_identity import FEATURE_SIZE
@@ -213,8 +213,7 @@ def test_captions_are_encoded_and_padded() -> None:
 
 def test_features_are_the_same_from_memory_and_from_the_file(tmp_path: Path) -> None:
     names = [f"{number}.jpg" for number in range(5)]
-    writer = open_cache_writer(tmp_path / "x.h5", names, IDENTITY, False, False)
-    assert writer is not None
+    writer = open_writer(tmp_path / "x.h5", names, IDENTITY)
     values = numpy.random.default_rng(0).standard_normal((5, FEATURE_SIZE)).astype("f4")
     writer.write(range(5), values, {})
     cache = writer.finish()

@@ -16,7 +16,7 @@ from small_data import IDENTITY, make_small_data
 
 import train_decoder
 from pipeline.datasets.caption_table import CaptionedImage
-from pipeline.features.cache_writer import open_cache_writer
+from pipeline.features.cache_writer import open_writer
 from pipeline.models.encoder_identity import FEATURE_SIZE
 from pipeline.reports import data_check
 from pipeline.reports.caption_statistics import (
@@ -198,8 +198,7 @@ def test_what_cannot_be_trained_on_is_one_line_and_exit_code_2(
 
 def make_cache(path: Path, names: list[str], failures: dict[int, str] | None = None) -> None:
     failures = failures or {}
-    writer = open_cache_writer(path, names, IDENTITY, force=True, retry_failed=False)
-    assert writer is not None
+    writer = open_writer(path, names, IDENTITY)
     rows = [row for row in range(len(names)) if row not in failures]
     writer.write(rows, numpy.ones((len(rows), FEATURE_SIZE), dtype=numpy.float32), failures)
     writer.finish()

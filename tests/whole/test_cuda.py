@@ -89,8 +89,8 @@ def test_extraction_goes_on_and_a_image_is_where_it_belongs(tmp_path: Path, work
     run(extract_features.main, f"{options} --output {tmp_path / 'cpu.h5'}", "cpu", code=1)
     here, there = FeatureCache(cache), FeatureCache(tmp_path / "cpu.h5")
     names = [f"{number}.png" for number in range(10)]
-    first = here.features[here.rows(names)].astype(numpy.float32)
-    second = there.features[there.rows(names)].astype(numpy.float32)
+    first = here.read(here.rows(names))
+    second = there.read(there.rows(names))
     assert cosines(first, second).min() > 0.9999
     assert int(here.rows(["broken.png"])[0]) >= 0
 
@@ -154,7 +154,7 @@ def test_a_run_in_bf16_learns_goes_on_and_is_read_on_the_cpu(
 def test_captions_are_those_of_the_cpu(drawn_run: DrawnRun, config: SearchConfig) -> None:
     decoder = load_checkpoint(drawn_run.run).build_decoder().eval()
     cache = FeatureCache(drawn_run.features)
-    features = torch.from_numpy(cache.features[numpy.arange(len(cache))]).float()
+    features = torch.from_numpy(cache.read(numpy.arange(len(cache))))
     expected = search(decoder, features, config)
     found = search(decoder.to(DEVICE), features.to(DEVICE), config)
     same = [

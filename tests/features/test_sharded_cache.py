@@ -16,9 +16,8 @@ from thread_job import in_threads
 
 from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.images import find_images
-from pipeline.features.cache import FeatureCache
-from pipeline.features.cache_writer import partial_path
-from pipeline.features.extraction import Extraction, ExtractionResult, extract, extract_share
+from pipeline.features.cache import FeatureCache, partial_path
+from pipeline.features.extraction import Extraction, ExtractionResult, extract
 from pipeline.features.sharded_cache import resume_identity, shard_files, shard_path, shares
 from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE
@@ -43,7 +42,7 @@ def shared(
     encoders = encoders or [StubEncoder() for _ in range(size)]
     return in_threads(
         size,
-        lambda world: extract_share(task(data, output, encoders[world.rank], **options), world),
+        lambda world: extract(task(data, output, encoders[world.rank], **options), world),
     )
 
 
@@ -203,36 +202,6 @@ def test_damage_in_a_shard_is_made_again(images: Path, tmp_path: Path) -> None:
     assert len(result.cache.damaged_rows()) == 0
 
 
-def test_a_missing_shard_is_named(images: Path, tmp_path: Path) -> None:
-    output = tmp_path / "x.h5"
-    shared(2, images, output)
-    shard = shard_path(output, 0, 2)
-    shard.unlink()
-    with pytest.raises(UserError, match=r"x\.h5\.shard-0-of-2: missing, though x\.h5 needs it"):
-        FeatureCache(output)
-
-
-@pytest.mark.parametrize(
-    "name, rows", [("../secret.h5", 10), ("/etc/passwd", 10), (".", 10), ("secret.h5", 9)]
-)
-def test_a_cache_reads_no_file_but_its_shards(
-    images: Path, tmp_path: Path, name: str, rows: int
-) -> None:
-    folder = tmp_path / "folder"
-    output = folder / "x.h5"
-    shared(2, images, output)
-    for place in (tmp_path, folder):
-        with h5py.File(place / "secret.h5", "w") as file:
-            file["features"] = numpy.zeros((10, FEATURE_SIZE), "<f2")
-    with h5py.File(output, "r+") as file:
-        del file["features"]
-        layout = h5py.VirtualLayout((rows, FEATURE_SIZE), "<f2")
-        layout[:rows] = h5py.VirtualSource(name, "features", (10, FEATURE_SIZE), "<f2")[:rows]
-        file.create_virtual_dataset("features", layout)
-    with pytest.raises(UserError, match=r"x\.h5: not a readable feature cache"):
-        FeatureCache(output)
-
-
 def test_other_encoders_and_other_images_are_refused(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.h5"
     shared(2, images, output)
@@ -246,12 +215,12 @@ def test_other_encoders_and_other_images_are_refused(images: Path, tmp_path: Pat
     def with_own_names(world: World) -> ExtractionResult:
         mine = task(images, tmp_path / "y.h5")
         names = mine.names[world.rank :]
-        return extract_share(
+        return extract(
             Extraction(ImageFolder(images), names, mine.output, mine.encoder, 2, 1), world
         )
 
     results = in_threads(2, with_own_names)
-    assert any("see different images" in str(result) for result in results)
+    assert any("differ in the images of --data" in str(result) for result in results)
 
 
 # With torchrun itself

@@ -1,0 +1,205 @@
+"""The command extract_features.py: its messages and exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+from click.testing import CliRunner, Result
+from conftest import REPOSITORY, draw
+
+import extract_features
+from pipeline.features.cache import FeatureCache
+from pipeline.models.encoder import Encoder, load_encoder
+from pipeline.utils.errors import UserError
+
+SCRIPT = [str(REPOSITORY / "extract_features.py")]
+
+
+def spoil(*paths: Path) -> None:
+    for path in paths:
+        path.write_bytes(b"")
+
+
+def invoke(*arguments: str | Path) -> Result:
+    options = ("--device", "cpu", "--precision", "fp32")
+    return CliRunner().invoke(extract_features.main, [*options, *map(str, arguments)])
+
+
+def refusal(*arguments: str | Path) -> str:
+    """Return the message of a command that must end with exit code 2."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    before, _, message = result.stderr.partition("Error: ")
+    assert "Traceback" not in before
+    return message.strip()
+
+
+def test_no_data_names_both_ways(tmp_path: Path) -> None:
+    message = refusal("--data", tmp_path / "missing")
+    for words in (str(tmp_path / "missing"), "--download", "Kaggle", "--data FOLDER"):
+        assert words in message
+
+
+def test_a_folder_without_images_is_refused_before_any_weights_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.models.encoder.load_encoder", None)
+    (tmp_path / "notes.txt").touch()
+    message = refusal("--data", tmp_path, "--output", tmp_path / "x.h5", "--weights", "random")
+    assert message == f"--data {tmp_path}: no images there"
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_help_loads_no_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *SCRIPT, "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "pipeline.utils.errors" in imported
+    assert not imported & {"torch", "numpy", "h5py", "PIL"}
+    assert "--retry-failed" in done.stdout
+
+
+def test_no_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(url: str, timeout: float) -> None:
+        assert timeout == 30.0  # a silent server is given up
+        raise URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    asked = ("--weights", "imagenet", "--output", tmp_path / "x.h5")
+    message = refusal("--data", images, *asked)
+    assert len(message.splitlines()) == 1
+    for words in ("no network", "--weights FILE", "https://download.pytorch.org/"):
+        assert words in message
+    assert not list(tmp_path.glob("*.h5*"))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_imagenet_weights_are_downloaded_once_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    torch.save(Encoder().trunk.state_dict(), tmp_path / "served")
+    served = (tmp_path / "served").read_bytes()
+    digest = hashlib.sha256(served).hexdigest()[:8] if whole else "0cc3c7bd"
+    url = f"https://download.pytorch.org/models/inception_v3_google-{digest}.pth"
+    weights = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "_value_", dataclasses.replace(weights.value, url=url))
+    answers = iter([io.BytesIO(served)])
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: next(answers))
+    kept = tmp_path / "hub" / "checkpoints" / Path(url).name
+    if not whole:
+        with pytest.raises(UserError, match="wrong checksum"):
+            load_encoder("imagenet")
+        assert not kept.exists()
+        return
+    assert load_encoder("imagenet").identity == load_encoder("imagenet").identity
+    assert kept.read_bytes() == served
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_weights_that_are_none(images: Path, tmp_path: Path) -> None:
+    shapes = {
+        key: torch.zeros(value.shape, dtype=torch.float16)
+        for key, value in Encoder().trunk.state_dict().items()
+    }
+    key = "Mixed_6c.branch_pool.conv.weight"
+    contents: dict[str, tuple[object, str]] = {
+        "missing tensor": (
+            {k: v for k, v in shapes.items() if k != key},
+            f"{key!r} of the InceptionV3 state dict is missing",
+        ),
+        "shape": (
+            {**shapes, key: torch.zeros(2, 3)},
+            f"{key} of the InceptionV3 state dict does not have the shape (192, 768,",
+        ),
+        "unknown": (
+            {**shapes, "layer9.weight": torch.zeros(2)},
+            "'layer9.weight' of the InceptionV3",
+        ),
+        "numbers": ({"epoch": 3}, "of the InceptionV3 state dict is missing"),
+        "list": ([torch.zeros(2)], "holds no InceptionV3 weights"),
+        "bomb": ({**shapes, key: Bomb(tmp_path / "exploded")}, "not a PyTorch file of tensors"),
+    }
+    for name, (content, words) in contents.items():
+        path = tmp_path / name
+        torch.save(content, path)
+        message = refusal("--data", images, "--output", tmp_path / "x.h5", "--weights", path)
+        assert words in message
+        assert str(path) in message
+        assert len(message.splitlines()) == 1
+    (tmp_path / "text").write_text("no weights")
+    assert "not a PyTorch file of tensors" in refusal(
+        "--data", images, "--weights", tmp_path / "text"
+    )
+    message = refusal("--data", images, "--weights", tmp_path / "gone.pth")
+    assert "gone.pth: no such file (use imagenet, pretrained" in message
+    assert not (tmp_path / "exploded").exists()
+    assert not list(tmp_path.glob("*.h5*"))
+
+
+def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
+    data, output = tmp_path / "data", tmp_path / "x.h5"
+    draw(data / "good.png")
+    draw(data / "sub" / "bad.png")
+    spoil(data / "sub" / "bad.png")
+    options = ("--data", data, "--output", output, "--weights", "random")
+    result = invoke(*options)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "x.h5: complete, 1 images (1 encoded now, 0 before; fp32, torch)" in result.stderr
+    assert "failed: sub/bad.png: empty file" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("1 could not be read; --retry-failed")
+
+    again = invoke(*options)
+    assert again.exit_code == 1
+    assert "(0 encoded now" in again.stderr
+    draw(data / "sub" / "bad.png", 1)
+    mended = invoke(*options)
+    assert mended.exit_code == 0
+    assert "images that have changed, to be encoded again: 1\n" in mended.stderr
+    assert "complete, 2 images (" in mended.stderr
+    assert "failed" not in mended.stderr
+
+    draw(data / "more.png", 2)
+    message = refusal(*options, "--precision", "bf16")
+    assert "begun with --precision fp32, not bf16" in message
+
+    # Begun on a machine with bf16, it goes on so on one that would choose fp32.
+    other = tmp_path / "other.h5"
+    options = ("--data", data, "--output", other, "--weights", "random")
+    assert invoke(*options, "--precision", "bf16").exit_code == 0
+    draw(data / "still more.png", 3)
+    assert "bf16, torch)" in invoke(*options, "--precision", "auto").stderr
+    options = ("--data", data, "--output", output, "--weights", "random")
+
+    spoil(data / "good.png")
+    stopped = invoke(*options, "--force", "--on-error", "fail")
+    assert stopped.exit_code == 1
+    assert "good.png: empty file (--on-error skip" in stopped.stderr
+    assert FeatureCache(output).complete  # the old one is still there
