@@ -137,8 +137,8 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
     names = [f"{number:07d}.jpg" for number in range(count)]
     writer = open_writer(path, names, identity)
     for start in range(0, count, len(features)):
-        rows = range(start, min(start + len(features), count))
-        writer.write(rows, features[: len(rows)], {})
+        chunk = range(start, min(start + len(features), count))
+        writer.write(chunk, features[: len(chunk)], {})
     return writer.finish()
 
 
