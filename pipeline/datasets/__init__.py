@@ -1,5 +1,5 @@
-"""Images and captions in: image files, folders and tar shards; caption files in any layout to one
-table; tokenizers, the vocabulary, captions as token ids; Flickr8k itself.
+"""Data in: images from folders and tar shards, captions in any layout, Flickr8k; tokenizers,
+the vocabulary, and captions as token ids.
 
-May import ``utils``. Start with ``caption_table`` and ``images``.
+May import ``utils``. Start with ``images`` (file -> square) and ``caption_table`` (file -> table).
 """

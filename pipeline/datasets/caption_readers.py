@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ MAX_NAME_LENGTH = 4096
 # Characters, more than a page. Decoders are trained on 100 tokens at most, and Unicode's normal
 # forms take quadratic time on a run of accents.
 MAX_CAPTION_LENGTH = 10_000
+UNMATCHED_TEXTS = ".txt files without one image of their name ignored"
 
 
 class CaptionCollector:
@@ -172,7 +172,7 @@ def read_shards(shards: TarShards, collector: CaptionCollector) -> str:
     for name, lines in captions.items():
         collector.add(name, name, lines)
     for text in unmatched:
-        collector.count(".txt files without one image of their name ignored", text)
+        collector.count(UNMATCHED_TEXTS, text)
     return "tar shards with .txt captions"
 
 
@@ -196,59 +196,48 @@ def _split_lines(text: str) -> list[str]:
     return re.split(r"\r\n|\n|\r", text)  # str.splitlines() would also cut at U+2028 and others
 
 
-@dataclass
-class Sidecars:
-    """The text files beside the images of a folder."""
-
-    images: dict[Path, str] = field(default_factory=dict)  # text file -> its image
-    unmatched: list[Path] = field(default_factory=list)  # text files without an image
-    ambiguous: list[Path] = field(default_factory=list)  # text files that fit several images
-
-
-def find_sidecars(folder: Path) -> Sidecars:
+def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
     """Find the text files beside the images of a folder and its sub-folders.
 
     ``photo.txt`` belongs to ``photo.jpg``; ``photo.jpg.txt`` does, even beside ``photo.png``.
+
+    Returns:
+        Text file -> its image's name, and the text files that fit no image or several.
     """
     by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for name in find_images(folder):
         by_folder[name.rpartition("/")[0]].append(name)
-    found = Sidecars()
+    images: dict[Path, str] = {}
+    unmatched: list[Path] = []
     for parent, names in sorted(by_folder.items()):
-        by_name: defaultdict[str, list[str]] = defaultdict(list)
-        by_stem: defaultdict[str, list[str]] = defaultdict(list)
+        fitting: defaultdict[str, list[str]] = defaultdict(list)
         for name in names:
-            by_name[normalize_name(Path(name).name)].append(name)
-            by_stem[normalize_name(Path(name).stem)].append(name)
+            fitting[normalize_name(Path(name).stem)].append(name)
+        fitting.update({normalize_name(Path(name).name): [name] for name in names})
         for text in sorted((folder / parent).iterdir()):
             if text.suffix.lower() != ".txt" or text.name.startswith(".") or not text.is_file():
                 continue
-            stem = normalize_name(text.stem)
-            fitting = by_name.get(stem) or by_stem[stem]
-            if len(fitting) == 1:
-                found.images[text] = fitting[0]
+            found = fitting[normalize_name(text.stem)]
+            if len(found) == 1:
+                images[text] = found[0]
             else:
-                (found.ambiguous if fitting else found.unmatched).append(text)
-    return found
+                unmatched.append(text)
+    return images, unmatched
 
 
 def _read_sidecars(folder: Path, collector: CaptionCollector) -> str:
-    sidecars = find_sidecars(folder)
+    images, unmatched = find_sidecars(folder)
     collector.split_source = "the names of the folders"
     # Only where both exist: a folder "train" alone may well be of locomotives.
-    first = {name.partition("/")[0].lower() for name in sidecars.images.values() if "/" in name}
+    first = {name.partition("/")[0].lower() for name in images.values() if "/" in name}
     by_folder = {"train", "val"} <= {SPLIT_WORDS[word] for word in first & SPLIT_WORDS.keys()}
-    for text, name in sidecars.images.items():
+    for text, name in images.items():
         where = text.relative_to(folder).as_posix()
         lines = [line for line in _split_lines(_read_text(text, collector)) if line.strip()]
         split = name.partition("/")[0].lower() if by_folder and "/" in name else None
         collector.add(where, name, lines, split if split in SPLIT_WORDS else None)
-    for reason, texts in (
-        (".txt files without an image of their name ignored", sidecars.unmatched),
-        (".txt files whose name fits several images ignored", sidecars.ambiguous),
-    ):
-        for text in texts:
-            collector.count(reason, text.relative_to(folder).as_posix())
+    for text in unmatched:
+        collector.count(UNMATCHED_TEXTS, text.relative_to(folder).as_posix())
     return "folder of .txt captions"
 
 

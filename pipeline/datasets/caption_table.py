@@ -82,36 +82,37 @@ class CaptionTable:
     source: Path  # the captions file, or the first of several
     layout: str  # such as "COCO JSON"
     split_source: str  # such as "official Flickr8k lists"
-    notes: Counter[str] = field(default_factory=Counter)  # what was dropped or mended -> how many
+    notes: Counter[str] = field(default_factory=Counter)  # what was dropped or repaired -> how many
 
     def of_split(self, split: str) -> list[CaptionedImage]:
         """Return the images of "train", "val" or "test", sorted by name."""
         return [image for image in self.images if image.split == split]
 
     def split_hash(self, split: str) -> str:
-        """Return 12 hex digits that stand for the image list of ``split`` in score tables.
+        """Return the first 12 hex digits of the SHA-256 of a split's image names.
 
-        They begin the SHA-256 of the sorted names joined by newlines, in UTF-8.
+        The names are sorted, joined by newlines and encoded in UTF-8. Tables of scores show it.
         """
         names = "\n".join(image.name for image in self.of_split(split))
         return hashlib.sha256(names.encode("utf-8")).hexdigest()[:12]
 
     def restrict(self, available: Iterable[str]) -> tuple[CaptionTable, dict[str, str]]:
-        """Keep the images that have an image among the ``available`` relative paths.
+        """Keep the captioned images that are among the ``available`` relative paths.
 
-        Returns the smaller table, whose notes count what is missing, and a dictionary from
-        each of its image names to the available path. An image takes the path that equals
-        its name; else the only one of which it is the end (``x.jpg`` of ``Images/x.jpg``), or
-        the other way about; else the only one with the same file name. Where several paths
-        suit an image, or several images a path, none is taken: a caption on the wrong
-        image is worse than an image without one.
+        A name takes the path that equals it; else the only path that ends in it (``x.jpg`` and
+        ``Images/x.jpg``) or in which it ends; else the only one with the same file name. If
+        several paths fit a name, or several names a path, none is taken: a caption on the
+        wrong image is worse than an image without one.
+
+        Returns:
+            The smaller table, whose notes count what is missing, and name -> available path.
         """
         images, extra = _match([image.name for image in self.images], available)
         kept = [image for image in self.images if image.name in images]
         return replace(self, images=kept, notes=self.notes + extra), images
 
     def summary(self) -> list[str]:
-        """Return the lines to print aloud: source, counts, splits and every note."""
+        """Return the lines to print: source, counts, splits and every note."""
         counts = Counter(image.split for image in self.images)
         captions = sum(len(image.captions) for image in self.images)
         per_split = ", ".join(f"{counts[split]:,} {split}" for split in SPLITS)
@@ -128,8 +129,11 @@ def read_captions(data: Path | TarShards, captions: Path | None = None) -> Capti
     """Read the captions of the folder or the shards ``data``, or of the one file ``captions``.
 
     ``captions`` may be relative to the working folder or to ``data``. Single bad lines are
-    dropped and counted in the table's notes. Raises ``UserError`` where no captions file is
-    found, several compete, or the file cannot be read or holds no captions.
+    dropped and counted in the table's notes.
+
+    Raises:
+        UserError: no captions file is found, several compete, or the file cannot be read or
+            holds no captions.
     """
     collector = CaptionCollector()
     if isinstance(data, TarShards) and captions is None:
@@ -158,7 +162,7 @@ def _find_files(data: Path, captions: Path | None) -> list[Path]:
     """
     if captions is not None:
         for path in (captions, data / captions):
-            if path.is_file() or (path.is_dir() and find_sidecars(path).images):
+            if path.is_file() or (path.is_dir() and find_sidecars(path)[0]):
                 return [path]
         raise UserError(f"{captions}: no such file; --captions names the file with the captions")
     if not data.is_dir():
@@ -174,7 +178,7 @@ def _find_files(data: Path, captions: Path | None) -> list[Path]:
             raise UserError(f"{data}: several captions files ({names}); choose with --captions")
         if paths:
             return paths
-    if find_sidecars(data).images:
+    if find_sidecars(data)[0]:
         return [data]
     looked_for = ", ".join(pattern for patterns in SEARCH_ORDER for pattern in patterns)
     raise UserError(
@@ -209,12 +213,12 @@ def _hash_splits(names: list[str]) -> dict[str, str]:
 
 
 def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:
-    """Return image name -> available path, and notes."""
+    """Return name -> available path, and notes."""
     images = {normalize_name(path): path for path in available}
     matched = {name: name for name in names if name in images}
     by_tail = _by_tail(images) if len(matched) < len(names) else {}
-    # Image -> the images that claim it: because one path ends in the other, or as a last
-    # resort because of the file name alone.
+    # Path -> the names that claim it: because one ends in the other, or, as a last resort,
+    # because of the file name alone.
     by_path: defaultdict[str, list[str]] = defaultdict(list)
     by_name: defaultdict[str, list[str]] = defaultdict(list)
     missing = 0

@@ -1,4 +1,4 @@
-"""Captions joined with the rows of a feature cache, as numbers to train on."""
+"""Captions as token ids, grouped by image, and batches of similar length."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from pipeline.utils.terminal import echo
 def load_table(
     source: ImageSource, captions: Path | None, available: Sequence[str]
 ) -> tuple[CaptionTable, dict[str, str]]:
-    """Read the captions of ``source``, keep those whose image is available, and say aloud
-    what was found.
+    """Read the captions of ``source``, keep those whose image is available, and print a summary.
 
     Returns:
         The table, and for each of its images the name among ``available``.
@@ -43,11 +42,11 @@ def load_table(
 
 @dataclass
 class EncodedCaptions:
-    """Captions as token ids, one after the other in one array, whatever their number.
+    """Captions as token ids, concatenated in one array.
 
     Attributes:
-        images: int64 (M,): the number of each caption's image, from 0 in their order.
-        tokens: int32: all captions behind each other, each <start> words <end>.
+        images: int64 (M,): the index of each caption's image; ascending.
+        tokens: int32: all captions one after the other, each <start> words <end>.
         offsets: int64 (M + 1,): where each caption begins.
     """
 
@@ -65,14 +64,14 @@ class EncodedCaptions:
 
     @property
     def first_of_image(self) -> Tensor:
-        """Where each image's captions begin, and where the last one's end: int64 (N + 1,).
+        """Where each image's captions begin, and the last one's end: int64 (N + 1,).
 
-        Captions lie image by image, so those of image i are a range.
+        The captions of image i are a range, as they are sorted by image.
         """
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.images.bincount().cumsum(0)])
 
     def of_images(self, images: Tensor) -> EncodedCaptions:
-        """Take the captions of some images, int64 (P,), which are numbered anew from 0."""
+        """Return the captions of some images, int64 (P,), which are renumbered from 0."""
         bounds = self.first_of_image
         chosen = [torch.arange(int(bounds[p]), int(bounds[p + 1])) for p in images]
         captions = torch.cat(chosen)
@@ -85,7 +84,7 @@ class EncodedCaptions:
         )
 
     def padded(self, indices: Tensor) -> Tensor:
-        """Collect captions into int64 (len(indices), longest), padded with ``<pad>``."""
+        """Return captions as int64 (len(indices), longest), padded with ``<pad>``."""
         starts = self.offsets[indices]
         lengths = self.offsets[indices + 1] - starts
         columns = torch.arange(int(lengths.max()))
@@ -97,7 +96,7 @@ class EncodedCaptions:
 def encode_captions(
     captions: Iterable[Sequence[Sequence[str]]], vocabulary: Vocabulary
 ) -> EncodedCaptions:
-    """Turn tokenised captions, grouped by image, into numbers; very long ones are cut."""
+    """Encode tokenized captions, grouped by image; very long ones are cut."""
     longest = vocabulary.tokenizer.longest_in_training
     tokens: list[numpy.ndarray] = []
     counts = []
@@ -119,15 +118,15 @@ def encode_captions(
 def tokenized(
     images: Sequence[CaptionedImage], tokenizer: str = ENGLISH
 ) -> dict[str, list[list[str]]]:
-    """Tokenise all captions of each image, by the image's name.
+    """Tokenize all captions of each image, by the image's name.
 
-    Captions without any word are left out, and images without any caption then left.
+    Captions without any word are dropped, and then images without any caption.
     """
     tokenize = tokenizer_of(tokenizer).tokenize
     groups = {
-        # A word is kept once, however often it comes: millions of captions fit that way.
-        i.name: [[*map(sys.intern, words)] for words in map(tokenize, i.captions) if words]
-        for i in images
+        # Interned, so that each word is stored once, however many millions of captions there are.
+        image.name: [[*map(sys.intern, words)] for words in map(tokenize, image.captions) if words]
+        for image in images
     }
     return {name: group for name, group in groups.items() if group}
 
@@ -135,15 +134,15 @@ def tokenized(
 def bucketed_batches(
     lengths: Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Shuffle, and batch items of like length together so that little is padded.
+    """Shuffle items, and batch those of similar length together so that little is padded.
 
-    Items are shuffled, cut into stretches of 50 batches, sorted by length inside a stretch,
-    cut into batches, and the batches of a stretch shuffled. Every item comes once.
+    Shuffled items are cut into stretches of 50 batches, sorted by length inside a stretch,
+    cut into batches, and the batches of a stretch shuffled. Every item occurs once.
 
     Args:
         lengths: int64 (M,).
-        batch_size: items a batch.
-        generator: the source of the order.
+        batch_size: items per batch.
+        generator: the source of randomness.
 
     Yields:
         Indices, int64 (up to batch_size,).
@@ -157,6 +156,6 @@ def bucketed_batches(
 
 
 def count_batches(items: int, batch_size: int) -> int:
-    """Say how many batches ``bucketed_batches`` gives."""
+    """Return the number of batches that ``bucketed_batches`` yields."""
     full, rest = divmod(items, 50 * batch_size)
     return full * 50 + -(-rest // batch_size)

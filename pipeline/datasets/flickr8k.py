@@ -151,7 +151,7 @@ def _load_rest(url: str, handle: IO[bytes], name: str) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is missing; the MD5 tells whether that is so
+        if error.code == 416:  # nothing is missing, or the MD5 will differ
             return
         raise
     with response:

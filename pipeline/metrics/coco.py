@@ -8,7 +8,7 @@
 All scores are in percent, as papers print them: where the COCO code (pycocoevalcap) says
 BLEU 0.283 and CIDEr 1.242, these functions say 28.3 and 124.2. The definitions are those
 of the COCO code, whose ``Cider`` class is CIDEr-D, so that the numbers compare with
-published ones. What is scored are tokens, from ``pipeline.datasets.vocabulary.tokenize`` for
+published ones. What is scored are tokens, from ``tokenize_english`` for
 references and predictions alike. A special token never gets in: an end token left in both
 raises BLEU-4 and ROUGE-L by several points, and so does ``<unk>`` in the references.
 """

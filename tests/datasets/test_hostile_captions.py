@@ -49,17 +49,13 @@ def use(folder: Path, path: Path | None) -> CaptionTable | None:
 
 # Structures
 
-words = st.one_of(
-    st.text(max_size=12),
-    st.sampled_from(
-        [
-            *("a.jpg", "./a.jpg", "../../etc/passwd", "/etc/passwd", "c:\\a.jpg", "a.jpg.1"),
-            *("A red kite .", "train", "restval", "\ud800", "a\0b", "\ufeff", "\x1b[2J", "a\nb"),
-            *("\u202ea", "-0", "NaN", "=1+1", '"', "'" * 50, "a\u0315\u0300" * 9),
-            *("1" * 5000 + "_0123456789.jpg", "2513260012_03d33305cf.jpg", "/" * 9000),
-        ]
-    ),
+WORDS = (
+    "a.jpg ./a.jpg ../../etc/passwd /etc/passwd c:\\a.jpg a.jpg.1 train restval -0 NaN =1+1".split()
 )
+WORDS += ["A red kite .", "\ud800", "a\0b", "\ufeff", "\x1b[2J", "a\nb", "\u202ea", '"', "'" * 50]
+WORDS += ["a\u0315\u0300" * 9, "1" * 5000 + "_0123456789.jpg", "2513260012_03d33305cf.jpg"]
+KEYS = "images annotations sentences raw filename file_name filepath id image_id caption captions"
+words = st.one_of(st.text(max_size=12), st.sampled_from([*WORDS, "/" * 9000]))
 leaves = st.one_of(
     words,
     st.none(),
@@ -68,12 +64,7 @@ leaves = st.one_of(
     st.floats(),
     st.sampled_from([10**400, -(2**63), 1e308]),
 )
-keys = st.sampled_from(
-    [
-        *("images", "annotations", "sentences", "raw", "filename", "file_name", "filepath", "id"),
-        *("image_id", "caption", "captions", "image", "split", "Image ", "tokens"),
-    ]
-)
+keys = st.sampled_from([*KEYS.split(), "image", "split", "Image ", "tokens"])
 anything = st.recursive(
     leaves,
     lambda inner: st.one_of(
@@ -88,45 +79,26 @@ def either(usual: Any) -> Any:
     return st.one_of(usual, usual, usual, anything)
 
 
+def records(**fields: Any) -> Any:
+    """Make a list of dictionaries, mostly."""
+    return either(st.lists(either(st.fixed_dictionaries(fields)), max_size=4))
+
+
+number = st.integers(0, 3)
 karpathy = st.fixed_dictionaries(
     {
-        "images": either(
-            st.lists(
-                either(
-                    st.fixed_dictionaries(
-                        {
-                            "filename": either(words),
-                            "sentences": either(
-                                st.lists(either(st.fixed_dictionaries({"raw": either(words)})))
-                            ),
-                        },
-                        optional={"filepath": either(words), "split": either(words)},
-                    )
-                ),
-                max_size=4,
-            )
+        "images": records(
+            filename=either(words),
+            sentences=records(raw=either(words)),
+            filepath=st.just("") | either(words),
+            split=either(words),
         )
     }
 )
-number = st.integers(0, 3)
 coco = st.fixed_dictionaries(
     {
-        "images": either(
-            st.lists(
-                either(
-                    st.fixed_dictionaries({"id": either(st.integers(0, 3)), "file_name": words})
-                ),
-                max_size=4,
-            )
-        ),
-        "annotations": either(
-            st.lists(
-                either(
-                    st.fixed_dictionaries({"image_id": either(number), "caption": either(words)})
-                ),
-                max_size=4,
-            )
-        ),
+        "images": records(id=either(number), file_name=words),
+        "annotations": records(image_id=either(number), caption=either(words)),
     }
 )
 record = st.fixed_dictionaries(
@@ -146,14 +118,14 @@ def test_any_json_is_a_table_or_one_line(
     use(folder, path)
 
 
-@given(records=st.lists(st.one_of(record, record, anything), max_size=6))
+@given(lines=st.lists(st.one_of(record, record, anything), max_size=6))
 @settings(max_examples=100)
 def test_any_jsonl_is_a_table_or_one_line(
-    tmp_path_factory: pytest.TempPathFactory, records: list[Any]
+    tmp_path_factory: pytest.TempPathFactory, lines: list[Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("data")
     path = folder / "x.jsonl"
-    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     use(folder, path)
 
 
@@ -194,11 +166,9 @@ VALID = {
     "x.jsonl": '{"image": "a.jpg", "captions": ["A kite .", "Two pots ."], "split": "dev"}\n' * 2,
     "a.txt": "A kite .\r\n一只狗在草地上跑\rTwo pots .",
 }
-PIECES = [
-    *(b"\0", b"\r", b"\n", b'"', b",", b"\t", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80"),
-    *(b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"NaN", b"1e999", b"\\ud800", b"\\u0000"),
-    *(b"../", b"/", b"#0\t", b"x" * 200_000, b"\xcc\x95\xcc\x80" * 5000, b"null", b"true", b"{}"),
-]
+PIECES = [b"\0", b"\r", b"\n", b'"', b",", b"\t", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80"]
+PIECES += [b"[" * 2000, b'{"a":' * 2000, b"9" * 5000, b"NaN", b"1e999", b"\\ud800", b"\\u0000"]
+PIECES += [b"../", b"/", b"#0\t", b"x" * 200_000, b"\xcc\x95\xcc\x80" * 5000, b"null", b"{}"]
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -238,12 +208,12 @@ LARGE: dict[str, tuple[str, Callable[[], str]]] = {
         "x.csv",
         lambda: 'image,caption\na.jpg,"' + "word " * MILLION + '"\nb.jpg,A kite .\n',
     ),
-    "million captions of one image": (
+    "200,000 captions of one image": (
         "x.csv",
-        lambda: "image,caption\n" + "a.jpg,A kite .\n" * MILLION,
+        lambda: "image,caption\n" + "a.jpg,A kite .\n" * 200_000,
     ),
     "million columns": ("x.csv", lambda: "image,caption" + ",x" * MILLION + "\na.jpg,A kite .\n"),
-    "million open quotes": ("x.csv", lambda: "image,caption\n" + 'a.jpg,"A\n' * 200_000),
+    "open quotes": ("x.csv", lambda: "image,caption\n" + 'a.jpg,"A\n' * 50_000),
     "name of a million slashes": (
         "x.csv",
         lambda: "image,caption\n" + "a/" * MILLION + "b.jpg,A kite .\nb.jpg,A kite .\n",
@@ -260,11 +230,8 @@ LARGE: dict[str, tuple[str, Callable[[], str]]] = {
     "nested objects": ("x.json", lambda: '{"images":' * 100_000),
     "nested id": (
         "x.json",
-        lambda: (
-            '{"annotations": [], "images": [{"file_name": "a", "id": '
-            + "[" * 900
-            + "]" * 900
-            + "}]}"
+        lambda: json.dumps({"annotations": [], "images": [{"file_name": "a", "id": "?"}]}).replace(
+            '"?"', "[" * 900 + "]" * 900
         ),
     ),
     "digits": ("x.jsonl", lambda: '{"image": "a.jpg", "caption": "b", "split": ' + "9" * MILLION),

