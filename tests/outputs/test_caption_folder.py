@@ -34,6 +34,17 @@ from pipeline.utils.progress import PlainLines
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def captioner(drawn_run: DrawnRun) -> Captioner:
+    return Captioner.load(drawn_run.run, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each command the loading."""
+    monkeypatch.setattr("pipeline.cli.caption._load", lambda *_: captioner)
+
+
 @pytest.fixture
 def album(drawn_run: DrawnRun, tmp_path: Path) -> Path:
     folder = tmp_path / "album"
@@ -277,19 +288,14 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     asked.clear()
     assert caption(drawn_run, album, "--sidecar").exit_code == 0
     assert asked == []
-    result = caption(drawn_run, album, "--sidecar", "--overwrite", "--num-captions", 2)
-    assert result.exit_code == 0 and asked == NAMES
-    assert len((album / "b.txt").read_text(encoding="utf-8").splitlines()) == 2
-
-
-def test_with_an_output_all_are_captioned_and_sidecars_stay(
-    drawn_run: DrawnRun, album: Path, asked: list[str]
-) -> None:
-    (album / "b.txt").write_text("my own words\n", encoding="utf-8")
-    output = album.parent / "out.json"
+    output = album.parent / "out.json"  # wants all captions, also of images with a sidecar
     assert caption(drawn_run, album, "--sidecar", "--output", output).exit_code == 0
     assert asked == NAMES and len(json.loads(output.read_text(encoding="utf-8"))) == 6
     assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
+    asked.clear()
+    result = caption(drawn_run, album, "--sidecar", "--overwrite", "--num-captions", 2)
+    assert result.exit_code == 0 and asked == NAMES
+    assert len((album / "b.txt").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_two_images_do_not_share_a_sidecar(drawn_run: DrawnRun, album: Path) -> None:
@@ -386,11 +392,6 @@ def test_paths_are_read_from_standard_input(
     assert f"failed: {album / 'missing.jpg'}: no such file" in result.stderr
 
 
-def test_an_empty_list_is_one_line(drawn_run: DrawnRun) -> None:
-    result = caption(drawn_run, "-", stdin=b"\n")
-    assert result.exit_code == 2 and "standard input: no images there" in result.stderr
-
-
 def test_symbolic_link_loops_end(drawn_run: DrawnRun, album: Path) -> None:
     try:
         (album / "sub" / "up").symlink_to(album, target_is_directory=True)
@@ -449,6 +450,7 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--overwrite"), "--overwrite: is for --sidecar"),
         ((album, "--thumbnails", "beside"), "--thumbnails: is for the page"),
         (("--serve", "--beam-size", 2), "--serve: takes no search options (beam-size-2)"),
+        (("-",), "standard input: no images there"),
     ):
         result = caption(drawn_run, *arguments)
         assert result.exit_code == 2, result.output
