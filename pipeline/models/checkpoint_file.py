@@ -84,7 +84,7 @@ def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]
                 f"captioner compress {old} --output {path}"
             )
         raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
-    if not is_torch_file(path):
+    if path.suffix not in (".pt", ".pth") or is_safetensors(path):
         return read_tensors(path)
     content = read_torch_file(path)
     try:
@@ -124,10 +124,10 @@ def _converted(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, document
 
 
-def is_torch_file(path: Path) -> bool:
-    """True for a PyTorch file, by its name, unless its content is safetensors."""
+def is_safetensors(path: Path) -> bool:
+    """True if a file's content begins as safetensors does: a length of 8 bytes, then JSON."""
     with path.open("rb") as file:
-        return path.suffix in (".pt", ".pth") and file.read(9)[8:] != b"{"
+        return file.read(9)[8:] == b"{"
 
 
 def read_torch_file(path: Path) -> Any:
@@ -138,7 +138,9 @@ def read_torch_file(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, LookupError) as error:
+    except pickle.UnpicklingError as error:  # its text advises to trust the file
+        raise UserError(f"{path}: not a PyTorch file of tensors, or damaged") from error
+    except (RuntimeError, OSError, LookupError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a PyTorch file of tensors, or damaged ({reason})") from error
     except (ValueError, TypeError, AttributeError, EOFError, RecursionError) as error:

@@ -30,7 +30,7 @@ from pipeline.datasets.images import IMAGE_SIZE
 from pipeline.models.checkpoint_file import (
     check_state,
     group_of,
-    is_torch_file,
+    is_safetensors,
     read_tensors,
     read_torch_file,
     shapes_of,
@@ -316,7 +316,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             f"--weights {path}: no such file (use imagenet, pretrained or a file's path)"
         )
     scales: dict[str, Tensor] = {}
-    if not is_torch_file(path):
+    if path.suffix == ".safetensors" or is_safetensors(path):
         tensors, _ = read_tensors(path)
         state: Any = group_of(tensors, "encoder")
         scales = group_of(tensors, "encoder_scales")
