@@ -128,7 +128,7 @@ def test_training_is_repeatable_and_depends_on_the_seed(small: Small) -> None:
 
 
 def test_many_captions_take_no_more_steps(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.training.matcher_training.MOST_STEPS", 3)
+    monkeypatch.setattr("pipeline.training.matcher_training.MAX_STEPS", 3)
     monkeypatch.setattr("pipeline.training.matcher_training.BATCH_SIZE", 10)
     calls: list[int] = []
     loss = Matcher.loss

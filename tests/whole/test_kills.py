@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from PIL.Image import Image
+from PIL import Image
 
 if os.name == "nt":
     pytest.skip("Windows has no fork", allow_module_level=True)
@@ -66,6 +66,9 @@ def assert_whole(folder: Path) -> None:
                 json.loads(line)
         elif path.suffix == ".svg":
             ElementTree.parse(path)
+        elif path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
         else:
             assert path.suffix == ".html" and path.read_bytes().rstrip().endswith(b"</html>"), path
 
@@ -201,7 +204,7 @@ def test_training_images_that_go_away_stop_the_fine_tuning(world: World, tmp_pat
     def unplug() -> None:
         read, count = joint_stage.load_image, itertools.count()
 
-        def load_image(path: ImageRef, size: int | None = None) -> Image:
+        def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
             if next(count) == 20:  # in the second of two epochs of 16
                 scenes.rename(away)
             return read(path, size)
