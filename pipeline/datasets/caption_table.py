@@ -5,18 +5,9 @@
 >>> for image in table.of_split("train"):
 ...     cache.rows([images[image.name]]), image.captions
 
-**Files.** The folder is searched in this order, and the first match is read:
-
-1. ``Flickr8k.token.txt`` (also in ``Flickr8k_text/``): ``name.jpg#0<TAB>caption``
-2. ``captions.txt``: Kaggle's copy of Flickr8k, ``image,caption``
-3. ``dataset*.json``: Karpathy's JSON; its ``restval`` is train
-4. ``captions_*.json`` (also in ``annotations/``): COCO; several files make one table
-5. ``captions.csv``, else the one ``*.csv`` or ``*.tsv``: a header, then a caption per line
-6. ``captions.jsonl``, ``metadata.jsonl``, else the one ``*.jsonl``: an object per line
-7. text files beside the images, ``photo.txt`` or ``photo.jpg.txt``: a caption per line
-
-A file given by ``--captions`` may have any name: its content determines the layout. A folder
-given there holds images with text files.
+**Files.** ``SEARCH_ORDER`` lists what is looked for in a folder. A file given by ``--captions``
+may have any name: its content determines the layout. A folder given there holds images with
+text files.
 
 **Splits.** The file's own come first: a split column, Karpathy's, the split lists beside a
 token file (all three), or "train", "val" or "test" in a COCO file's name. Otherwise Flickr8k,
@@ -49,13 +40,13 @@ from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
 # The first group with a file in the folder is read. Of several files in a group the user chooses
-# one, except for COCO, which has a file per split.
+# one, except for COCO, which has a file per split. Text files beside the images come last.
 COCO_FILES = ("captions_*.json", "annotations/captions_*.json")
 SEARCH_ORDER = (
-    ("Flickr8k.token.txt",),
+    ("Flickr8k.token.txt",),  # name.jpg#0<TAB>caption
     ("Flickr8k_text/Flickr8k.token.txt",),
-    ("captions.txt",),
-    ("dataset*.json",),
+    ("captions.txt",),  # Kaggle's copy of Flickr8k: image,caption
+    ("dataset*.json",),  # Karpathy's JSON
     COCO_FILES,
     ("captions.csv",),
     ("*.csv", "*.tsv"),
@@ -214,43 +205,40 @@ def _hash_splits(names: list[str]) -> dict[str, str]:
 
 def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:
     """Return name -> available path, and notes."""
-    images = {normalize_name(path): path for path in available}
-    matched = {name: name for name in names if name in images}
-    by_tail = _by_tail(images) if len(matched) < len(names) else {}
-    # Path -> the names that claim it: because one ends in the other, or, as a last resort,
-    # because of the file name alone.
-    by_path: defaultdict[str, list[str]] = defaultdict(list)
-    by_name: defaultdict[str, list[str]] = defaultdict(list)
-    missing = 0
-    for name in names:
-        if name in matched:
-            continue
-        tails = list(_tails(name))
-        related = {tail for tail in tails if tail in images}
-        related |= {by_tail[name]} if name in by_tail else set()
-        candidates = related or ({by_tail[tails[-1]]} if tails[-1] in by_tail else set())
-        if not candidates:
-            missing += 1
-        elif len(candidates) == 1 and "" not in candidates:
-            (by_path if related else by_name)[candidates.pop()].append(name)
-    taken = set(matched)
-    for claims in (by_path, by_name):
-        for key, claimants in claims.items():
-            if len(claimants) == 1 and key not in taken:
-                matched[claimants[0]] = key
-                taken.add(key)
+    paths = {normalize_name(path): path for path in available}
+    matched = {name: name for name in names if name in paths}
+    by_tail = _by_tail(paths) if len(matched) < len(names) else {}
+
+    def by_path(name: str) -> set[str]:
+        related = {tail for tail in _tails(name) if tail in paths}
+        return related | ({by_tail[name]} if name in by_tail else set())
+
+    def by_file_name(name: str) -> set[str]:
+        file_name = name.rpartition("/")[2]
+        return {by_tail[file_name]} if file_name in by_tail else set()
+
+    for candidates in (by_path, by_file_name):
+        before = len(matched)
+        claims: defaultdict[str, list[str]] = defaultdict(list)
+        for name in names:
+            if name not in matched and len(found := candidates(name)) == 1:
+                claims[found.pop()].append(name)
+        taken = set(matched.values())
+        for path, claimants in claims.items():
+            if path and path not in taken and len(claimants) == 1:
+                matched[claimants[0]] = path
+    unmatched = [name for name in names if name not in matched]
+    missing = sum(not by_file_name(name) for name in unmatched)
     notes = Counter(
         {
             "captioned images without an image dropped": missing,
             "captioned images dropped because their name fits several images, or several "
-            "images one image": len(names) - len(matched) - missing,
-            "images matched by file name alone, in another folder": sum(
-                matched.get(claimants[0]) == key for key, claimants in by_name.items()
-            ),
-            "images without captions": len(images) - len(taken),
+            "images one image": len(unmatched) - missing,
+            "images matched by file name alone, in another folder": len(matched) - before,
+            "images without captions": len(paths) - len(matched),
         }
     )
-    return {name: images[key] for name, key in matched.items()}, +notes
+    return {name: paths[path] for name, path in matched.items()}, +notes
 
 
 def _by_tail(paths: Iterable[str]) -> dict[str, str]:

@@ -82,24 +82,24 @@ def download_flickr8k(folder: Path, base_url: str | None = None) -> None:
         echo(f"{folder} holds Kaggle's copy of Flickr8k: nothing to download.", err=True)
         return
     marker = folder / MARKER
-    unpacked = marker.read_text(encoding="utf-8").splitlines() if marker.is_file() else []
-    missing = [name for name, md5 in FLICKR8K_MD5.items() if f"{md5}  {name}" not in unpacked]
+    unpacked = marker.read_text(encoding="utf-8").split() if marker.is_file() else []
+    missing = {name: md5 for name, md5 in FLICKR8K_MD5.items() if md5 not in unpacked}
     if not missing:
         echo(f"{folder} is complete; delete {marker} to download it again.", err=True)
-    for name in missing:
+    for name, md5 in missing.items():
         archive = folder / name
         try:
-            fetch(f"{(base_url or RELEASE_URL).rstrip('/')}/{name}", archive, FLICKR8K_MD5[name])
+            fetch(f"{(base_url or RELEASE_URL).rstrip('/')}/{name}", archive, md5)
         except NetworkError as error:
             raise NetworkError(
                 f"{error.message}; run the same command again later, or unpack the Kaggle "
                 f"archive adityajn105/flickr8k to {folder}"
             ) from error
         unpack_zip(archive, folder)
-        unpacked.append(f"{FLICKR8K_MD5[name]}  {name}")
+        unpacked += [md5, name]
         # Before the archive is deleted, so that a kill never costs a second gigabyte.
         with _disk_errors(marker), atomic_write(marker) as handle:
-            handle.write("\n".join(unpacked) + "\n")
+            handle.write("\n".join(unpacked))
     for name in FLICKR8K_MD5:
         (folder / name).unlink(missing_ok=True)
 

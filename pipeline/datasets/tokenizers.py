@@ -62,35 +62,31 @@ class Tokenizer:
 
 
 class _CharacterTable(dict[int, str]):
-    """A table for ``str.translate``, filled as characters occur.
+    """A table for ``str.translate`` that is filled as characters occur.
 
-    A character stays, or becomes a plain form, a space or nothing.
+    A character is kept, or becomes a plain form, a space or nothing.
     """
 
-    def __init__(self, kept: str, keep_currency: bool, special: dict[str, str]) -> None:
+    def __init__(self, kept: str, currency: bool, special: dict[str, str]) -> None:
         super().__init__()
-        self._kept = kept
-        self._keep_currency = keep_currency
-        self._special = special
+        self._kept, self._currency = kept, currency
+        self._special = (
+            dict.fromkeys("`´‘’‛ʼ′＇", "'") | dict.fromkeys("\u2010\u2011", "-") | special
+        )
 
     def __missing__(self, code: int) -> str:
-        self[code] = replacement = self._replacement(chr(code))
-        return replacement
-
-    def _replacement(self, character: str) -> str:
-        category = unicodedata.category(character)
-        if character in self._special:
-            return self._special[character]
-        if character in "`´‘’‛ʼ′＇":
-            return "'"
-        if character in "\u2010\u2011":  # hyphen and non-breaking hyphen
-            return "-"
-        if character in self._kept or (category == "Sc" and self._keep_currency):
-            return character
+        character, category = chr(code), unicodedata.category(chr(code))
         variation = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
-        if category in ("Cf", "Cs", "Co", "Cn", "Me") or variation:
-            return ""  # zero-width, lone surrogates, unassigned codes, keycaps
-        return character if category[0] in "LMN" else " "
+        if character in self._special:
+            replacement = self._special[character]
+        elif character in self._kept or (category == "Sc" and self._currency):
+            replacement = character
+        elif category in ("Cf", "Cs", "Co", "Cn", "Me") or variation:
+            replacement = ""  # zero-width, lone surrogates, unassigned codes, keycaps
+        else:
+            replacement = character if category[0] in "LMN" else " "
+        self[code] = replacement
+        return replacement
 
 
 # English

@@ -67,15 +67,6 @@ class Vocabulary:
         frequent.sort(key=lambda word: (-counts[word], word))
         return cls((*SPECIALS, *frequent), tokenizer)
 
-    @classmethod
-    def from_list(cls, words: Sequence[str], tokenizer: str = ENGLISH) -> Vocabulary:
-        """Rebuild a vocabulary from the result of ``to_list`` and its tokenizer's name."""
-        return cls(words, tokenizer)
-
-    def to_list(self) -> list[str]:
-        """Return the words by id, special tokens first."""
-        return list(self.words)
-
     def tokenize(self, text: str) -> list[str]:
         """Split a caption into tokens, whether the vocabulary has them or not."""
         return self.tokenizer.tokenize(text)
@@ -133,7 +124,7 @@ def _check_words(words: Sequence[str]) -> None:
         raise UserError(f"a vocabulary is a list of words, not {type(words).__name__}")
     for number, word in enumerate(words):
         if not isinstance(word, str) or not word:
-            raise UserError(f"entry {number} of the vocabulary is no word: {word!r}")
+            raise UserError(f"entry {number} of the vocabulary is not a word: {word!r}")
     if tuple(words[: len(SPECIALS)]) != SPECIALS:
         raise UserError(
             f"the vocabulary must begin with {', '.join(SPECIALS)}, "

@@ -185,7 +185,7 @@ def captioner_settings(
         },
         "special": {"pad": PAD_ID, "start": START_ID, "end": END_ID, "unknown": UNKNOWN_ID},
         "writing": writing_rules(checkpoint.vocabulary),
-        "vocabulary": checkpoint.vocabulary.to_list(),
+        "vocabulary": list(checkpoint.vocabulary.words),
     }
 
 

@@ -126,7 +126,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) 
         "schema_version": SCHEMA_VERSION,
         "decoder_config": asdict(checkpoint.decoder_config),
         "matcher_config": asdict(matcher.config) if matcher else None,
-        "vocabulary": checkpoint.vocabulary.to_list(),
+        "vocabulary": list(checkpoint.vocabulary.words),
         "tokenizer": checkpoint.vocabulary.tokenizer.name,
         "encoder": asdict(checkpoint.encoder),
         "epoch": checkpoint.epoch,
@@ -172,7 +172,7 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
         LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError: it does not.
     """
     config = _sizes(DecoderConfig, document["decoder_config"])
-    vocabulary = Vocabulary.from_list(document["vocabulary"], document["tokenizer"])
+    vocabulary = Vocabulary(document["vocabulary"], document["tokenizer"])
     if len(vocabulary) != config.vocabulary_size:
         raise ValueError("vocabulary and decoder differ in size")
     decoder_weights = group_of(tensors, "decoder")
@@ -289,7 +289,7 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
         mine, theirs = first.vocabulary.tokenizer.name, other.vocabulary.tokenizer.name
         if mine != theirs:
             raise UserError(f"{path}: has the tokenizer {theirs}, {paths[0]} has {mine}")
-        if other.vocabulary.to_list() != first.vocabulary.to_list():
+        if other.vocabulary.words != first.vocabulary.words:
             raise UserError(f"{path}: has another vocabulary than {paths[0]}")
         if replace(other.decoder_config, members=1) != replace(first.decoder_config, members=1):
             raise UserError(f"{path}: its decoder has other sizes than that of {paths[0]}")

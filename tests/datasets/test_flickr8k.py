@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import SHARED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -35,7 +36,6 @@ from pipeline.utils.errors import UserError
 
 BODY = random.Random(0).randbytes(300_000)
 BODY_MD5 = hashlib.md5(BODY).hexdigest()
-FLICKR8K = Path(__file__).parents[3] / "shared" / "flickr8k"
 
 
 @dataclass
@@ -289,11 +289,11 @@ def test_the_official_split() -> None:
     assert 2258277193 not in split
 
 
-@pytest.mark.skipif(not FLICKR8K.is_dir(), reason="../shared/flickr8k is missing")
+@pytest.mark.shared("flickr8k")
 def test_the_official_split_is_that_of_the_published_lists() -> None:
     published: dict[int, str] = {}
     for split, word in (("train", "train"), ("val", "dev"), ("test", "test")):
-        path = FLICKR8K / "Flickr8k_text" / f"Flickr_8k.{word}Images.txt"
+        path = SHARED / "flickr8k" / "Flickr8k_text" / f"Flickr_8k.{word}Images.txt"
         ids = {int(name.split("_")[0]) for name in path.read_text().split()}
         assert not ids & published.keys()
         published.update(dict.fromkeys(ids, split))

@@ -256,7 +256,7 @@ def test_the_runner_writes_as_the_pipeline(
         "<pad> <start> <end> <unk> a dog can not gon na wan do n't 's 'm 'd 're 've 'll % # $ & 5 "
         "1,000 3rd '90s 'n st. u.s. t-shirt ca wo he"
     ).split()
-    vocabulary = Vocabulary.from_list(words)
+    vocabulary = Vocabulary(words)
     rules = writing_rules(vocabulary)
     assert rules["apart"] == ["'s", "'m", "'d", "'re", "'ve", "'ll", "'90s", "'n"]
     assert ["can", "not"] in rules["pairs"] and ["#", "5"] in rules["pairs"]
@@ -332,7 +332,7 @@ def test_the_settings_say_what_they_are(drawn_run: DrawnRun, exported: Path) -> 
     checkpoint = load_checkpoint(drawn_run.run)
     assert settings["encoder"]["weights_sha256"] == checkpoint.encoder.weights_sha256
     assert settings["encoder"]["weights_source"] == "weights.pth"
-    assert settings["vocabulary"] == checkpoint.vocabulary.to_list()
+    assert settings["vocabulary"] == list(checkpoint.vocabulary.words)
     assert settings["search"]["beam_size"] == 3
     assert "reranker" in settings["search"]["remark"]
     assert "Flickr8k" not in settings["licence"]

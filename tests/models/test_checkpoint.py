@@ -227,7 +227,7 @@ def test_a_checkpoint_of_version_0_1_0_is_read(tmp_path: Path) -> None:
                 name.replace("init_state_from_image.", "image_state."): tensor
                 for name, tensor in wanted.decoder_weights.items()
             },
-            "vocabulary": wanted.vocabulary.to_list(),
+            "vocabulary": list(wanted.vocabulary.words),
             "encoder": asdict(wanted.encoder),
             "encoder_weights": None,
             "neighbours": neighbours,

@@ -137,13 +137,13 @@ def test_models_that_do_not_belong_together_are_refused(
 ) -> None:
     first = load_checkpoint(drawn_run.run)
     path = tmp_path / "other.safetensors"
-    words = first.vocabulary.to_list()
+    words = list(first.vocabulary.words)
     unlike = {
         "not of the same encoder": {
             "encoder": EncoderIdentity(**{**vars(first.encoder), "weights_sha256": "1" * 64})
         },
         "has another vocabulary": {
-            "vocabulary": type(first.vocabulary).from_list([*words[:-2], words[-1], words[-2]])
+            "vocabulary": type(first.vocabulary)([*words[:-2], words[-1], words[-2]])
         },
     }
     for message, change in unlike.items():

@@ -121,8 +121,8 @@ def test_models_of_different_tokenizers_do_not_caption_together(
     chinese: DrawnRun, tmp_path: Path
 ) -> None:
     first = load_checkpoint(chinese.run)
-    words = first.vocabulary.to_list()
-    other = replace(first, vocabulary=Vocabulary.from_list(words, "words"))
+    words = list(first.vocabulary.words)
+    other = replace(first, vocabulary=Vocabulary(words, "words"))
     save_checkpoint(tmp_path / "other.safetensors", other)
     with pytest.raises(
         UserError, match=r"other.safetensors: has the tokenizer words, .* has characters"
