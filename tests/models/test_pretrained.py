@@ -75,14 +75,14 @@ def test_a_compressed_model_captions_as_the_whole_one(
 ) -> None:
     joint, small = small_model
     assert small.stat().st_size < 0.3 * (joint / "best.safetensors").stat().st_size
-    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))
+    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:8]
     whole, compressed = (Captioner.load(model, device="cpu") for model in small_model)
     squares = [read_square(path) for path in paths[:4]]
     for a, b in zip(whole.encoder.encode(squares), compressed.encoder.encode(squares), strict=True):
         assert float(a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b)) > 0.9
     # An untrained network, as here, is far touchier than a trained one: see below.
     pairs = zip(whole.caption(paths), compressed.caption(paths), strict=True)
-    assert sum(a == b for a, b in pairs) >= 0.5 * len(paths)
+    assert sum(a == b for a, b in pairs) >= 4
 
 
 def test_a_compressed_model_is_its_own_encoder_and_tells_no_paths(
