@@ -1,13 +1,12 @@
-"""The commands: one module each; the scripts beside this package call them.
+"""The commands: one module each, called by the scripts and by the installed ``captioner``.
 
-After ``pip install .`` they are also sub-commands of one program:
-
-    captioner extract | train | finetune | caption | evaluate | report | export | compress
+Imports every room. Start with ``options``, which they share, then ``train``.
 """
 
 from __future__ import annotations
 
 import importlib
+from typing import cast
 
 import click
 
@@ -37,8 +36,7 @@ class LazyGroup(click.Group):
         """Import and return a command."""
         if name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"pipeline.cli.{name}").main
-        return command
+        return cast(click.Command, importlib.import_module(f"pipeline.cli.{name}").main)
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing any."""

@@ -1,10 +1,8 @@
-"""Caption images: files, folders with their sub-folders, patterns, and lists of paths.
-
-The manual is in caption.py, the advice in its --help.
-"""
+"""Caption images: files, folders with their sub-folders, patterns, and lists of paths."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -48,14 +46,12 @@ GROUPS = {
 
 @options.command(GROUPS)
 @click.argument("images", nargs=-1)
-@click.option(
+@options.path(
     "--model",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="A run folder or a checkpoint. Several --model, of runs with other seeds, caption as an "
+    "A run folder or a checkpoint. Several --model, of runs with other seeds, caption as an "
     "ensemble.  [default: runs/joint, else runs/decoder, else 'pretrained', the model that comes "
     "with the program]",
-    show_default=False,
+    multiple=True,
 )
 @options.weights
 @options.from_dataclass(SearchOptions)
@@ -66,18 +62,14 @@ GROUPS = {
     "--format",
     "layout",
     type=click.Choice(["text", "json", "jsonl", "csv", "coco"]),
-    default=None,
     help="text: path, tab, caption, and with several captions, tab, log-probability; jsonl: one "
     "line of JSON per image, written as it is captioned; csv: for spreadsheets, with an apostrophe "
     "before anything that they would take for a formula; coco: the COCO results format.  "
     "[default: by the suffix of --output, else text]",
-    show_default=False,
 )
-@click.option(
+@options.path(
     "--output",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="File to write instead of standard output. It is replaced as a whole when all is done.",
+    "File to write instead of standard output. It is replaced as a whole when all is done.",
 )
 @click.option(
     "--skip-existing",
@@ -101,12 +93,7 @@ GROUPS = {
     is_flag=True,
     help="With --sidecar and --write-metadata: replace existing text files and descriptions.",
 )
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Also write a page with the images, their captions, and a search.",
-)
+@options.path("--html", "Also write a page with the images, their captions, and a search.")
 @click.option(
     "--thumbnails",
     type=click.Choice(["inside", "beside"]),
@@ -129,10 +116,8 @@ GROUPS = {
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    default=None,
     help="Images per batch; changes the speed, not the captions.  [default: 4 on a CPU, 64 on a "
     "GPU]",
-    show_default=False,
 )
 def main(
     images: tuple[str, ...],
@@ -174,19 +159,30 @@ def main(
     search_options = SearchOptions(**search)
     layout = layout or FORMATS.get(output.suffix.lower() if output else "", "text")
     _check(search_options, layout)
+    targets = {target for target in (output, html) if target is not None and not serve}
+    for target in targets:
+        check_writable(target)
+    paths = [] if serve else collect(images)
+    models = model or (options.default_model(),)
+    name = " + ".join(map(str, models))
+    load = functools.partial(_load, models, device, weights)
     if serve:
         from pipeline.serve.app import serve as serve_page
 
-        models = model or (options.default_model(),)
-        serve_page(_load(models, device, weights, 1), _name(models), port, open_browser=True)
+        serve_page(load(1), name, port, open_browser=True)
         return
-    targets = {target for target in (output, html) if target is not None}
-    for target in targets:
-        check_writable(target)
-    paths = collect(images)
-    models = model or (options.default_model(),)
     from pipeline.outputs.caption_folder import Destinations, Request, caption_images
 
+    count = search_options.num_captions
+    request = Request(
+        search=search_options,
+        num_captions=count or 1,
+        page_captions=count or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
+        details=words,
+        batch_size=batch_size,
+        model=name,
+        fingerprint=_fingerprint(models),
+    )
     destinations = Destinations(
         layout=layout,
         output=output,
@@ -197,22 +193,10 @@ def main(
         overwrite=overwrite,
         skip_existing=skip_existing,
     )
-    count = search_options.num_captions
-    request = Request(
-        search=search_options,
-        num_captions=count or 1,
-        page_captions=count or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
-        details=words,
-        batch_size=batch_size,
-        model=_name(models),
-        fingerprint=_fingerprint(models),
-    )
     for target in targets:
         click.get_current_context().with_resource(locked(target))
     try:
-        outcome = caption_images(
-            lambda number: _load(models, device, weights, number), paths, destinations, request
-        )
+        outcome = caption_images(load, paths, destinations, request)
     except KeyboardInterrupt:
         kept = output or html or sidecar or write_metadata
         echo("interrupted" + ("; run the same command to resume" if kept else ""), err=True)
@@ -267,10 +251,6 @@ def _load(models: Sequence[Path], device: str, weights: str | None, images: int)
 
     engine = "auto" if images >= WORTH_COMPILING else "torch"
     return Captioner.load(models, device, weights, engine=engine)
-
-
-def _name(models: Sequence[Path]) -> str:
-    return " + ".join(map(str, models))
 
 
 def _fingerprint(models: Sequence[Path]) -> str:

@@ -14,12 +14,7 @@ from pipeline.utils.terminal import echo
 @options.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.weights
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("captioner.safetensors"),
-    help="File to write.",
-)
+@options.path("--output", "File to write.", default="captioner.safetensors")
 def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
     """Write RUNS as one small checkpoint with encoder and decoders, which captions by itself.
 

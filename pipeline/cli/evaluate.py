@@ -1,7 +1,4 @@
-"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE if they are available.
-
-The manual is in evaluate.py, the advice in its --help.
-"""
+"""Score a run on a split: BLEU, ROUGE-L, CIDEr-D, and METEOR and SPICE if they are available."""
 
 from __future__ import annotations
 
@@ -35,18 +32,13 @@ NOT_SCORED = [
 @click.option(
     "--data",
     type=options.DataPath(),
-    default=None,
     help="Folder of the captions.  [default: the training's]",
-    show_default=False,
 )
 @options.captions
-@click.option(
+@options.path(
     "--features",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Feature cache of the run's encoder. A run of finetune_joint.py encodes the images "
+    "Feature cache of the run's encoder. A run of finetune_joint.py encodes the images "
     "itself if the cache is of another encoder.  [default: the training's]",
-    show_default=False,
 )
 @click.option(
     "--split",
@@ -57,28 +49,21 @@ NOT_SCORED = [
 @click.option(
     "--tokenizer",
     type=click.Choice(list(TOKENIZERS)),
-    default=None,
     help="The tokenizer of --compare; a run has its own.  [default: that of the scores file "
     "beside the predictions, else english]",
-    show_default=False,
 )
 @options.from_dataclass(SearchOptions, leave_out=NOT_SCORED)
-@click.option(
+@options.path(
     "--output",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
+    "Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
     "another split, search, checkpoint or data a name that tells, such as "
     "predictions-test-beam-size-5.json]",
-    show_default=False,
 )
-@click.option(
+@options.path(
     "--html",
-    type=click.Path(path_type=Path),
-    default=None,
-    metavar="PAGE",
-    help="Also write a page of the images with their captions, references and CIDEr-D, the worst "
+    "Also write a page of the images with their captions, references and CIDEr-D, the worst "
     "first. The page is one file.",
+    metavar="PAGE",
 )
 @click.option(
     "--java/--no-java",
@@ -86,15 +71,13 @@ NOT_SCORED = [
     help="Compute METEOR and SPICE, if Java and pycocoevalcap are installed; METEOR takes some "
     "seconds.",
 )
-@click.option(
+@options.path(
     "--compare",
+    "Test whether two predictions files for the same images differ, instead of scoring a run. A "
+    "difference with p below 0.05 is unlikely to be chance over the images; variation between "
+    "seeds is not included.",
     nargs=2,
-    type=click.Path(path_type=Path),
-    default=None,
     metavar="FIRST SECOND",
-    help="Test whether two predictions files for the same images differ, instead of scoring a "
-    "run. A difference with p below 0.05 is unlikely to be chance over the images; variation "
-    "between seeds is not included.",
 )
 @click.option(
     "--ensemble",
@@ -133,7 +116,7 @@ def main(
     deviation.
     """
     search_options = SearchOptions(**search)
-    _check(runs, compare, ensemble, html, tokenizer, output)
+    _check(click.get_current_context().params)
     if compare is not None:
         from pipeline.metrics.compare import compare_predictions
         from pipeline.reports.score_table import print_comparison
@@ -172,27 +155,22 @@ def main(
         sys.exit(1)
 
 
-def _check(
-    runs: tuple[Path, ...],
-    compare: tuple[Path, Path] | None,
-    ensemble: bool,
-    html: Path | None,
-    tokenizer: str | None,
-    output: Path | None,
-) -> None:
+def _check(given: dict[str, Any]) -> None:
     """Raise UserError for options that contradict each other, before anything is loaded."""
+    runs, ensemble, html = given["runs"], given["ensemble"], given["html"]
+    compared = given["compare"] is not None
     several = len(runs) > 1 and not ensemble
-    if bool(runs) == (compare is not None):
+    if bool(runs) == compared:
         raise UserError("give the runs to score, or --compare with two predictions files")
-    if output is not None and several:
+    if given["output"] is not None and several:
         raise UserError("--output: is for one run; each of several writes into its own folder")
-    if output is not None and compare is not None:
+    if given["output"] is not None and compared:
         raise UserError("--output: --compare writes no file")
-    if html is not None and (compare is not None or several):
+    if html is not None and (compared or several):
         raise UserError("--html: is for one run, or several with --ensemble")
     if ensemble and len(runs) < 2:
         raise UserError("--ensemble: is for several runs")
-    if tokenizer is not None and compare is None:
+    if given["tokenizer"] is not None and not compared:
         raise UserError("--tokenizer: is for --compare; a run is scored with its own")
     if html is not None:
         check_writable(html)

@@ -12,26 +12,14 @@ from pipeline.utils.terminal import echo
 
 @options.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    help="The same as RUNS, as in caption.py.",
-)
+@options.path("--model", "The same as RUNS, as in caption.py.", multiple=True)
 @options.weights
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=Path("captioner-onnx"),
-    help="Folder to write.",
-)
+@options.path("--output", "Folder to write.", default="captioner-onnx")
 @click.option(
     "--beam-size",
     type=click.IntRange(min=1),
-    default=None,
     help="Default of the runner's --beam-size. The runner does not rerank; 3 to 5 are best.  "
     "[default: 3]",
-    show_default=False,
 )
 @click.option("--force", is_flag=True, help="Also write into a folder with other files in it.")
 def main(

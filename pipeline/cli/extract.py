@@ -1,7 +1,4 @@
-"""Stage 1: run InceptionV3 once over every image and store its 2048 features in HDF5.
-
-The manual is in extract_features.py, the advice in its --help.
-"""
+"""Stage 1: run InceptionV3 once over every image and store its 2048 features in HDF5."""
 
 from __future__ import annotations
 
@@ -18,7 +15,12 @@ from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
+    import torch
+
     from pipeline.features.extraction import ExtractionResult
+    from pipeline.models.encoder import Encoder
+    from pipeline.models.encoder_identity import EncoderIdentity
+    from pipeline.utils.distributed import World
 
 NO_DATA = """{data}: no such folder. Two ways to get Flickr8k:
   python extract_features.py --data {data} --download      downloads it (1.1 GB)
@@ -40,13 +42,7 @@ GROUPS = {
     help="Folder of images; sub-folders are searched too. Or tar shards, as of WebDataset: "
     "'shards/{0000..0099}.tar', on disk or at any URL that fsspec reads.",
 )
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="The feature cache to write.  [default: data/features/NAME-OF-DATA.h5]",
-    show_default=False,
-)
+@options.path("--output", "The feature cache to write.  [default: data/features/NAME-OF-DATA.h5]")
 @click.option(
     "--weights",
     default="auto",
@@ -73,17 +69,13 @@ GROUPS = {
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    default=None,
     help="Images per forward pass.  [default: 4 on a CPU, where small batches stay in its "
     "cache; 64 on a GPU]",
-    show_default=False,
 )
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=None,
     help="Threads that decode and encode images.  [default: one per core, at most 8]",
-    show_default=False,
 )
 @click.option(
     "--on-error",
@@ -139,38 +131,20 @@ def main(
         from pipeline.features.cache import default_cache_path
         from pipeline.features.extraction import Extraction, extract
         from pipeline.features.sharded_cache import resume_identity
-        from pipeline.models.encoder import NAMED_WEIGHTS, load_encoder
         from pipeline.models.openvino import choose_engine
-        from pipeline.utils.devices import (
-            choose_device,
-            choose_precision,
-            default_workers,
-            inference_batch_size,
-        )
+        from pipeline.utils.devices import choose_device, default_workers, inference_batch_size
 
         output = output or default_cache_path(data)
         chosen = choose_device(device, world.local_rank)
         force = force and not world.restarted
         begun = None if force else resume_identity(output)
-        if begun is not None:  # auto: as the cache was begun, maybe on another machine
-            precision = begun.precision if precision == "auto" else precision
-            engine = begun.engine if engine == "auto" else engine
-        precision = choose_precision(precision, chosen)
-        if weights == "auto" and begun is not None:
-            had = begun.weights_source
-            weights = had if had in NAMED_WEIGHTS or Path(had).is_file() else weights
-        encoder = world.local_main_first(lambda: load_encoder(weights, precision)).to(chosen)
-        if len(set(world.all_gather(encoder.source))) > 1:
-            raise UserError(
-                "the machines of this job found different weights; name some with --weights"
-            )
-        if weights == "random" and world.rank == 0:
-            echo("The encoder is untrained (--weights random): captions will be poor.", err=True)
+        if begun is not None and engine == "auto":
+            engine = begun.engine
         task = Extraction(
             source=source,
             names=source.names,
             output=output,
-            encoder=encoder,
+            encoder=_load_encoder(weights, precision, begun, chosen, world),
             batch_size=batch_size or inference_batch_size(chosen),
             workers=workers or default_workers(chosen),
             engine=choose_engine(engine, chosen, len(source.names)),
@@ -180,13 +154,35 @@ def main(
         )
         result = extract(task, world)
     if world.rank == 0:
-        report(result)
+        _report(result)
 
 
-def report(result: ExtractionResult) -> None:
+def _load_encoder(
+    weights: str, precision: str, begun: EncoderIdentity | None, device: torch.device, world: World
+) -> Encoder:
+    """Load the encoder; auto: as the cache was begun, maybe on another machine."""
+    from pipeline.models.encoder import NAMED_WEIGHTS, load_encoder
+    from pipeline.utils.devices import choose_precision
+
+    if begun is not None:
+        precision = begun.precision if precision == "auto" else precision
+        source = begun.weights_source
+        if weights == "auto" and (source in NAMED_WEIGHTS or Path(source).is_file()):
+            weights = source
+    precision = choose_precision(precision, device)
+    encoder = world.local_main_first(lambda: load_encoder(weights, precision)).to(device)
+    if len(set(world.all_gather(encoder.source))) > 1:
+        raise UserError(
+            "the machines of this job found different weights; name some with --weights"
+        )
+    if weights == "random" and world.rank == 0:
+        echo("The encoder is untrained (--weights random): captions will be poor.", err=True)
+    return encoder
+
+
+def _report(result: ExtractionResult) -> None:
     """Report what was done; exit with code 1 if images could not be read."""
-    cache = result.cache
-    failures = cache.failures()
+    cache, failures = result.cache, result.cache.failures()
     echo(
         f"{cache.path}: complete, {len(cache) - len(failures):,} images ({result.encoded:,} "
         f"encoded now, {result.kept:,} before; {cache.identity.precision}, "

@@ -1,7 +1,4 @@
-"""Stage 3, optional: train encoder and decoder together, on the images themselves.
-
-The manual is in finetune_joint.py, the advice in its --help.
-"""
+"""Stage 3, optional: train encoder and decoder together, on the images themselves."""
 
 from __future__ import annotations
 
@@ -30,26 +27,17 @@ from pipeline.utils.terminal import echo_failure
 @click.option(
     "--data",
     type=options.DataPath(),
-    default=None,
     help="Folder, or tar shards, with images and captions.  [default: that of the starting run]",
-    show_default=False,
 )
 @options.captions
 @options.weights
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path),
-    default="runs/joint",
-    help="Run folder to write, or to resume.",
-)
+@options.path("--run", "Run folder to write, or to resume.", default="runs/joint")
 @options.from_dataclass(JointOptions)
 @options.device
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    default=None,
     help="Threads that decode images.  [default: one per core, at most 8]",
-    show_default=False,
 )
 @options.tensorboard
 @options.force

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 import typing
 import warnings
@@ -18,6 +17,8 @@ from pipeline.datasets.tar_shards import is_tar_shards
 from pipeline.models.pretrained import BEST, PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo, escape_control
+
+Decorator = Callable[[Callable[..., Any]], Any]
 
 # The run folders of stages 3 and 2, the better one first.
 DEFAULT_MODELS = (f"runs/joint/{BEST}", f"runs/decoder/{BEST}")
@@ -73,15 +74,12 @@ class GroupedCommand(click.Command):
             echo(f"interrupted{resumable}", err=True)
             sys.exit(130)
         except (MemoryError, RuntimeError) as error:
-            if not lacks_memory(error):
+            if not _lacks_memory(error):
                 raise
-            smaller = [o for o in ("batch_size", "workers", "beam_size") if self._has(o)]
-            named = " or ".join(f"--{name.replace('_', '-')}" for name in smaller)
-            less = f"try a smaller {named}" if named else "close other programs"
+            names = {parameter.opts[0] for parameter in self.params}
+            smaller = [n for n in ("--batch-size", "--workers", "--beam-size") if n in names]
+            less = f"try a smaller {' or '.join(smaller)}" if smaller else "close other programs"
             raise UserError(f"out of memory: {less}{resumable}") from error
-
-    def _has(self, name: str) -> bool:
-        return any(parameter.name == name for parameter in self.params)
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; of several processes only one prints a usage error."""
@@ -97,28 +95,22 @@ class GroupedCommand(click.Command):
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
-        options = [found for found in self.get_params(context) if isinstance(found, click.Option)]
-        own = (found.heading for found in options if isinstance(found, HeadedOption))
-        rows: dict[str, list[tuple[str, str]]] = {
-            heading: [] for heading in ("Options", *own, *self.groups)
-        }
-        for found in options:
-            record = found.get_help_record(context)
-            if record is not None:
-                rows[self._heading(found)].append(record)
+        listed = {name: heading for heading, names in self.groups.items() for name in names}
+        rows: dict[str, list[tuple[str, str]]] = {"Options": []}
+        rows |= {o.heading: [] for o in self.params if isinstance(o, HeadedOption)}
+        rows |= {heading: [] for heading in self.groups}
+        for option in self.get_params(context):
+            record = option.get_help_record(context)
+            if record is not None and isinstance(option, click.Option):
+                own = listed.get(option.name or "", "Options")
+                rows[getattr(option, "heading", own)].append(record)
         for heading, records in rows.items():
             if records:
                 with formatter.section(heading):
                     formatter.write_dl(records)
 
-    def _heading(self, option: click.Option) -> str:
-        if isinstance(option, HeadedOption):
-            return option.heading
-        listed = (heading for heading, names in self.groups.items() if option.name in names)
-        return next(listed, "Options")
-
     def get_help(self, context: click.Context) -> str:
-        """Write the help; under ``captioner``, with its sub-commands in the examples."""
+        """Return the help; under ``captioner``, with its sub-commands in the examples."""
         text = super().get_help(context)
         if context.parent is not None:
             for name, script in SCRIPTS.items():
@@ -126,8 +118,7 @@ class GroupedCommand(click.Command):
         return text
 
 
-def lacks_memory(error: Exception) -> bool:
-    """True if memory was not enough, for Python, or for torch on a CPU or GPU."""
+def _lacks_memory(error: Exception) -> bool:
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"  # torch's; torch is not imported for this
@@ -146,7 +137,7 @@ class DataPath(click.Path):
 
 def command(
     groups: Mapping[str, Sequence[str]] | None = None, resumable: bool = False
-) -> Callable[[Callable[..., Any]], GroupedCommand]:
+) -> Decorator:
     """Return a decorator that makes a function a ``GroupedCommand``."""
     return click.command(
         cls=GroupedCommand,
@@ -156,107 +147,69 @@ def command(
     )
 
 
-def render_command(command: str, options: Mapping[str, str], more: Sequence[str] = ()) -> str:
-    """Return a command line with those options of the present command that the user gave.
-
-    Args:
-        command: which one, as in ``SCRIPTS``.
-        options: parameter of the present command -> name of the option in ``command``.
-        more: words to append.
-    """
-    context = click.get_current_context()
-    if context.parent is not None:
-        words = [*context.parent.command_path.split(), command]
-    else:
-        words = ["python", SCRIPTS[command]]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if not given or name not in options:
-            continue
-        value = context.params[name]
-        if isinstance(value, bool):
-            words.append(options[name] if value else parameter.secondary_opts[0])
-        else:
-            words += [options[name], str(value)]
-    return shlex.join([*words, *more])
+def path(name: str, help: str, **more: Any) -> Decorator:
+    """Return a click option whose value is a ``Path``."""
+    return click.option(name, type=click.Path(path_type=Path), help=help, **more)
 
 
-def from_dataclass(
-    *classes: type, leave_out: Sequence[str] = ()
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def from_dataclass(options_class: type, leave_out: Sequence[str] = ()) -> Decorator:
     """Return a decorator that adds a click option for every ``utils.options.option`` field.
 
-    A class's own options come before those that it inherits.
-
-    The command receives each as a keyword argument named as the field, so that
-    ``SomeOptions(**{f.name: arguments[f.name] for f in fields(SomeOptions)})`` makes the
-    dataclass.
+    A class's own options come before those that it inherits. The command receives each as a
+    keyword argument named as the field.
     """
+    hints = typing.get_type_hints(options_class)
+    own = [*vars(options_class)["__annotations__"]]
+    fields = sorted(
+        (f for f in dataclasses.fields(options_class) if f.metadata and f.name not in leave_out),
+        key=lambda field: own.index(field.name) if field.name in own else len(own),
+    )
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for options_class in reversed(classes):
-            hints = typing.get_type_hints(options_class)
-            own = [*vars(options_class)["__annotations__"]]
-            fields = sorted(
-                dataclasses.fields(options_class),
-                key=lambda field: own.index(field.name) if field.name in own else len(own),
-            )
-            for field in reversed(fields):
-                if field.metadata.get("help") and field.name not in leave_out:
-                    command = _click_option(field, hints[field.name])(command)
+        for field in reversed(fields):
+            command = _click_option(field, hints[field.name])(command)
         return command
 
     return decorate
 
 
-def _click_option(field: dataclasses.Field[Any], hint: Any) -> Callable[..., Any]:
-    """Return the click option of one dataclass field."""
+def _click_option(field: dataclasses.Field[Any], hint: Any) -> Decorator:
     metadata, name = field.metadata, field.name.replace("_", "-")
     kinds = {kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)}
-    help_text, default_help = metadata["help"], metadata["default_help"]
-    if default_help:
-        help_text += f"  [default: {default_help}]"
-    if kinds == {bool}:
-        declaration = f"--{name}/--no-{name}" if field.default else f"--{name}"
-        return click.option(
-            declaration,
-            cls=HeadedOption,
-            heading=metadata["heading"],
-            default=field.default,
-            is_flag=True,
-            help=help_text,
-        )
+    declaration, help_text = f"--{name}", metadata["help"]
     kind: click.ParamType | type = str
-    if metadata["choices"]:
+    flag = kinds == {bool}
+    if flag:
+        kind = bool
+        declaration += f"/--no-{name}" if field.default else ""
+    elif metadata["choices"]:
         kind = click.Choice(metadata["choices"])
     elif kinds in ({int}, {float}):
         limits = metadata["limits"]
         kind = click.IntRange(**limits) if kinds == {int} else click.FloatRange(**limits)
+    if metadata["default_help"]:
+        help_text += f"  [default: {metadata['default_help']}]"
     return click.option(
-        f"--{name}",
+        declaration,
         cls=HeadedOption,
         heading=metadata["heading"],
         type=kind,
+        is_flag=flag,
         default=field.default,
         help=help_text,
-        show_default=not default_help,
     )
 
 
 device = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:N or mps.")
 
-captions = click.option(
+captions = path(
     "--captions",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Captions file, if --data holds several: Flickr8k's, Karpathy's or COCO's JSON, CSV or "
+    "Captions file, if --data holds several: Flickr8k's, Karpathy's or COCO's JSON, CSV or "
     "JSON Lines.",
 )
 
 weights = click.option(
     "--weights",
-    default=None,
     help="The encoder's weights, if they were moved since training; they must be the same. A model "
     "of finetune_joint.py contains them.",
 )
@@ -283,3 +236,27 @@ def default_model() -> Path:
         err=True,
     )
     return Path(PRETRAINED)
+
+
+def render_command(command: str, options: Mapping[str, str]) -> list[str]:
+    """Return the words of a command, with those options of the present one that the user gave.
+
+    Args:
+        command: a key of ``SCRIPTS``.
+        options: parameter of the present command -> name of the option in ``command``.
+    """
+    context = click.get_current_context()
+    words = ["python", SCRIPTS[command]]
+    if context.parent is not None:
+        words = [*context.parent.command_path.split(), command]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        if not given or name not in options:
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(options[name] if value else parameter.secondary_opts[0])
+        else:
+            words += [options[name], str(value)]
+    return words

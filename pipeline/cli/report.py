@@ -1,7 +1,4 @@
-"""Make the report of a training run again.
-
-The manual is in its --help.
-"""
+"""Make the report of a training run again."""
 
 from __future__ import annotations
 
@@ -14,12 +11,9 @@ from pipeline.cli import options
 
 @options.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
+@options.path(
     "--data",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Folder with the images and captions, where it moved.  [default: that of the training]",
-    show_default=False,
+    "Folder with the images and captions, where it moved.  [default: that of the training]",
 )
 def main(runs: tuple[Path, ...], data: Path | None) -> None:
     """Write report.html into RUNS, the folders of training runs: the run at a glance.

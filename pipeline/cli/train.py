@@ -1,10 +1,8 @@
-"""Stage 2: train the Show-and-Tell LSTM on cached features.
-
-The manual is in train_decoder.py, the advice in its --help.
-"""
+"""Stage 2: train the Show-and-Tell LSTM on cached features."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,19 +24,11 @@ from pipeline.utils.errors import UserError
     "shards, as for extract_features.py.",
 )
 @options.captions
-@click.option(
+@options.path(
     "--features",
-    type=click.Path(path_type=Path),
-    default=None,
-    help="Feature cache of extract_features.py.  [default: data/features/NAME-OF-DATA.h5]",
-    show_default=False,
+    "Feature cache of extract_features.py.  [default: data/features/NAME-OF-DATA.h5]",
 )
-@click.option(
-    "--run",
-    type=click.Path(path_type=Path),
-    default="runs/decoder",
-    help="Run folder to write, or to resume.",
-)
+@options.path("--run", "Run folder to write, or to resume.", default="runs/decoder")
 @options.from_dataclass(DecoderOptions)
 @options.device
 @click.option(
@@ -110,13 +100,18 @@ def main(
         precision = choose_decoder_precision(decoder_options.precision, torch_device)
         decoder_options = replace(decoder_options, precision=precision)
         callbacks = make_callbacks(run, tensorboard)
-        memory = feature_memory * 1e9
         if check:
             code = world.broadcast(lambda: _check(decoder_options, run, force))
         else:
             with locked(run, world):
                 progress = train_decoder(
-                    decoder_options, run, torch_device, memory, force, callbacks, world
+                    decoder_options,
+                    run,
+                    torch_device,
+                    feature_memory * 1e9,
+                    force,
+                    callbacks,
+                    world,
                 )
                 if world.rank == 0:
                     finish_run(run, progress, torch_device)
@@ -126,19 +121,17 @@ def main(
 
 
 def _check(decoder_options: DecoderOptions, run: Path, force: bool) -> int:
-    """Check the data; returns the exit code."""
+    """Check the data; return the exit code."""
     from pipeline.reports.data_check import NextCommands, check_data
 
     own = {p.name: p.opts[0] for p in click.get_current_context().command.params if p.name}
+    del own["check"]
+    extract = {"data": "--data", "features": "--output", "device": "--device"}
+    finetune = {name: own[name] for name in ("data", "captions", "device")}
+    more = ["--start", "pretrained", "--run", f"{run}-joint"]
     commands = NextCommands(
-        train=options.render_command("train", {k: v for k, v in own.items() if k != "check"}),
-        extract=options.render_command(
-            "extract", {"data": "--data", "features": "--output", "device": "--device"}
-        ),
-        finetune=options.render_command(
-            "finetune",
-            {"data": "--data", "captions": "--captions", "device": "--device"},
-            ["--start", "pretrained", "--run", f"{run}-joint"],
-        ),
+        train=shlex.join(options.render_command("train", own)),
+        extract=shlex.join(options.render_command("extract", extract)),
+        finetune=shlex.join(options.render_command("finetune", finetune) + more),
     )
     return check_data(decoder_options, run, force, commands)
