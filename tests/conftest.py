@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before anything imports torch
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +21,7 @@ SHARED = REPOSITORY.parent / "shared"
 sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
 
 from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
+from tiny_inception import TinyInception  # noqa: E402
 
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity  # noqa: E402
 
@@ -112,7 +114,27 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.fixture(scope="module")
+def tiny_inception() -> Iterator[None]:
+    """Have all tests of a module encode images with a tiny network, which takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.models.encoder.Inception3", TinyInception)
+        yield
+
+
 @pytest.fixture(scope="session")
-def drawn_run(tmp_path_factory: pytest.TempPathFactory) -> DrawnRun:
-    """Draw 30 scenes, extract their features and train a decoder on them, once for all tests."""
-    return make_drawn_run(tmp_path_factory.mktemp("drawn"))
+def drawn_runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], DrawnRun]:
+    """Return what makes the run of ``drawn_run``, once for each network."""
+    return functools.cache(lambda tiny: make_drawn_run(tmp_path_factory.mktemp("drawn")))
+
+
+@pytest.fixture(scope="module")
+def drawn_run(request: pytest.FixtureRequest, drawn_runs: Callable[[bool], DrawnRun]) -> DrawnRun:
+    """Draw 30 scenes, extract their features and train a decoder on them, once for all tests.
+
+    The network is InceptionV3, or the tiny one where a module uses ``tiny_inception``.
+    """
+    tiny = "tiny_inception" in request.fixturenames
+    if tiny:
+        request.getfixturevalue("tiny_inception")  # which pytest may set up later
+    return drawn_runs(tiny)

@@ -23,6 +23,8 @@ from pipeline.decoding.options import SearchOptions
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.utils.errors import InputError, UserError
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

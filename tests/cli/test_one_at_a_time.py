@@ -16,6 +16,8 @@ import finetune_joint
 import train_decoder
 from pipeline.utils.files import lock_path, locked
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 
 def contents() -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}

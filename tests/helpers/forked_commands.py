@@ -19,7 +19,7 @@ from typing import Any
 import click
 import torch
 from draw_scenes import draw_scenes
-from torch import nn
+from tiny_inception import TinyInception
 
 import caption
 import extract_features
@@ -28,8 +28,6 @@ import pipeline.captioner
 import pipeline.models.encoder
 import train_decoder
 from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
-from pipeline.models.encoder import TRUNK_LAYERS
-from pipeline.models.encoder_identity import FEATURE_SIZE
 
 # What commands import only when they need it, and a process that is forked then has already.
 for module in (
@@ -46,18 +44,6 @@ tokenizer_of(ENGLISH).tokenize("it's")
 
 # What a command may take to end, in seconds, even where others keep the machine busy.
 PATIENCE = 120.0
-
-
-class TinyInception(nn.Module):
-    """Layers of torchvision's names, of which two do something."""
-
-    def __init__(self, **_: bool) -> None:
-        super().__init__()
-        for name in TRUNK_LAYERS:
-            setattr(self, name, nn.Identity())
-        self.Conv2d_1a_3x3 = nn.Conv2d(3, 16, 32, stride=32, bias=False)
-        self.Mixed_7c = nn.Conv2d(16, FEATURE_SIZE, 1, bias=False)
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
 
 
 @dataclass

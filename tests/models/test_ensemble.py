@@ -23,6 +23,8 @@ from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.ensemble import Ensemble, make_decoder
 from pipeline.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 CONFIG = DecoderConfig(
     30,
     embed_size=8,

@@ -33,6 +33,8 @@ from pipeline.outputs.gallery import GalleryItem, confidence, write_gallery
 from pipeline.reports.evaluation_page import write_page
 from pipeline.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 

@@ -41,6 +41,8 @@ from pipeline.training.run_folder import (
 )
 from pipeline.training.validation import Validator, sample_names
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "<script>alert(1)</script>.jpg"
 

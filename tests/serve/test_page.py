@@ -27,6 +27,8 @@ from running_server import running  # noqa: E402
 from pipeline.decoding.options import SearchOptions  # noqa: E402
 from pipeline.serve import app as server  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 # Makes files of base64, and gives them to the page as the browser would.
 GIVE = """([kind, images]) => {

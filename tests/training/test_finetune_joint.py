@@ -25,6 +25,8 @@ from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.finetune import may_flip, settings_to_start_from
 from pipeline.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 FAST = ["--batch-size", "8", "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
 
 

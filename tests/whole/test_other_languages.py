@@ -25,6 +25,8 @@ from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint, load_ensemble, save_checkpoint
 from pipeline.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 
 def command(main: click.Command, *arguments: object, code: int = 0, **options: object) -> Result:
     """Run a command; each keyword is an option."""
