@@ -157,6 +157,7 @@ def test_captions_are_read_from_texts(shards: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("tiny_inception")
 def test_the_commands_take_shards(shards: str, tmp_path: Path) -> None:
     features, run = str(tmp_path / "x.h5"), str(tmp_path / "run")
     options = ["--data", shards, "--output", features, "--weights", "random"]

@@ -71,7 +71,8 @@ COMMANDS = {
     "train": Command(
         train_decoder.main,
         "--data {world}/scenes --features {world}/x.h5 --run run --epochs 3 --batch-size 16 "
-        "--embed-size 16 --hidden-size 16 --min-count 1 --lr 0.01 --precision fp32",
+        "--embed-size 16 --hidden-size 16 --min-count 1 --lr 0.01 --precision fp32 "
+        "--self-critical-epochs 1",
         "run",
     ),
     "finetune": Command(

@@ -5,10 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,7 +28,6 @@ from pipeline.training.stage import Phase, TrainingConfig
 from pipeline.training.validation import Validation
 from pipeline.utils.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = Vocabulary.build([["a", "b", "c"]], min_count=1)
 
 
@@ -469,43 +464,6 @@ def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
         errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and message in errors[0]
         assert not (run / "last.safetensors").exists()
-
-
-def test_killed_at_any_moment_the_same_command_ends_alike(tmp_path: Path) -> None:
-    """SIGKILL twice, in an early and in a self-critical epoch, against an undisturbed run."""
-    data, features = make_small_data(tmp_path)
-
-    def start(run: Path) -> subprocess.Popen[bytes]:
-        command_line = [sys.executable, "train_decoder.py", *arguments(data, features, run)]
-        command_line += ["--epochs", "40", "--self-critical-epochs", "30"]
-        return subprocess.Popen(
-            command_line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    killed = tmp_path / "killed"
-    for epochs in (3, 15):
-        process = start(killed)
-        log = killed / "log.jsonl"
-        deadline = time.monotonic() + 60
-        while not log.is_file() or len(log.read_text().splitlines()) < epochs:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert start(killed).wait() == 0
-    whole = tmp_path / "whole"
-    assert start(whole).wait() == 0
-    for name in ("last.safetensors", "best.safetensors"):
-        assert_same_weights(whole / name, killed / name)
-    for name in (
-        "resume.safetensors",
-        "predictions.json",
-        "scores.json",
-        "samples.jsonl",
-        "curves.svg",
-    ):
-        assert (whole / name).read_bytes() == (killed / name).read_bytes()
-    assert len((killed / "log.jsonl").read_text().splitlines()) == 40
 
 
 def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) -> None:
