@@ -1,25 +1,9 @@
 """The feature cache: one HDF5 file with one feature vector per image.
 
-Layout (N images, in the byte order of their names):
-
-    features  (N, 2048) float16   0 where an image failed
-    names     (N,) UTF-8          paths relative to the data folder
-    status    (N,) uint8          0 pending, 1 done, 2 failed
-    reason    (N,) UTF-8          why an image failed
-    crc       (N,) uint32         CRC-32 of the row's features
-    stamps    (N, 2) int64        the image's size in bytes and time in ns; 0, 0: unknown
-    row_crc   (N,) uint32         CRC-32 of the row's name, status, reason, crc and stamps
-
-    attributes: schema_version, data (the folder), encoder, weights_sha256, transform, precision,
-                weights_source, torchvision, engine
-
-``cache_writer`` lays a cache out whole, through h5py: contiguous datasets, allocated at once. From
-then on it writes rows at fixed offsets and never touches HDF5's own structures, so a process
-killed at any moment cannot break the file. The file has the suffix ``.partial`` until every row is
-done or failed. This module reads caches, and copies that HDF5 tools made of them.
-
-Where several processes extracted (``sharded_cache``), ``features`` is a virtual dataset: its rows
-lie in the shards beside the file, each of them a cache itself.
+data/README.md describes its datasets; the file has the suffix ``.partial`` until every row is done
+or failed. This module reads caches, and copies that HDF5 tools made of them. Where several
+processes extracted (``sharded_cache``), ``features`` is a virtual dataset over shards beside the
+file, each of them a cache itself.
 """
 
 from __future__ import annotations
@@ -76,7 +60,7 @@ class FeatureCache:
         identity: the encoder that made the features.
         data: the folder of the images when it was made.
         shards: the files that hold the features, if they are not in the file itself.
-        datasets: where the values lie.
+        datasets: type, shape and offset of each dataset.
 
     Raises:
         UserError: the file is missing, no feature cache, or of another schema version.
@@ -144,17 +128,13 @@ class FeatureCache:
 
     @property
     def status(self) -> numpy.ndarray:
-        """What became of each row: uint8 (N,)."""
+        """PENDING, DONE or FAILED for each row: uint8 (N,)."""
         return self.column("status")
 
     def column(self, name: str) -> numpy.ndarray:
         """Return all rows of a dataset, mapped; those of a compressed or chunked copy are loaded.
 
-        It is mapped anew each time: the pages that are read through a map count as this process's
-        memory for as long as the map lives.
-
-        Raises:
-            UserError: the file is gone, or shorter now.
+        Raises UserError if the file is gone, or shorter now.
         """
         dtype, shape, offset = self.datasets[name]
         if offset is None:
@@ -162,6 +142,7 @@ class FeatureCache:
                 self._loaded[name] = self._load(name)
             return self._loaded[name]
         try:
+            # Anew each time: pages read through a map count as this process's memory.
             return numpy.memmap(self.path, dtype, "r", offset, shape)
         except (OSError, ValueError) as error:
             raise self._lost(error) from error
@@ -191,27 +172,25 @@ class FeatureCache:
         return UserError(f"{self.path}: can no longer be opened ({reason})")
 
     def name(self, row: int | numpy.integer) -> str:
-        """Return the path of a row's image, relative to the data folder.
-
-        Raises:
-            UserError: the path leads out of that folder.
-        """
+        """Return the path of a row's image, relative to the data folder, which it never leaves."""
         return self._path_of(self.column("names")[row])
 
     def _path_of(self, encoded: numpy.bytes_) -> str:
         name = os.fsdecode(bytes(encoded))
-        if not _is_below(name):
-            raise UserError(
-                f"{self.path}: names an image outside of its folder ({name}); "
-                "extract_features.py --force makes it anew"
-            )
+        # Path objects are slow to make, there may be millions of names, and few look suspicious.
+        if name.startswith(("/", "\\")) or ":" in name or ".." in name:
+            path = PurePath(name)
+            if path.anchor or ".." in path.parts:
+                raise UserError(
+                    f"{self.path}: names an image outside of its folder ({name}); "
+                    "extract_features.py --force makes it anew"
+                )
         return name
 
     def names(self, status: int | None = None) -> list[str]:
         """Return all names, or those of rows with one status, in row order.
 
-        Raises:
-            UserError: a row's name or status is damaged.
+        Raises UserError if a row's name or status is damaged.
         """
         for known in self.chunks():
             self.refuse_damage(known[~self._fit(known)])
@@ -244,9 +223,7 @@ class FeatureCache:
     def changed(self, rows: numpy.ndarray, stamps: numpy.ndarray) -> numpy.ndarray:
         """Return which rows' images have changed, bool (R,): both stamps known, and different.
 
-        Args:
-            rows: int64 (R,).
-            stamps: int64 (R, 2), of the images now.
+        ``rows`` is int64 (R,); ``stamps``, int64 (R, 2), are those of the images now.
         """
         before = self.column("stamps")[rows]
         return (before != stamps).any(1) & before.any(1) & stamps.any(1)
@@ -262,9 +239,7 @@ class FeatureCache:
     def damaged_rows(self, rows: numpy.ndarray | None = None) -> numpy.ndarray:
         """Return the rows whose checksums do not match or whose features are not finite.
 
-        Args:
-            rows: those to look at; by default all that are done or failed, and in a complete
-                cache all.
+        By default all rows that are done or failed are checked, and in a complete cache all.
         """
         parts = self.chunks() if rows is None else numpy.split(rows, range(CHUNK, len(rows), CHUNK))
         damaged = [numpy.empty(0, numpy.int64)]
@@ -302,9 +277,7 @@ def row_crcs(columns: Mapping[str, numpy.ndarray]) -> numpy.ndarray:
 
 
 def default_cache_path(data: str | Path) -> Path:
-    """Return the default cache of a data folder, or of one with tar shards:
-    data/features/FOLDER.h5.
-    """
+    """Return data/features/FOLDER.h5, the default cache of a folder of images or tar shards."""
     if is_tar_shards(data):
         data = shards_folder(str(data))
     # Not resolve(), which would take the name of what a symbolic link points to.
@@ -312,11 +285,7 @@ def default_cache_path(data: str | Path) -> Path:
 
 
 def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset whose values lie in this file, or in shards.
-
-    Raises:
-        ValueError: it is missing, or a link or its storage leads to other files.
-    """
+    """Return a dataset; ValueError if it is missing, or lies in other files."""
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
         raise ValueError(f"{name} is missing")
@@ -326,12 +295,7 @@ def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 
 
 def _shards_of(path: Path, features: h5py.Dataset) -> list[Path]:
-    """Return the files behind a virtual dataset, which have to be caches beside ``path``.
-
-    Raises:
-        UserError: a shard is missing, or is no cache.
-        ValueError: a source is something else.
-    """
+    """Return the files behind a virtual dataset, which have to be caches beside ``path``."""
     shards = []
     for source in features.virtual_sources():
         shard = path.parent / source.file_name
@@ -347,11 +311,3 @@ def _shards_of(path: Path, features: h5py.Dataset) -> list[Path]:
             raise ValueError(f"{shard.name} has other rows")
         shards.append(shard)
     return shards
-
-
-def _is_below(name: str) -> bool:
-    """True if a name is that of a file below a folder, and leads nowhere else."""
-    if ".." not in name and ":" not in name and not name.startswith(("/", "\\")):
-        return True  # as nearly all are, and there may be millions
-    path = PurePath(name)
-    return not (path.is_absolute() or path.drive or path.root or ".." in path.parts)

@@ -1,6 +1,7 @@
-"""Writing a feature cache: laid out whole through h5py, then filled row by row, safe at any kill.
+"""Writing a feature cache, safe at any kill.
 
-``cache`` says what is in the file; ``open_writer`` keeps whatever of it was done before.
+The file is laid out whole through h5py: contiguous datasets, allocated at once. From then on rows
+are written at fixed offsets, without a change to HDF5's own structures.
 """
 
 from __future__ import annotations
@@ -44,23 +45,20 @@ STRUCTURE_BYTES = 1 << 14
 class CacheWriter:
     """A partial cache being filled; rows are kept in memory until ``commit``, about once a second.
 
-    Attributes:
-        path: the cache's final name.
-        cache: the same file, for reading.
+    ``cache`` is the same file, for reading.
     """
 
-    def __init__(self, path: Path, file: Path | None = None) -> None:
-        self.path = path
-        self.cache = FeatureCache(file or partial_path(path))
+    def __init__(self, file: Path) -> None:
+        self.cache = FeatureCache(file)
         self._handle = self.cache.path.open("r+b")
         self._uncommitted: dict[int, tuple[int, numpy.ndarray, bytes]] = {}
         self._last_commit = time.monotonic()
 
     def pending_batches(self, batch_size: int) -> Iterator[list[int]]:
-        """Yield the pending rows, in the batches of an undisturbed run.
+        """Yield the batches of an undisturbed run that have pending rows, whole.
 
-        A batch with one pending row is encoded again whole: the rounding of a row may depend
-        on its batch, and a resumed cache must equal an undisturbed one byte for byte.
+        The rounding of a row may depend on its batch, and a resumed cache must equal an
+        undisturbed one byte for byte.
         """
         for start in range(0, len(self.cache), batch_size):
             status = self.cache.status[start : start + batch_size]
@@ -72,8 +70,7 @@ class CacheWriter:
     ) -> int:
         """Store features (len(rows), 2048) and the reasons of the rows that failed.
 
-        Returns:
-            How many of these rows were pending.
+        Returns how many of these rows were pending.
         """
         pending = int((self.cache.status[[*rows, *failures]] == PENDING).sum())
         for row, value in zip(rows, features.astype(FEATURE_TYPE), strict=True):
@@ -89,34 +86,30 @@ class CacheWriter:
     def commit(self) -> None:
         """Force the rows' values to disk, and only then mark the rows done or failed.
 
-        Raises:
-            UserError: they cannot be written, or the file is gone.
+        Raises UserError if they cannot be written, or the file is gone.
         """
         if not self.cache.path.is_file():
             raise UserError(f"{self.cache.path}: is gone; the same command begins it anew")
-        rows = numpy.array(sorted(self._uncommitted), dtype=numpy.int64)
-        try:
-            if len(rows):
-                status, features, reasons = zip(
-                    *(self._uncommitted[row] for row in rows), strict=True
-                )
-                columns = {
-                    "status": numpy.array(status, "u1"),
-                    "features": numpy.stack(features),
-                    "reason": numpy.array(reasons, f"S{REASON_BYTES}"),
-                    "crc": numpy.array([zlib.crc32(values) for values in features], "<u4"),
-                }
-                self.put(rows, columns)
-        except OSError as error:
-            raise cannot_be_written(self.cache.path, error) from error
+        if self._uncommitted:
+            rows = sorted(self._uncommitted)
+            status, features, reasons = zip(*(self._uncommitted[row] for row in rows), strict=True)
+            columns = {
+                "status": numpy.array(status, "u1"),
+                "features": numpy.stack(features),
+                "reason": numpy.array(reasons, f"S{REASON_BYTES}"),
+                "crc": numpy.array([zlib.crc32(values) for values in features], "<u4"),
+            }
+            try:
+                self.put(numpy.array(rows), columns)
+            except OSError as error:
+                raise cannot_be_written(self.cache.path, error) from error
         self._uncommitted.clear()
         self._last_commit = time.monotonic()
 
     def put(self, rows: numpy.ndarray, columns: dict[str, numpy.ndarray]) -> None:
         """Write status, reason, crc and, if given, features of sorted rows, with a checksum each.
 
-        Raises:
-            OSError: they cannot be written.
+        Raises OSError if they cannot be written.
         """
         present = {name: self.cache.column(name)[rows] for name in ("names", "stamps")}
         columns["row_crc"] = row_crcs({**present, **columns})
@@ -137,25 +130,17 @@ class CacheWriter:
                 self._handle.seek(offset + int(rows[run[0]]) * row_bytes)
                 self._handle.write(values[run[0] : run[-1] + 1].astype(dtype).tobytes())
 
-    def move(self, path: Path) -> None:
-        """Force everything to disk, close the file and rename it.
-
-        Raises:
-            OSError: it cannot be written or renamed.
-        """
-        with self._handle as handle:
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.cache.path.replace(path)
-
     def finish(self) -> FeatureCache:
-        """Commit, rename the cache to its final name, and open it there."""
+        """Commit, force everything to disk, and open the cache by its final name."""
         self.commit()
+        path = self.cache.path.with_suffix("")  # without ".partial"
         try:
-            self.move(self.path)
+            with self._handle as handle:
+                os.fsync(handle.fileno())
+            self.cache.path.replace(path)
         except OSError as error:
-            raise cannot_be_written(self.path, error) from error
-        return FeatureCache(self.path)
+            raise cannot_be_written(path, error) from error
+        return FeatureCache(path)
 
 
 def open_writer(
@@ -169,15 +154,9 @@ def open_writer(
 ) -> CacheWriter:
     """Open the partial cache of ``path`` for the images ``names``, keeping all work already done.
 
-    Args:
-        path: the final name.
-        names: the images, in the byte order of their names.
-        identity: the encoder.
-        data: the folder of the images.
-        stamps: int64 (N, 2), their sizes and times now; see ``cache``.
-        sources: caches, finished or partial, by the same encoder, whose rows are taken over. A row
-            whose image has changed, or that is damaged, is pending. Images gone are left out.
-        retry_failed: rows that failed are pending, too.
+    ``names`` are in the order of their bytes; ``stamps``, int64 (N, 2), are the images' sizes in
+    bytes and times in ns. Rows of ``sources``, caches by the same encoder, are taken over unless
+    they are damaged or their image has changed, or, with ``retry_failed``, if they failed.
 
     Raises:
         UserError: the file cannot be written.
@@ -188,7 +167,7 @@ def open_writer(
     in_place = own is not None and all(place.offset is not None for place in own.datasets.values())
     if own is None or not in_place or not is_current(own, names, stamps, retry_failed):
         create_file(partial, names, identity, data, stamps, sources, retry_failed)
-    return CacheWriter(path)
+    return CacheWriter(partial)
 
 
 def is_current(
@@ -199,8 +178,9 @@ def is_current(
     first: int = 0,
     count: int | None = None,
 ) -> bool:
-    """True if a cache is of ``count`` images, of which ``names`` are those from row ``first`` on,
-    and of these rows none has to be encoded again.
+    """True if no image has to be added to the cache, taken from it or encoded again.
+
+    ``names`` are those from row ``first`` on, of ``count`` in all.
     """
     rows = numpy.arange(first, first + len(names))
     if len(cache) != (count or len(names)) or not numpy.array_equal(cache.rows(names), rows):
@@ -227,9 +207,7 @@ def create_file(
     """Lay out a whole cache at ``path`` and take over the good rows of ``sources``.
 
     With ``shards`` their features stay where they are, and a virtual dataset presents them.
-
-    Raises:
-        UserError: the file cannot be written; what was at ``path`` is still there.
+    Raises UserError if the file cannot be written; what was at ``path`` is still there.
     """
     temporary = temporary_path(path)
     longest = max((len(os.fsencode(name)) for name in names), default=1)
@@ -241,7 +219,7 @@ def create_file(
         _reserve(temporary, "wb", STRUCTURE_BYTES + len(names) * row_bytes)
         _lay_out(temporary, len(names), longest, attributes, shards)
         _reserve(temporary, "r+b", temporary.stat().st_size)
-        writer = CacheWriter(path, temporary)
+        writer = CacheWriter(temporary)
         with writer._handle:
             for start in range(0, len(names), CHUNK):
                 chunk = [os.fsencode(name) for name in names[start : start + CHUNK]]
@@ -268,8 +246,8 @@ def _lay_out(
 ) -> None:
     """Write the structure of a cache of ``count`` rows through h5py; all values are 0.
 
-    Everything that decides the file's form is set here, so that no global setting of h5py and no
-    clock changes a byte. The form is that of HDF5 1.8, whose structures have checksums.
+    All that decides the file's form is set here: no global setting of h5py and no clock changes a
+    byte. The form is that of HDF5 1.8, whose structures have checksums.
     """
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
@@ -291,26 +269,33 @@ def _lay_out(
             kind = h5py.string_dtype("utf-8", max(1, len(encoded)))
             file.attrs.create(name, encoded, dtype=kind)
         for name, (row_shape, kind) in DATASETS.items():
-            if name == "features" and shards:
-                continue
             length = {"names": longest, "reason": REASON_BYTES}.get(name)
             dtype = h5py.string_dtype("utf-8", length) if length else numpy.dtype(kind)
+            space = h5py.h5s.create_simple((count, *row_shape))
+            in_shards = shards and name == "features"
             h5py.h5d.create(
                 file.id,
                 name.encode(),
                 h5py.h5t.py_create(dtype, logical=True),
-                h5py.h5s.create_simple((count, *row_shape)),
-                properties,
+                space,
+                _virtual(space, shards) if in_shards else properties,
             )
-        if shards:
-            layout, first = h5py.VirtualLayout((count, FEATURE_SIZE), FEATURE_TYPE), 0
-            for shard in shards:
-                shape = (len(shard), FEATURE_SIZE)
-                # By its bare name: HDF5 looks beside the file that has the virtual dataset.
-                source = h5py.VirtualSource(shard.path.name, "features", shape, FEATURE_TYPE)
-                layout[first : first + len(shard)] = source
-                first += len(shard)
-            file.create_virtual_dataset("features", layout)
+
+
+def _virtual(space: h5py.h5s.SpaceID, shards: Sequence[FeatureCache]) -> h5py.h5p.PropDCID:
+    """Return the properties of a dataset that presents the features of ``shards``."""
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_obj_track_times(False)
+    first = 0
+    for shard in shards:
+        shape = (len(shard), FEATURE_SIZE)
+        space.select_hyperslab((first, 0), shape)
+        # By its bare name: HDF5 looks beside the file that has the virtual dataset.
+        name, source = os.fsencode(shard.path.name), h5py.h5s.create_simple(shape)
+        properties.set_virtual(space, name, b"features", source)
+        first += len(shard)
+    space.select_all()
+    return properties
 
 
 def _take_over(

@@ -24,17 +24,11 @@ LARGEST_FEATURE = 65504.0
 
 @dataclass
 class EncodedBatch:
-    """One batch of images after the encoder.
+    """One batch of images after the encoder."""
 
-    Attributes:
-        keys: which images were read, in order.
-        features: float32 (len(keys), 2048).
-        failures: key of each image that could not be read, and why.
-    """
-
-    keys: list[int]
-    features: numpy.ndarray
-    failures: dict[int, str]
+    keys: list[int]  # which images were read, in order
+    features: numpy.ndarray  # float32 (len(keys), 2048)
+    failures: dict[int, str]  # key of each image that could not be read, and why
 
 
 def encode_batches(
@@ -42,10 +36,9 @@ def encode_batches(
 ) -> Iterator[EncodedBatch]:
     """Decode and encode files, given in batches of (key, path); batches come in their order.
 
-    Each of ``workers`` threads takes a batch and does all of it. On a CPU every thread has its
-    share of the cores to itself, so that none waits for another in the middle of the network;
-    on a GPU one encodes while the others decode. Memory holds a few batches per worker,
-    whatever the number of files.
+    Each of ``workers`` threads takes a batch and does all of it: on a CPU with its share of the
+    cores to itself, so that none waits for another in the middle of the network; on a GPU one
+    encodes while the others decode. Memory holds a few batches per worker.
 
     Raises:
         UserError: the encoder's output is not finite.
@@ -80,10 +73,7 @@ def encode_batches(
 def encode_images(
     encoder: Encoder, images: Sequence[ImageRef], workers: int, world: World = SINGLE_PROCESS
 ) -> Iterator[EncodedBatch]:
-    """Encode files in batches that suit the encoder's device; keys are their indices.
-
-    Each process of ``world`` encodes a share of the batches.
-    """
+    """Encode this process's share of the files, in batches that suit the device; keys: indices."""
     size = inference_batch_size(next(encoder.parameters()).device)
     files = list(enumerate(images))
     starts = world.share(range(0, len(files), size))
@@ -100,13 +90,7 @@ def encode_distributed(
 ) -> tuple[Tensor, dict[int, str]]:
     """Encode files, each process of ``world`` a share of them; every process gets all features.
 
-    Args:
-        encoder: the network.
-        images: the files, or where else their bytes are.
-        workers: threads.
-        world: the processes; each has to call this.
-        dtype: of the features.
-        watch: called with the number of files that this process has done since the last call.
+    ``watch`` is called with the number of files that this process has done since the last call.
 
     Returns:
         Features (N, 2048) in the order of the files, 0 for those that cannot be read; and the

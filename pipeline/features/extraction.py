@@ -32,57 +32,35 @@ from pipeline.utils.terminal import echo
 
 @dataclass
 class ExtractionResult:
-    """What an extraction did.
+    """What an extraction did."""
 
-    Attributes:
-        cache: the complete cache.
-        encoded: images that went through the network in this run.
-        kept: images whose features were there before.
-    """
-
-    cache: FeatureCache
-    encoded: int
-    kept: int
+    cache: FeatureCache  # complete
+    encoded: int  # images that went through the network in this run
+    kept: int  # images whose features were there before
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is to be extracted, and how.
-
-    Attributes:
-        source: where the images are.
-        names: which of them, in the byte order of their names; all are ``source.names``.
-        output: the HDF5 file; ``.partial`` is added to its name until it is complete.
-        encoder: the network; BatchNorm is folded into its weights in the work.
-        batch_size: images per forward pass.
-        workers: threads that decode and encode.
-        engine: what runs the network: ``torch`` or ``openvino``.
-        on_error: ``skip`` records an unreadable image as failed, ``fail`` stops at it.
-        force: begin anew whatever is there.
-        retry_failed: try the images again that an earlier run recorded as failed.
-    """
+    """What is to be extracted, and how."""
 
     source: ImageSource
-    names: Sequence[str]
-    output: Path
-    encoder: Encoder
-    batch_size: int
-    workers: int
-    engine: str = "torch"
-    on_error: str = "skip"
-    force: bool = False
-    retry_failed: bool = False
+    names: Sequence[str]  # in the byte order of their names; all are ``source.names``
+    output: Path  # the HDF5 file; its name ends in ``.partial`` until it is complete
+    encoder: Encoder  # BatchNorm is folded into its weights in the work
+    batch_size: int  # images per forward pass
+    workers: int  # threads that decode and encode
+    engine: str = "torch"  # or ``openvino``
+    on_error: str = "skip"  # record unreadable images as failed; ``fail``: stop at the first
+    force: bool = False  # begin anew whatever is there
+    retry_failed: bool = False  # try images again that an earlier run recorded as failed
 
 
 def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult:
-    """Encode images into a cache; go on where an earlier run was killed.
+    """Encode images into a cache, keeping the work of any earlier run.
 
     Every process of ``world`` calls this. Of several, each makes a shard, and when all are complete
-    rank 0 makes one cache of them: see ``sharded_cache``. The work of any earlier run, by any
-    number of processes, is kept.
-
-    Returns:
-        The cache, the same for all processes; the counts are summed over them.
+    rank 0 makes one cache of them: see ``sharded_cache``. The result is the same for all
+    processes, its counts summed over them.
 
     Raises:
         UserError: a cache of another encoder or folder at ``output``; another program is at work
@@ -115,11 +93,10 @@ def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult
         for cache in earlier:
             _check_rounding(cache, task.encoder.identity)
         identity, origin = task.encoder.identity, task.source.origin
-        writer = (
-            open_writer(path, names, identity, origin, stamps, earlier, task.retry_failed)
-            if mine
-            else None
-        )
+        writer = None
+        if mine:
+            retry = task.retry_failed
+            writer = open_writer(path, names, identity, origin, stamps, earlier, retry)
         # No one's shard may go away before all have taken over what they need of it.
         world.barrier()
         encoded, kept = _encode_pending(task, writer, world.rank > 0) if writer else (0, 0)
@@ -141,13 +118,7 @@ def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult
 def _check_origin(
     cache: FeatureCache, task: Extraction, names: Sequence[str], stamps: numpy.ndarray
 ) -> None:
-    """Refuse a cache of another encoder, or of another folder.
-
-    A folder that was moved is the same one: its images have the sizes and times of before.
-
-    Raises:
-        UserError: it is one.
-    """
+    """Raise UserError for a cache of another encoder, or of another folder that was not moved."""
     mismatch = task.encoder.identity.mismatch(cache.identity)
     if mismatch is not None:
         raise UserError(
@@ -157,8 +128,8 @@ def _check_origin(
     if task.source.origin != cache.data:
         rows = cache.rows(names)
         known = stamps[rows >= 0]
-        same = known.any() and (cache.column("stamps")[rows[rows >= 0]] == known).all()
-        if not same:
+        # In a folder that was moved, images have the sizes and times of before.
+        if not known.any() or (cache.column("stamps")[rows[rows >= 0]] != known).any():
             raise UserError(
                 f"{cache.path} is of the images in {cache.data}, not of those in "
                 f"{task.source.origin}; --output FILE makes one for these, --force replaces it"
@@ -166,7 +137,7 @@ def _check_origin(
 
 
 def _check_rounding(cache: FeatureCache, identity: EncoderIdentity) -> None:
-    """Refuse to go on with a cache in another precision or by another engine than before."""
+    """Raise UserError if a cache was begun in another precision or by another engine."""
     for option in ("precision", "engine"):
         before, now = getattr(cache.identity, option), getattr(identity, option)
         if before != now:
@@ -180,31 +151,31 @@ def _echo_changes(
     earlier: Sequence[FeatureCache], names: Sequence[str], stamps: numpy.ndarray, world: World
 ) -> None:
     """Print how many images of the earlier cache are no longer there, or have changed."""
-    whole = [cache for cache in earlier if ".shard-" not in cache.path.name][:1]
-    counts = (0, 0)
-    for cache in whole:
-        rows = cache.rows(names)
-        changed = cache.changed(rows[rows >= 0], stamps[rows >= 0])
-        counts = int((rows >= 0).sum()), int(changed.sum())
-    found, changed_images = map(sum, zip(*world.all_gather(counts), strict=True))
-    gone = len(whole[0]) - found if whole else 0
+    whole = next((cache for cache in earlier if ".shard-" not in cache.path.name), None)
+    found = changed = 0
+    if whole is not None:
+        rows = whole.rows(names)
+        found = int((rows >= 0).sum())
+        changed = int(whole.changed(rows[rows >= 0], stamps[rows >= 0]).sum())
+    found, changed = world.total(found), world.total(changed)
+    gone = len(whole) - found if whole is not None else 0
     if world.rank == 0 and gone:
         echo(f"images that are gone, their features dropped: {gone:,}", err=True)
-    if world.rank == 0 and changed_images:
-        echo(f"images that have changed, to be encoded again: {changed_images:,}", err=True)
+    if world.rank == 0 and changed:
+        echo(f"images that have changed, to be encoded again: {changed:,}", err=True)
 
 
 def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool) -> tuple[int, int]:
     """Encode what a cache lacks; return how many images were, and how many were there."""
     task.encoder.for_inference(task.engine)
-    finished = int((writer.cache.status != PENDING).sum())
+    cache, encoded = writer.cache, 0
+    finished = int((cache.status != PENDING).sum())
     batches = (
-        [(row, task.source.image(writer.cache.name(row))) for row in rows]
+        [(row, task.source.image(cache.name(row))) for row in rows]
         for rows in writer.pending_batches(task.batch_size)
     )
-    encoded = 0
     bar = progress_bar(
-        total=len(writer.cache),
+        total=len(cache),
         initial=finished,
         unit="image",
         smoothing=0.05,
@@ -216,7 +187,7 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool) -> tuple
             for batch in encode_batches(task.encoder, batches, task.workers):
                 done = writer.write(batch.keys, batch.features, {})
                 for row, reason in batch.failures.items():
-                    image = task.source.image(writer.cache.name(row))
+                    image = task.source.image(cache.name(row))
                     stop_if_unreachable(image)
                     if task.on_error == "fail":
                         raise InputError(

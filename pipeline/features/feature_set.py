@@ -1,4 +1,4 @@
-"""Features of a split, in memory or read from the cache batch by batch."""
+"""The features of a split, whatever the size of the cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.models.encoder_identity import FEATURE_SIZE
 
 
 def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
-    """Return the rows of images, which must be there and undamaged: int64 (len(names),).
+    """Return the rows of images: int64 (len(names),).
 
     Raises:
         KeyError: a name is not in the cache.
@@ -27,10 +27,9 @@ def rows_of(cache: FeatureCache, names: Sequence[str]) -> Tensor:
 
 
 class FeatureSet:
-    """The features of some images, by their number, whatever the size of the cache.
+    """The features of some images: in memory, or read from the cache batch by batch.
 
-    They are held in memory as float16 if that takes no more than ``memory`` bytes, and are
-    otherwise read from the file per batch.
+    They are held as float16 if that takes no more than ``memory`` bytes.
     """
 
     def __init__(self, cache: FeatureCache, rows: Tensor, memory: float) -> None:

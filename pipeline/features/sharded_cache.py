@@ -1,9 +1,9 @@
 """A feature cache made by several processes: a shard each, and one file that presents them.
 
 Process r of W makes ``NAME.h5.shard-r-of-W``, itself a resumable feature cache of a part of the
-images. When all are complete, ``NAME.h5`` is written: names, status, reasons and checksums of all
-rows, and ``features`` as an HDF5 virtual dataset over the shards, which stay beside it. Every
-process encodes whole batches of the single-process run, so that each row is the same to the bit.
+images. When all are complete, ``NAME.h5`` is written: all columns of all rows, with ``features`` as
+an HDF5 virtual dataset over the shards, which stay beside it. Every process encodes whole batches
+of the single-process run, so that each row is the same to the bit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def earlier_work(path: Path, output: Path) -> list[FeatureCache]:
-    """Open the caches with rows for ``path``: ``output`` or one of its shards.
+    """Open the caches with rows for ``path``, which is ``output`` or one of its shards.
 
     Those are the file itself, partial or else complete, and what other processes made or began.
     """
