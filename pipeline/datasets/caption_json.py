@@ -18,14 +18,8 @@ FILE_SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])
 def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollector) -> str:
     """Read a file that begins with a brace or bracket; return the layout's name.
 
-    Args:
-        path: the file, for messages and for the split in its name.
-        text: its content.
-        lines: the same, line by line.
-        collector: receives the captions.
-
-    Raises:
-        UserError: the file is not valid JSON, or of another structure.
+    ``text`` and ``lines`` are both its content. Raises UserError if it is not valid JSON, or of
+    another structure.
     """
     try:
         document = json.loads(text)

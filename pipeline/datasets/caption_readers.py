@@ -1,8 +1,6 @@
 """Readers of captions files: Flickr8k's token file, CSV and TSV, and texts beside images.
 
-CSV, TSV and JSONL name their columns ``image`` and ``caption`` (or one of the usual
-synonyms, see ``ALIASES``) and may have a ``split``. Every reader adds its records to one
-``CaptionCollector``; ``caption_table`` makes a table of it.
+Every reader adds its records to one ``CaptionCollector``; ``caption_table`` makes a table of it.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from pipeline.utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
+# Column names of CSV, TSV and JSON Lines.
 ALIASES = {
     "image": ("image", "file", "filename", "file_name", "image_name", "path", "name"),
     "caption": ("caption", "captions", "text", "comment", "sentence"),
@@ -38,7 +37,6 @@ FLICKR8K_LISTS = {
     "test": "Flickr_8k.testImages.txt",
 }
 TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#\d+(?:\t(?P<caption>.*))?")
-STRAY_NAME = re.compile(r"(?P<name>.+\.(?:jpe?g|png|gif|bmp|webp|tiff?))\.\d+", re.IGNORECASE)
 
 # No path is longer, on any system. Names are compared by all their tails, of which a name of a
 # million slashes has as many.
@@ -50,18 +48,12 @@ UNMATCHED_TEXTS = ".txt files without one image of their name ignored"
 
 
 class CaptionCollector:
-    """Captions and splits by image name, as the readers find them, and notes on problems.
-
-    Attributes:
-        captions: image name -> its captions, cleaned.
-        splits: image name -> "train", "val" or "test", where a file has it.
-        split_source: where the splits came from, in words.
-    """
+    """Captions and splits by image name, as the readers find them, and notes on problems."""
 
     def __init__(self) -> None:
-        self.captions: dict[str, list[str]] = {}
-        self.splits: dict[str, str] = {}
-        self.split_source = ""
+        self.captions: dict[str, list[str]] = {}  # cleaned
+        self.splits: dict[str, str] = {}  # "train", "val" or "test", where a file has it
+        self.split_source = ""  # where the splits came from, in words
         self._contested: set[str] = set()  # images that are in two splits
         self._counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}  # reason -> where it occurred first
@@ -118,12 +110,7 @@ class CaptionCollector:
             self._contested.add(name)
 
     def finish(self) -> tuple[Counter[str], dict[str, list[str]]]:
-        """Return the notes and the images that have captions, after repairing stray ids."""
-        for name in list(self.captions):
-            stray = STRAY_NAME.fullmatch(name)
-            if stray and stray["name"] in self.captions:
-                self.captions[stray["name"]] += self.captions.pop(name)
-                self.count("stray ids repaired", name)
+        """Return the notes, and the images that have captions."""
         found = {name: texts for name, texts in self.captions.items() if texts}
         notes: Counter[str] = Counter()
         for reason, count in self._counts.items():
@@ -181,8 +168,6 @@ def _read_text(path: Path, collector: CaptionCollector) -> str:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except MemoryError as error:
-        raise UserError(f"{path}: too large for this computer's memory; cut it up") from error
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     try:
@@ -197,12 +182,9 @@ def _split_lines(text: str) -> list[str]:
 
 
 def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
-    """Find the text files beside the images of a folder and its sub-folders.
+    """Find the text files beside images: file -> image, and files of no image or several.
 
     ``photo.txt`` belongs to ``photo.jpg``; ``photo.jpg.txt`` does, even beside ``photo.png``.
-
-    Returns:
-        Text file -> its image's name, and the text files that fit no image or several.
     """
     by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for name in find_images(folder):

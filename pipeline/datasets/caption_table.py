@@ -4,19 +4,6 @@
 >>> table, images = table.restrict(cache.names())     # only images that the cache has
 >>> for image in table.of_split("train"):
 ...     cache.rows([images[image.name]]), image.captions
-
-**Files.** ``SEARCH_ORDER`` lists what is looked for in a folder. A file given by ``--captions``
-may have any name: its content determines the layout. A folder given there holds images with
-text files.
-
-**Splits.** The file's own come first: a split column, Karpathy's, the split lists beside a
-token file (all three), or "train", "val" or "test" in a COCO file's name. Otherwise Flickr8k,
-or a part of it, gets the official lists, which are part of this package, and any other data
-80/10/10 by the SHA-256 of the image name, so that new images never move old ones. (Only where
-that leaves train or val without an image are the boundaries moved, by as few images as needed.)
-An image that a split does not mention belongs to none (``split`` is None).
-
-**Names.** Backslashes become slashes and Unicode is composed (NFC), here and in matching.
 """
 
 from __future__ import annotations
@@ -36,6 +23,7 @@ from pipeline.datasets.caption_readers import (
     read_shards,
 )
 from pipeline.datasets.flickr8k import official_splits
+from pipeline.datasets.image_sources import ImageFolder, ImageSource
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
@@ -80,10 +68,7 @@ class CaptionTable:
         return [image for image in self.images if image.split == split]
 
     def split_hash(self, split: str) -> str:
-        """Return the first 12 hex digits of the SHA-256 of a split's image names.
-
-        The names are sorted, joined by newlines and encoded in UTF-8. Tables of scores show it.
-        """
+        """Return 12 hex digits of the SHA-256 of a split's image names: sorted, one per line."""
         names = "\n".join(image.name for image in self.of_split(split))
         return hashlib.sha256(names.encode("utf-8")).hexdigest()[:12]
 
@@ -92,11 +77,9 @@ class CaptionTable:
 
         A name takes the path that equals it; else the only path that ends in it (``x.jpg`` and
         ``Images/x.jpg``) or in which it ends; else the only one with the same file name. If
-        several paths fit a name, or several names a path, none is taken: a caption on the
-        wrong image is worse than an image without one.
+        several paths fit a name, or several names a path, none is taken.
 
-        Returns:
-            The smaller table, whose notes count what is missing, and name -> available path.
+        Returns the smaller table, whose notes count what is missing, and name -> available path.
         """
         images, extra = _match([image.name for image in self.images], available)
         kept = [image for image in self.images if image.name in images]
@@ -116,23 +99,25 @@ class CaptionTable:
         ]
 
 
-def read_captions(data: Path | TarShards, captions: Path | None = None) -> CaptionTable:
-    """Read the captions of the folder or the shards ``data``, or of the one file ``captions``.
+def read_captions(data: Path | ImageSource, captions: Path | None = None) -> CaptionTable:
+    """Read the captions of the folder or the shards ``data``, or those in ``captions``.
 
-    ``captions`` may be relative to the working folder or to ``data``. Single bad lines are
-    dropped and counted in the table's notes.
+    ``captions`` is a file of any layout, or a folder of images with texts; its path may be
+    relative to the working folder or to ``data``. Single bad lines are dropped and counted in
+    the table's notes.
 
     Raises:
         UserError: no captions file is found, several compete, or the file cannot be read or
             holds no captions.
     """
     collector = CaptionCollector()
-    if isinstance(data, TarShards) and captions is None:
-        paths = [Path(data.origin)]
-        layouts = [read_shards(data, collector)]
+    source = ImageFolder(data) if isinstance(data, Path) else data
+    if isinstance(source, TarShards) and captions is None:
+        paths = [Path(source.origin)]
+        layouts = [read_shards(source, collector)]
     else:
-        folder = Path() if isinstance(data, TarShards) else Path(data)
-        paths = _find_files(folder, None if captions is None else Path(captions))
+        folder = source.folder if isinstance(source, ImageFolder) else Path()
+        paths = _find_files(folder, captions)
         layouts = [read_file(path, collector) for path in paths]
     notes, found = collector.finish()
     if not found:
@@ -144,12 +129,9 @@ def read_captions(data: Path | TarShards, captions: Path | None = None) -> Capti
 
 
 def _find_files(data: Path, captions: Path | None) -> list[Path]:
-    """List the captions files to read: the one named ``captions``, or those found in ``data``.
+    """List the files to read: ``captions``, or those found in ``data``.
 
     A folder stands for the text files beside its images.
-
-    Raises:
-        UserError: there is none, or several compete.
     """
     if captions is not None:
         for path in (captions, data / captions):
@@ -179,6 +161,7 @@ def _find_files(data: Path, captions: Path | None) -> list[Path]:
 
 
 def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[str, str], str]:
+    """Return image name -> split, and where the splits come from."""
     if any(name in collector.splits for name in names):
         return collector.splits, collector.split_source
     official = official_splits(names)
@@ -188,6 +171,7 @@ def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[
 
 
 def _hash_splits(names: list[str]) -> dict[str, str]:
+    """Split 80/10/10 by the SHA-256 of the image name, so that new images never move old ones."""
     fractions = {}
     for name in names:
         digest = hashlib.sha256(name.encode("utf-8")).digest()
@@ -204,7 +188,7 @@ def _hash_splits(names: list[str]) -> dict[str, str]:
 
 
 def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:
-    """Return name -> available path, and notes."""
+    """Match names, see ``CaptionTable.restrict``; return name -> available path, and notes."""
     paths = {normalize_name(path): path for path in available}
     matched = {name: name for name in names if name in paths}
     by_tail = _by_tail(paths) if len(matched) < len(names) else {}
@@ -242,10 +226,7 @@ def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], 
 
 
 def _by_tail(paths: Iterable[str]) -> dict[str, str]:
-    """Index paths by each of their tails: tail -> the path that ends in it, "" for several.
-
-    With an index, time stays linear even where every image of a tree is called image.jpg.
-    """
+    """Index paths by each of their tails: tail -> the path that ends in it, "" for several."""
     by_tail: dict[str, str] = {}
     for path in paths:
         for tail in _tails(path):

@@ -24,13 +24,12 @@ def load_table(
 ) -> tuple[CaptionTable, dict[str, str]]:
     """Read the captions of ``source``, keep those whose image is available, and print a summary.
 
-    Returns:
-        The table, and for each of its images the name among ``available``.
+    Returns the table, and for each of its images the name among ``available``.
 
     Raises:
         UserError: no captions, or none of their images is available.
     """
-    table, names = read_captions(source.captioned, captions).restrict(available)
+    table, names = read_captions(source, captions).restrict(available)
     for line in table.summary():
         echo(line, err=True)
     if not table.images:
@@ -42,17 +41,11 @@ def load_table(
 
 @dataclass
 class EncodedCaptions:
-    """Captions as token ids, concatenated in one array.
+    """Captions as token ids, concatenated in one array."""
 
-    Attributes:
-        images: int64 (M,): the index of each caption's image; ascending.
-        tokens: int32: all captions one after the other, each <start> words <end>.
-        offsets: int64 (M + 1,): where each caption begins.
-    """
-
-    images: Tensor
-    tokens: Tensor
-    offsets: Tensor
+    images: Tensor  # int64 (M,): the index of each caption's image; ascending
+    tokens: Tensor  # int32: all captions one after the other, each <start> words <end>
+    offsets: Tensor  # int64 (M + 1,): where each caption begins
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,10 +57,7 @@ class EncodedCaptions:
 
     @property
     def first_of_image(self) -> Tensor:
-        """Where each image's captions begin, and the last one's end: int64 (N + 1,).
-
-        The captions of image i are a range, as they are sorted by image.
-        """
+        """Where each image's captions begin, and the last one's end: int64 (N + 1,)."""
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.images.bincount().cumsum(0)])
 
     def of_images(self, images: Tensor) -> EncodedCaptions:
@@ -118,10 +108,7 @@ def encode_captions(
 def tokenized(
     images: Sequence[CaptionedImage], tokenizer: str = ENGLISH
 ) -> dict[str, list[list[str]]]:
-    """Tokenize all captions of each image, by the image's name.
-
-    Captions without any word are dropped, and then images without any caption.
-    """
+    """Tokenize the captions of each image, by its name; those without words are dropped."""
     tokenize = tokenizer_of(tokenizer).tokenize
     groups = {
         # Interned, so that each word is stored once, however many millions of captions there are.
@@ -137,15 +124,8 @@ def bucketed_batches(
     """Shuffle items, and batch those of similar length together so that little is padded.
 
     Shuffled items are cut into stretches of 50 batches, sorted by length inside a stretch,
-    cut into batches, and the batches of a stretch shuffled. Every item occurs once.
-
-    Args:
-        lengths: int64 (M,).
-        batch_size: items per batch.
-        generator: the source of randomness.
-
-    Yields:
-        Indices, int64 (up to batch_size,).
+    cut into batches, and the batches of a stretch shuffled. ``lengths`` is int64 (M,); yields
+    indices, int64 (up to batch_size,), each once.
     """
     order = torch.randperm(len(lengths), generator=generator)
     for stretch in order.split(50 * batch_size):

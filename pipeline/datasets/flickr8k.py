@@ -1,11 +1,4 @@
-"""Flickr8k: download it, unpack it, and its official split.
-
->>> from pipeline.datasets.flickr8k import download_flickr8k
->>> download_flickr8k(Path("data/flickr8k"))
-
-After an interruption (Ctrl-C, a lost network, a full disk) the same call resumes; on a complete
-folder it makes no request. Progress goes to standard error.
-"""
+"""Flickr8k: download it, unpack it, and its official split."""
 
 from __future__ import annotations
 
@@ -48,10 +41,7 @@ class NetworkError(UserError):
 
 @functools.cache
 def official_split() -> dict[int, str]:
-    """Return the split of the 8,000 photo ids (6,000 train, 1,000 val, 1,000 test).
-
-    The id is the number that begins a Flickr8k file name; it is unique there.
-    """
+    """Return the split of the 8,000 photo ids, the numbers that begin Flickr8k's file names."""
     packed = importlib.resources.files(__package__).joinpath("flickr8k_split.txt.gz").read_bytes()
     pairs = (line.split() for line in gzip.decompress(packed).decode("ascii").splitlines())
     return {int(photo): split for split, photo in pairs}
@@ -68,10 +58,10 @@ def official_splits(names: Sequence[str]) -> dict[str, str] | None:
     return splits if len(splits) >= 0.9 * len(names) else None
 
 
-def download_flickr8k(folder: Path, base_url: str | None = None) -> None:
+def download_flickr8k(folder: Path) -> None:
     """Put Flickr8k into ``folder``: ``Flicker8k_Dataset/*.jpg``, the token file, the split lists.
 
-    ``base_url`` is the folder of the archives, by default ``RELEASE_URL``.
+    After an interruption the same call resumes; on a complete folder it makes no request.
 
     Raises:
         NetworkError: the server cannot be reached or refuses.
@@ -89,7 +79,7 @@ def download_flickr8k(folder: Path, base_url: str | None = None) -> None:
     for name, md5 in missing.items():
         archive = folder / name
         try:
-            fetch(f"{(base_url or RELEASE_URL).rstrip('/')}/{name}", archive, md5)
+            fetch(RELEASE_URL + name, archive, md5)
         except NetworkError as error:
             raise NetworkError(
                 f"{error.message}; run the same command again later, or unpack the Kaggle "
@@ -111,8 +101,7 @@ def fetch(url: str, target: Path, md5: str) -> None:
 
     Raises:
         NetworkError: the server cannot be reached, refuses, or sends nothing new.
-        UserError: a wrong MD5 (the part is removed), a full disk (the part is kept) or a
-            folder that cannot be written.
+        UserError: a wrong MD5 (the part is removed) or a full disk (the part is kept).
     """
     part = target.with_name(target.name + ".part")
     with _disk_errors(target):
@@ -177,10 +166,8 @@ def _load_rest(url: str, handle: IO[bytes], name: str) -> None:
 def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack ``archive`` into ``folder``, except ``__MACOSX``, dot files and names with ``..``.
 
-    Links become plain files, and absolute names relative ones: zipfile sees to it.
-
-    Raises:
-        UserError: a damaged archive or a full disk.
+    Links become plain files, and absolute names relative ones: zipfile sees to it. Raises
+    UserError for a damaged archive or a full disk.
     """
     try:
         with _disk_errors(folder), zipfile.ZipFile(archive) as opened:

@@ -26,18 +26,13 @@ class ImageFolder:
     is_local = True
 
     @property
-    def captioned(self) -> Path:
-        """The argument for ``caption_table.read_captions``."""
-        return self.folder
-
-    @property
     def origin(self) -> str:
         """What a cache stores of where its images are from."""
         return str(self.folder.resolve())
 
     @functools.cached_property
     def names(self) -> Sequence[str]:
-        """All images, see ``images.find_images``."""
+        """All images, in the order of their bytes."""
         return find_images(self.folder)
 
     def image(self, name: str) -> Path:
@@ -49,11 +44,7 @@ ImageSource: TypeAlias = ImageFolder | TarShards
 
 
 def open_source(data: str | Path) -> ImageSource:
-    """Open what ``--data`` names; the images are listed later.
-
-    Raises:
-        UserError: there are no such shards, or they are compressed.
-    """
+    """Open what ``--data`` names, listing no images; UserError if there are no such shards."""
     return TarShards(str(data)) if is_tar_shards(data) else ImageFolder(Path(data))
 
 
@@ -63,16 +54,15 @@ def stop_if_unreachable(image: ImageRef) -> None:
     Then its folder is gone, or is the empty mount point. All other images would fail too,
     and be taken for broken.
     """
+    lost = False
     if isinstance(image, TarMember):
         lost = not is_remote(image.shard) and not Path(image.shard).is_file()
-    elif isinstance(image, (str, os.PathLike)):
+    elif isinstance(image, Path):
         try:
-            with os.scandir(Path(image).parent) as entries:
-                lost = next(entries, None) is None
+            with os.scandir(image.parent) as entries:
+                lost = not any(entries)
         except OSError:
             lost = True
-    else:
-        lost = False
     if lost:
         raise UserError(
             f"{image}: its folder is gone or empty; when it is back, the same command goes on"
@@ -80,13 +70,10 @@ def stop_if_unreachable(image: ImageRef) -> None:
 
 
 def stamps_of(source: ImageSource, names: Sequence[str]) -> numpy.ndarray:
-    """Return the size in bytes and the modification time in ns of each image.
+    """Return each image's size in bytes and modification time in ns: int64 (len(names), 2).
 
-    The time of an image in a shard is the one in the tar file, which a copy of it keeps.
-    Both are 0 for an image that is missing.
-
-    Returns:
-        int64 (len(names), 2).
+    The time of an image in a shard is the one in the tar file, which a copy of it keeps. Both
+    are 0 for an image that is missing.
     """
     import numpy
 

@@ -1,8 +1,7 @@
 """Find images, decode them, and resize them to InceptionV3's input square.
 
-Every stage reads images through this module, so an image looks the same to extraction,
-fine-tuning and captioning. Pillow releases Python's lock while it decodes and resizes, so
-plain threads decode beside the network (``pipeline.utils.threads.prefetch``).
+Every stage reads images through this module, so an image looks the same to all of them. Pillow
+releases Python's lock while it decodes and resizes, so threads decode beside the network.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class StoredImage(Protocol):
     """An image without a file of its own, such as a member of a tar shard."""
 
     def read(self) -> bytes:
-        """Return the image's encoded bytes; raises ImageError or OSError."""
+        """Return the encoded bytes; raises ImageError or OSError."""
 
 
 ImageRefT = TypeVar("ImageRefT", bound="ImageRef")
@@ -76,13 +75,10 @@ ImageRef: TypeAlias = str | os.PathLike[str] | StoredImage
 
 
 def find_images(folder: Path) -> list[str]:
-    """List the images below ``folder`` by their relative paths, in the order of their bytes.
+    """List the images below ``folder`` by their relative paths (with ``/``), in byte order.
 
     Sub-folders are searched, symbolic links to folders followed (each folder once, so a
     loop ends). Hidden files and folders and the leftovers of macOS archives are skipped.
-
-    Returns:
-        Relative paths with ``/`` as separator.
 
     Raises:
         UserError: ``folder`` is not a folder.
@@ -108,12 +104,10 @@ def find_images(folder: Path) -> list[str]:
 
 
 def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
-    """Decode one image to upright 8-bit RGB.
+    """Decode one image (of an animation the first frame) to upright 8-bit RGB.
 
-    EXIF orientation is applied, transparency is composited over white, 16-bit and float
-    images are scaled to 8 bits, CMYK and palettes converted; of an animation the first
-    frame is decoded. Images above ``LARGE_IMAGE`` pixels are decoded one at a time,
-    whatever the number of threads: one needs up to 3.5 GB.
+    Images above ``LARGE_IMAGE`` pixels are decoded one at a time, whatever the number of
+    threads: one needs up to 3.5 GB.
 
     Args:
         path: the image: a file, or an object that returns its bytes.
@@ -123,8 +117,7 @@ def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
             ``LARGE_IMAGE`` pixels are reduced to no less than twice ``size``.
 
     Raises:
-        ImageError: the file is missing, empty, broken, truncated, too large or not an
-            image; the text says which.
+        ImageError: the image cannot be read; the text says why.
     """
     from PIL import Image
 
@@ -149,11 +142,7 @@ def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
 
 @contextmanager
 def opened(path: ImageRef) -> Iterator[Image.Image]:
-    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError.
-
-    Raises:
-        ImageError: see ``load_image``.
-    """
+    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError."""
     from PIL import Image, UnidentifiedImageError
 
     formats = [name for name in FORMATS if name != "HEIF" or _register_heif()]
@@ -191,9 +180,8 @@ def _checked_content(path: ImageRef) -> bytes:
         content = path.read_bytes()
     else:
         content = path.read()
-    if content.startswith(b"\xff\xd8") and any(
-        itertools.islice(SCAN.finditer(content), MAX_SCANS, None)
-    ):
+    scans = SCAN.finditer(content) if content.startswith(b"\xff\xd8") else ()
+    if any(itertools.islice(scans, MAX_SCANS, None)):
         raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
     return content
 
@@ -225,10 +213,7 @@ def _why_unidentified(content: bytes) -> str:
 
 @functools.cache
 def _register_heif() -> bool:
-    """Register the HEIC plugin with Pillow; True if it is installed.
-
-    The plugin turns images upright itself and resets their EXIF orientation.
-    """
+    """Register the HEIC plugin, which turns images upright itself; True if it is installed."""
     try:
         import pillow_heif
     except (ImportError, OSError):  # OSError: its library does not fit the system
@@ -238,7 +223,7 @@ def _register_heif() -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any Pillow mode to RGB, as a viewer shows it."""
+    """Convert an image of any Pillow mode to RGB; transparency is composited over white."""
     from PIL import Image
 
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
@@ -251,10 +236,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit or float grey values to 8 bits.
+    """Scale grey values, integers of 0..65535 or floats of 0..1, to 8 bits.
 
-    Integers keep their full scale (65535 is white); when an image exceeds the scale, and for
-    floats outside 0..1, its own range is used. Infinities become black and white, NaN black.
+    When an image exceeds the scale, its own range is used. Infinities become black and white,
+    NaN black.
     """
     import numpy
     from PIL import Image
@@ -272,12 +257,9 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
-    """Resize the whole image to ``size`` x ``size`` with antialiasing, ignoring its aspect ratio.
+    """Resize the whole image to a square with antialiasing: RGB, uint8 (size, size, 3).
 
     Nothing is cropped: captions mention what is at the edges too.
-
-    Returns:
-        uint8 array (size, size, 3), RGB.
     """
     import numpy
     from PIL import Image
@@ -288,28 +270,17 @@ def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
 
 
 def read_square(path: ImageRef, size: int = IMAGE_SIZE) -> numpy.ndarray:
-    """Decode ``path`` and resize it to a square: uint8 (size, size, 3).
-
-    Raises:
-        ImageError: see ``load_image``.
-    """
+    """Decode ``path`` and resize it to a square, uint8 (size, size, 3); raises ImageError."""
     return to_square(load_image(path, size), size)
 
 
 def augmented_square(
     image: Image.Image, random: Random, flip: bool, min_crop: float, size: int = IMAGE_SIZE
 ) -> numpy.ndarray:
-    """Crop an RGB image at random, flip it with probability 0.5, and resize it to a square.
+    """Crop an RGB image at random and resize it to a square, uint8 (size, size, 3).
 
-    Args:
-        image: an RGB image.
-        random: the source of randomness.
-        flip: whether the image may be flipped left to right.
-        min_crop: the smallest fraction of each side that a crop keeps.
-        size: side of the result.
-
-    Returns:
-        uint8 array (size, size, 3), RGB.
+    A crop keeps at least the fraction ``min_crop`` of each side. With ``flip`` it is flipped left
+    to right with probability 0.5.
     """
     import numpy
     from PIL import Image

@@ -6,11 +6,8 @@
     --data 'simplecache::https://host/{0000..0099}.tar'    # each fetched once, to a temporary file
 
 The members of a shard are listed first, header by header; an image is then read by its offset
-and size. So images can be read in any order, and extraction resumes in the middle of a shard.
-An image is named by its shard and its member, ``0000.tar/000017.jpg``.
-
-A text beside an image in the shard, ``000017.txt``, holds its captions, one per line. Files
-belong together if their names agree up to the first dot.
+and size. An image is named by its shard and its member, ``0000.tar/000017.jpg``. The text
+``000017.txt`` beside it holds its captions, one per line: names agree up to the first dot.
 """
 
 from __future__ import annotations
@@ -38,20 +35,13 @@ TRIES, PAUSE = 3, 2.0
 
 @dataclass(frozen=True, slots=True)
 class TarMember:
-    """One image in a shard.
+    """One image in a shard."""
 
-    Attributes:
-        shard: path or URL of the tar file.
-        member: its name there.
-        offset, size: where its bytes are, and how many.
-        time: when it was modified, by the tar file, in ns; 0: unknown.
-    """
-
-    shard: str
-    member: str
-    offset: int
-    size: int
-    time: int = 0
+    shard: str  # path or URL of the tar file
+    member: str  # its name there
+    offset: int  # where its bytes are
+    size: int  # in bytes
+    time: int = 0  # when it was modified, by the tar file, in ns; 0: unknown
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"
@@ -61,7 +51,7 @@ class TarMember:
 
         Raises:
             ImageError: it is too large, or the shard ends before it.
-            OSError: the shard cannot be read.
+            OSError: the shard cannot be read, or an error of its own of a remote file system.
         """
         if self.size > MAX_IMAGE_BYTES:
             raise ImageError(f"claims {self.size:,} bytes in its shard")
@@ -82,14 +72,13 @@ class TarMember:
 class TarShards:
     """The images of several shards. A shard is listed when something in it is first asked for.
 
-    Attributes:
-        origin: the folder of the shards, so that a cache accepts more shards of the same folder.
-
     Raises:
-        UserError: there are no such shards, or they are compressed.
+        UserError: there are no such shards, or they are compressed; when one is listed: it is
+            missing, cut off or damaged.
     """
 
     def __init__(self, pattern: str) -> None:
+        # The folder, so that a cache accepts more shards of it.
         self.origin = shards_folder(pattern) + "/*.tar"
         shards = expand(pattern)
         self._shards = dict(zip(_labels(shards), shards, strict=True))
@@ -100,27 +89,14 @@ class TarShards:
         """True if an image can be read at no cost."""
         return not any(map(is_remote, self._shards.values()))
 
-    @property
-    def captioned(self) -> TarShards:
-        """The argument for ``caption_table.read_captions``."""
-        return self
-
     @functools.cached_property
     def names(self) -> Sequence[str]:
-        """All images, in the order of their bytes.
-
-        Raises:
-            UserError: a shard is missing, cut off or damaged.
-        """
+        """All images, in the order of their bytes."""
         names = [f"{shard}/{name}" for shard in self._listing() for name in self._list(shard)]
         return sorted(names, key=os.fsencode)
 
     def image(self, name: str) -> TarMember:
-        """Find an image by its name.
-
-        Raises:
-            UserError: see ``names``; or there is no such image.
-        """
+        """Find an image by its name; UserError if there is none."""
         stem, _, member = name.partition(".tar/")
         shard = stem + ".tar"
         if shard not in self._shards or member not in self._list(shard):
@@ -130,11 +106,7 @@ class TarShards:
     def read_captions(self) -> tuple[dict[str, list[str]], list[str]]:
         """Read the texts beside the images.
 
-        Returns:
-            Image name -> the lines of its text, and the texts that fit no image or several.
-
-        Raises:
-            UserError: see ``names``.
+        Returns image name -> the lines of its text, and the texts that fit no image or several.
         """
         captions: dict[str, list[str]] = {}
         unmatched: list[str] = []
@@ -182,13 +154,10 @@ def shards_folder(pattern: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """List the shards that a pattern stands for.
+    """List the shards that a pattern stands for; UserError if there are none.
 
     ``{0000..0099}`` stands for the numbers, with as many digits; ``{train,val}`` for each
     of these; ``*`` and ``?`` match existing files.
-
-    Raises:
-        UserError: there is none, or they are compressed.
     """
     if not pattern.lower().endswith(".tar"):
         raise UserError(f"--data {pattern}: compressed shards cannot be read in place; unpack them")
@@ -236,11 +205,7 @@ def _key(member: str) -> str:
 
 
 def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, TarMember]:
-    """List the images of a tar file; the lines of its texts are added to ``texts``, if given.
-
-    Raises:
-        UserError: the file is missing, cut off or damaged.
-    """
+    """List the images of a tar file; the lines of its texts are added to ``texts``, if given."""
     found: dict[str, TarMember] = {}
     system, path = _file_system(shard)
     try:
@@ -279,7 +244,7 @@ def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, T
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a path or URL, which fsspec caches, and the path there."""
+    """Return fsspec's file system of a path or URL, and the path there."""
     try:
         import fsspec
 

@@ -8,21 +8,14 @@
 ['zwei', 'mädchen', 'fahren', 'u-bahn', 'in', 'der', 'straße']
 >>> tokenize_characters("一只狗在草地上跑，穿着T恤。")
 ['一', '只', '狗', '在', '草', '地', '上', '跑', '穿', '着', 't', '恤']
->>> detokenize_characters(["两", "个", "人", "在", "london", "bridge", "上"])
-'两个人在london bridge上'
 
 Tokenizing what a detokenizer writes gives the same tokens again. No token holds a space, "<" or
 ">", so no caption can contain a special token.
 
 English tokens follow the Penn Treebank, in lower case and without punctuation, like those of
-Stanford's PTBTokenizer in the COCO caption evaluation, but without Java. nltk splits each word,
-and needs no downloaded corpus for that. On the 35,455 captions of Flickr8k's train and dev splits
-the two differ on 7. Intended differences:
-
-* brackets are punctuation (COCO means to drop them, but keeps "-lrb-");
-* "<" and ">" are brackets;
-* a token without a letter or digit is dropped unless it is one of & $ % # @ + = (COCO
-  also keeps "*", "?!" and the like).
+Stanford's PTBTokenizer in the COCO caption evaluation; on the 35,455 captions of Flickr8k's train
+and dev splits the two differ on 7. Here brackets, "<" and ">" are punctuation, and a token without
+a letter or digit is dropped unless it is one of & $ % # @ + =.
 """
 
 from __future__ import annotations
@@ -41,31 +34,18 @@ ENGLISH, WORDS, CHARACTERS = "english", "words", "characters"
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and its detokenizer.
+    """A tokenizer and its detokenizer."""
 
-    Attributes:
-        name: its name in ``--tokenizer``.
-        description: of its tokens, for tables of scores.
-        tokenize: splits any text into tokens, possibly none.
-        detokenize: joins tokens to a caption.
-        longest: the most tokens that search gives a caption.
-        longest_in_training: tokens after which a training caption is cut; the longest of Flickr8k
-            has 37.
-    """
-
-    name: str
-    description: str
+    name: str  # in ``--tokenizer``
+    description: str  # of its tokens, for tables of scores
     tokenize: Callable[[str], list[str]]
     detokenize: Callable[[Iterable[str]], str]
-    longest: int = 20
-    longest_in_training: int = 50
+    longest: int = 20  # the most tokens that search gives a caption
+    longest_in_training: int = 50  # training captions are cut there; Flickr8k's longest has 37
 
 
 class _CharacterTable(dict[int, str]):
-    """A table for ``str.translate`` that is filled as characters occur.
-
-    A character is kept, or becomes a plain form, a space or nothing.
-    """
+    """For ``str.translate``: a character is kept, or becomes a plain form, a space or nothing."""
 
     def __init__(self, kept: str, currency: bool, special: dict[str, str]) -> None:
         super().__init__()
@@ -130,11 +110,7 @@ _ENGLISH_CHARACTERS = _CharacterTable("'-.,:/" + "".join(SYMBOLS), True, {"…":
 
 @lru_cache(maxsize=1)
 def _treebank_tokenizer() -> Any:
-    """Return nltk's tokenizer, which is the same in all its versions.
-
-    NLTKWordTokenizer is not: "5'9" is one token or two, depending on the version. nltk
-    is imported here and not above, because that takes a quarter of a second.
-    """
+    # NLTKWordTokenizer splits "5'9" in one version and not in another. The import takes 0.25 s.
     from nltk.tokenize.treebank import TreebankWordTokenizer
 
     return TreebankWordTokenizer()
@@ -142,10 +118,9 @@ def _treebank_tokenizer() -> Any:
 
 @lru_cache(maxsize=1 << 16)
 def _split_word(word: str) -> tuple[str, ...]:
-    """Split a cleaned, lower-case word without spaces into its tokens.
+    """Split a cleaned, lower-case word into its tokens.
 
-    Each token is split again until nothing changes, so that ``_split_word(token)`` is
-    ``(token,)`` for every token: this is what makes ``detokenize`` reversible.
+    Each token is split again until nothing changes: this is what makes ``detokenize`` reversible.
     """
     if word in SYMBOLS or word in APOSTROPHE_WORDS or _DECADE.fullmatch(word):
         return (word,)
@@ -168,11 +143,10 @@ def _split_word(word: str) -> tuple[str, ...]:
 
 
 def tokenize_english(text: str) -> list[str]:
-    """Split a caption into lower-case Penn Treebank tokens without punctuation.
+    """Split any text into lower-case Penn Treebank tokens without punctuation, possibly none.
 
     The text is brought to Unicode form NFC; typographic quotes and hyphens become plain
-    ones; control characters separate words and zero-width characters vanish. Any string
-    is accepted, and one without words gives an empty list.
+    ones; control characters separate words and zero-width characters vanish.
     """
     text = unicodedata.normalize("NFC", text).translate(_ENGLISH_CHARACTERS)
     text = unicodedata.normalize("NFC", text.lower())
@@ -183,11 +157,7 @@ def tokenize_english(text: str) -> list[str]:
 
 
 def detokenize_english(tokens: Iterable[str]) -> str:
-    """Join tokens into a readable caption, the reverse of ``tokenize_english``.
-
-    Two tokens are joined only where ``tokenize_english`` splits them again, so the round trip
-    from tokens to caption to tokens changes nothing.
-    """
+    """Join tokens into a readable caption; ``tokenize_english`` splits it into the same again."""
     written: list[tuple[str, ...]] = []  # the tokens of each written word
     for token in tokens:
         if written and _belongs_to(written[-1], token):
@@ -198,7 +168,7 @@ def detokenize_english(tokens: Iterable[str]) -> str:
 
 
 def _belongs_to(parts: tuple[str, ...], token: str) -> bool:
-    """True if a token is joined to the word that ``parts`` make up."""
+    """True if a token is joined to the word that ``parts`` make up, and can be split off again."""
     last = parts[-1]
     amount = last in ("#", "$") and token[:1].isdecimal()
     if not (token in ATTACHED or (last, token) in CONTRACTED or amount):
@@ -241,10 +211,7 @@ _CHARACTERS = _CharacterTable("'-·׳״\u200c\u200d.,:", False, {"\u200b": " "})
 
 
 def _clean(text: str) -> str:
-    """Bring a text to NFC, in lower case, with spaces for all punctuation.
-
-    Lower case, unlike case folding, keeps "ß".
-    """
+    """Bring a text to NFC, in lower case (which keeps "ß"), with spaces for all punctuation."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     return unicodedata.normalize("NFC", text.translate(_CHARACTERS))
 
@@ -256,11 +223,6 @@ def tokenize_words(text: str) -> list[str]:
     one character. Punctuation and symbols are dropped; apostrophes and hyphens inside a word stay.
     """
     return _WORD.findall(_clean(text))
-
-
-def detokenize_words(tokens: Iterable[str]) -> str:
-    """Join words with spaces."""
-    return " ".join(tokens)
 
 
 def tokenize_characters(text: str) -> list[str]:
@@ -305,7 +267,7 @@ TOKENIZERS = {
         tokenize_english,
         detokenize_english,
     ),
-    WORDS: Tokenizer(WORDS, "words, lower case, no punctuation", tokenize_words, detokenize_words),
+    WORDS: Tokenizer(WORDS, "words, lower case, no punctuation", tokenize_words, " ".join),
     CHARACTERS: Tokenizer(
         CHARACTERS,
         "characters, and words of scripts with spaces, lower case, no punctuation",
@@ -319,11 +281,7 @@ TOKENIZERS = {
 
 
 def tokenizer_of(name: str) -> Tokenizer:
-    """Return a tokenizer by its name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Return a tokenizer by its name; UserError if there is none."""
     if name not in TOKENIZERS:
         raise UserError(f"there is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]

@@ -5,8 +5,6 @@
 ('<pad>', '<start>', '<end>', '<unk>', 'a')
 >>> vocabulary.encode(["a", "dog"])
 [4, 3]
->>> Vocabulary.build([["一", "只", "狗"]], 1, "characters").tokenize("一只狗。")
-['一', '只', '狗']
 """
 
 from __future__ import annotations
@@ -22,13 +20,7 @@ PAD_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
 
 
 class Vocabulary:
-    """The words that a decoder can read and write, each with an id; immutable.
-
-    The special tokens ``<pad>``, ``<start>``, ``<end>`` and ``<unk>`` have ids 0 to 3.
-
-    Attributes:
-        words: all words by id, special tokens first.
-        tokenizer: splits captions into them.
+    """The words that a decoder can read and write, by id, special tokens first; immutable.
 
     Raises:
         UserError: special tokens are missing or misplaced, an entry is not a string or
@@ -50,9 +42,8 @@ class Vocabulary:
     ) -> Vocabulary:
         """Build a vocabulary of the words that occur ``min_count`` times or more.
 
-        ``token_lists`` holds the tokens of each caption of the train split, made by
-        ``tokenizer``. Words are sorted by descending count, then alphabetically. Raises
-        UserError if no word is frequent enough.
+        ``token_lists`` holds the tokens of each training caption, made by ``tokenizer``. Words
+        are sorted by descending count, then alphabetically. UserError if none is frequent enough.
         """
         counts = Counter(token for tokens in token_lists for token in tokens)
         for special in SPECIALS:
@@ -76,17 +67,13 @@ class Vocabulary:
         return self.tokenizer.detokenize(words)
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
-        """Return the id of each token, or the id of ``<unk>``.
-
-        No start or end is added. The text of a special token counts as an unknown word.
-        """
+        """Return the id of each token, or that of ``<unk>``, also for texts of special tokens."""
         ids = (self._ids.get(token, UNKNOWN_ID) for token in tokens)
         return [number if number > UNKNOWN_ID else UNKNOWN_ID for number in ids]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """Return the words for ids up to the first end; padding and starts are dropped.
 
-        ``<unk>`` stays where the ids hold it. Ids may be Python or numpy integers.
         Raises IndexError for an id outside the vocabulary.
         """
         tokens = []

@@ -78,7 +78,7 @@ def compare_predictions(
         raise UserError(
             f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
         )
-    table = read_captions(open_source(data).captioned, captions)
+    table = read_captions(open_source(data), captions)
     references = references_of(table, split, tokenizer)
     unknown = sorted(tokens[0].keys() - references.keys())
     if unknown:

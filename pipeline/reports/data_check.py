@@ -112,7 +112,7 @@ def _read(options: DecoderOptions) -> CheckedData:
     """Read captions, and join them with the features, or with the images if there are none."""
     source, features = open_source(options.data), Path(options.features)
     captions = Path(options.captions) if options.captions else None
-    table = read_captions(source.captioned, captions)
+    table = read_captions(source, captions)
     cache = FeatureCache(features) if features.is_file() else None
     if cache is None and not source.names:
         raise UserError(f"--data {options.data}: no images there, and no features of them")

@@ -84,7 +84,7 @@ def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabu
     source = open_source(data or settings["data"])
     captions = Path(settings["captions"]) if settings["captions"] and data is None else None
     table, names = _used_in_training(
-        read_captions(source.captioned, captions), source, Path(settings["features"]), settings
+        read_captions(source, captions), source, Path(settings["features"]), settings
     )
     tokenizer = vocabulary.tokenizer.name
     train, val = (tokenized(table.of_split(split), tokenizer) for split in ("train", "val"))

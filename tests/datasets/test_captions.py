@@ -83,15 +83,6 @@ def test_token_file_without_lists_takes_the_official_ones(tmp_path: Path) -> Non
     assert table.notes == {"incomplete split lists beside the captions ignored": 1}
 
 
-def test_stray_id_is_merged_only_into_a_known_image(tmp_path: Path) -> None:
-    lines = ("a.jpg#0\tA kite .", "a.jpg.1#0\tA red kite .", "b.jpg.1#0\tA pot .", "c.2#0\tA cup .")
-    write(tmp_path / "Flickr8k.token.txt", *lines, "c#0\tTwo cups .")
-    table = read_captions(tmp_path)
-    assert captions_of(table)["a.jpg"] == ("A kite .", "A red kite .")
-    assert list(captions_of(table)) == ["a.jpg", "b.jpg.1", "c", "c.2"]
-    assert table.notes == {"stray ids repaired (first: a.jpg.1)": 1}
-
-
 def test_malformed_token_lines_are_counted_with_the_first_line_number(tmp_path: Path) -> None:
     write(tmp_path / "Flickr8k.token.txt", "a.jpg#0\tA kite .", "", "A lost line", "b.jpg\tA pot .")
     table = read_captions(tmp_path)

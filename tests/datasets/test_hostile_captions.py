@@ -287,16 +287,3 @@ def test_names_of_files_stay_on_one_line(tmp_path: Path) -> None:
         (tmp_path / name).write_text("A kite .")
     table = read_captions(tmp_path)
     assert len(table.notes) == 1 and all(len(line.splitlines()) == 1 for line in table.summary())
-
-
-def test_a_file_that_memory_cannot_hold_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path) -> bytes:
-        raise MemoryError
-
-    path = tmp_path / "x.csv"
-    path.touch()
-    monkeypatch.setattr(Path, "read_bytes", full)
-    with pytest.raises(UserError, match=r"x\.csv: too large for this computer's memory"):
-        read_captions(tmp_path, path)
