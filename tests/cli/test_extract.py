@@ -163,11 +163,11 @@ def test_weights_that_are_none(images: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.h5*"))
 
 
+@pytest.mark.usefixtures("tiny_inception")
 def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
     data, output = tmp_path / "data", tmp_path / "x.h5"
     draw(data / "good.png")
-    draw(data / "sub" / "bad.png")
-    spoil(data / "sub" / "bad.png")
+    spoil(draw(data / "sub" / "bad.png"))
     options = ("--data", data, "--output", output, "--weights", "random")
     result = invoke(*options)
     assert result.exit_code == 1
@@ -186,20 +186,19 @@ def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
     assert "complete, 2 images (" in mended.stderr
     assert "failed" not in mended.stderr
 
-    draw(data / "more.png", 2)
-    message = refusal(*options, "--precision", "bf16")
-    assert "begun with --precision fp32, not bf16" in message
-
-    # Begun on a machine with bf16, it goes on so on one that would choose fp32.
-    other = tmp_path / "other.h5"
-    options = ("--data", data, "--output", other, "--weights", "random")
-    assert invoke(*options, "--precision", "bf16").exit_code == 0
-    draw(data / "still more.png", 3)
-    assert "bf16, torch)" in invoke(*options, "--precision", "auto").stderr
-    options = ("--data", data, "--output", output, "--weights", "random")
-
     spoil(data / "good.png")
     stopped = invoke(*options, "--force", "--on-error", "fail")
     assert stopped.exit_code == 1
     assert "good.png: empty file (--on-error skip" in stopped.stderr
     assert FeatureCache(output).complete  # the old one is still there
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_a_cache_keeps_the_precision_that_it_was_begun_with(images: Path, tmp_path: Path) -> None:
+    """Begun on a machine with bf16, it goes on so on one that would choose fp32."""
+    options = ("--data", images, "--output", tmp_path / "x.h5", "--weights", "random")
+    assert invoke(*options, "--precision", "bf16").exit_code == 0
+    draw(images / "more.png", 20)
+    message = refusal(*options, "--precision", "fp32")
+    assert "begun with --precision bf16, not fp32" in message
+    assert "bf16, torch)" in invoke(*options, "--precision", "auto").stderr

@@ -11,6 +11,12 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 
+HELPERS = Path(__file__).parent
+# Python code to run first: the encoder is the tiny one.
+TINY_INCEPTION = """
+import pipeline.models.encoder, tiny_inception
+pipeline.models.encoder.Inception3 = tiny_inception.TinyInception
+"""
 RUN_ALL = """
 import json, runpy, sys
 
@@ -48,7 +54,7 @@ def run_in_one_process(
     return subprocess.run(
         [*wrapper, sys.executable, "-c", before + RUN_ALL, json.dumps(scripts)],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        env={**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{HELPERS}", **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import draw
-from drawn_run import DrawnRun
+from draw_scenes import draw_scenes
 from one_process import run_in_one_process
 
 CALLED_OUT = 87
@@ -65,12 +65,12 @@ def test_the_watch_sees_a_call() -> None:
         assert "called out: " in result.stderr
 
 
-def test_the_commands_need_no_network(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    draw(tmp_path / "photos" / "a.jpg", 1)
-    data = f"--data {drawn_run.data}"
-    training = f"train_decoder.py {data} --features {drawn_run.features}"
+def test_the_commands_need_no_network(tmp_path: Path) -> None:
+    draw_scenes(tmp_path / "scenes", images=10, seed=0)
+    data = f"--data {tmp_path / 'scenes'}"
+    training = f"train_decoder.py {data} --features x.h5 --min-count 1"
     result = run_watched(
-        "caption.py photos --html page.html",
+        f"caption.py {tmp_path / 'scenes/Images/scene_00000.jpg'} --html page.html",
         f"extract_features.py {data} --weights pretrained --output x.h5",
         f"{training} --run run --tensorboard --epochs 1 --embed-size 8 --hidden-size 8",
         f"{training} --check",

@@ -47,8 +47,8 @@ def learn_by_heart(data: Path, captions: dict[str, str], weights: str, folder: P
     )
     run(
         train_decoder.main,
-        f"--data {data} --features {features} --run {folder / 'run'} --epochs 120 "
-        "--batch-size 8 --lr 0.01 --embed-size 64 --hidden-size 128 --dropout 0 "
+        f"--data {data} --features {features} --run {folder / 'run'} --epochs 50 "
+        "--batch-size 8 --lr 0.02 --embed-size 64 --hidden-size 128 --dropout 0 "
         "--label-smoothing 0 --min-count 1 --device cpu --precision fp32",
     )
     for beam_size in (1, 3):
