@@ -2,9 +2,8 @@
 
     torchrun --nproc-per-node 4 -- extract_features.py --data photos
 
-Without ``torchrun`` a process is rank 0 of 1, and nothing here waits or connects. The processes
-exchange little, so gloo carries it on CPUs and GPUs alike; gradients take NCCL
-(``training.data_parallel``).
+Without ``torchrun`` a process is rank 0 of 1. The processes exchange little, so gloo carries it
+on CPUs and GPUs alike; gradients take NCCL (``training.data_parallel``).
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ Items = TypeVar("Items", bound="Sequence[Any] | Tensor")
 Result = TypeVar("Result")
 
 LOST = "another process of this job ended early: see its message; the same command resumes the work"
-# One process may finish its share long before another. A process that dies is noticed at once all
-# the same: its connections close, and torchrun ends the others.
+# One process may finish its share long before another; one that dies closes its connections.
 TIMEOUT = timedelta(days=30)
 
 
@@ -110,17 +108,13 @@ class World:
         return function() if result is None else result
 
     def refuse_differences(self, values: Mapping[str, Any]) -> None:
-        """Check that all processes have the same values, as machines may differ.
-
-        Raises:
-            UserError: they differ; names the first value that does.
-        """
+        """Raise ``UserError`` that names the first value in which the processes differ, if any."""
         first, *others = self.all_gather(dict(values))
         for other in others:
-            for name in first:
-                if first[name] != other.get(name):
+            for name, value in first.items():
+                if value != other.get(name):
                     raise UserError(
-                        f"the processes of this job differ in {name}: {first[name]} and "
+                        f"the processes of this job differ in {name}: {value} and "
                         f"{other.get(name)}; set it in the command, or give every machine the "
                         "same files"
                     )
@@ -152,7 +146,7 @@ def joined_world() -> Iterator[World]:
         # Others may have met the same error, or have lost their connection because of it.
         if not _is_first_to_fail(store):
             raise SystemExit(getattr(error, "exit_code", 1)) from error
-        shown = UserError(LOST) if is_lost_connection(error) else error
+        shown = UserError(LOST) if _is_lost_connection(error) else error
         if isinstance(shown, click.ClickException):
             shown.show()  # at once: torchrun ends this process when another one has ended
             raise SystemExit(shown.exit_code) from error
@@ -186,12 +180,10 @@ def _connect() -> tuple[Store, World]:
 
 
 def _restarts() -> int:
-    """Return how often torchrun has started this machine's processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """True if another process of the job went away and caused this error."""
+def _is_lost_connection(error: BaseException) -> bool:
     import torch.distributed
 
     return isinstance(error, torch.distributed.DistError) or (
@@ -201,7 +193,6 @@ def is_lost_connection(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def _lost_connections_named() -> Iterator[None]:
-    """Turn errors of communication into a ``UserError``."""
     try:
         yield
     except RuntimeError as error:
@@ -209,16 +200,14 @@ def _lost_connections_named() -> Iterator[None]:
 
 
 def _is_first_to_fail(store: Store) -> bool:
-    """True if no other process has failed before, or if that cannot be known."""
     try:
         return store.add("failed", 1) == 1
-    except RuntimeError:
+    except RuntimeError:  # it cannot be known
         return True
 
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Discard standard output and standard error."""
     with (
         Path(os.devnull).open("w", encoding="utf-8") as nothing,
         contextlib.redirect_stdout(nothing),

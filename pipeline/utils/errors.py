@@ -14,11 +14,7 @@ class _OneLineError(click.ClickException):
 
 
 class UserError(_OneLineError):
-    """A wrong command or unusable data; names the file or option and what to do.
-
-    ``click`` prints it as ``Error: ...`` and exits with code 2; from Python it is an ordinary
-    exception.
-    """
+    """A wrong command or unusable data: exit code 2; names the file or option and what to do."""
 
     exit_code = 2
 

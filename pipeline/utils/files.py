@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name that a file has while it is being written.
-
-    It is always the same, so that what a killed process left is replaced by the next.
-    """
+    """Return the name of a file while it is written; the next replaces what a kill left there."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -65,12 +62,12 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def _is_at(path: Path, file: os.stat_result) -> bool:
-    """True if ``path`` is still this file, not one that another process has put there."""
+    """True if ``path`` is this file, not one that another process has put there."""
     return path.exists() and os.path.samestat(path.stat(), file)
 
 
 def cannot_be_written(path: Path, error: OSError) -> UserError:
-    """Return the one line for a file that cannot be written."""
+    """Return the error of a file that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error})")
 
 
@@ -89,7 +86,7 @@ def check_writable(path: Path) -> None:
 
 
 def lock_path(path: Path) -> Path:
-    """Return the lock file of ``path``, a file or a folder; it lies beside it."""
+    """Return the lock file of a file or folder; it lies beside it."""
     real = path.resolve()
     return real.with_name(f".{real.name}.lock")
 
@@ -100,10 +97,7 @@ def locked(path: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
 
     The operating system releases the lock of a process that ends, however it ends; a leftover lock
     file is harmless. Where locks are unsupported, or the folder cannot be written, there is none.
-
-    Args:
-        path: a file or a folder, which need not exist.
-        world: the processes that write it together; rank 0 holds the lock for all.
+    Rank 0 holds the lock for all processes of ``world``.
 
     Raises:
         UserError: another process holds the lock.

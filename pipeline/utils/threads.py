@@ -20,9 +20,8 @@ def prefetch(
 ) -> Iterator[Result]:
     """Map ``function`` over ``items`` in order, with ``workers`` threads working in advance.
 
-    At most ``ahead`` results wait to be taken, so memory does not grow with the number of
-    items. An exception of ``function`` is raised in place of its result. Every thread
-    first calls ``start``.
+    At most ``ahead`` results wait to be taken. An exception of ``function`` is raised in place of
+    its result. Every thread first calls ``start``.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch", initializer=start) as pool:
         waiting: deque[Future[Result]] = deque()
