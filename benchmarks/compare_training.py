@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import baselines
 import torch
@@ -21,11 +22,9 @@ from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder
 from pipeline.training.decoder_stage import DecoderStage, build_decoder
-from pipeline.training.ema import EMA
 from pipeline.training.joint_stage import JointStage, TrainingImage
-from pipeline.training.loop import learning_rate_factor, make_optimizer, train_epoch
+from pipeline.training.loop import Training, learning_rate_factor
 from pipeline.training.options import DecoderOptions, JointOptions
-from pipeline.training.stage import Phase, TrainingConfig
 from pipeline.training.validation import Validator, mean_loss
 from pipeline.utils.devices import choose_training_precision, default_workers
 
@@ -54,15 +53,14 @@ def compare_decoder_training(material: Material, rounds: int) -> tuple[Compariso
     """Captions per second, the val loss after equal epochs, and the share of val decoding."""
     few = material.train[: 30 * BATCH // 5]
     stage = decoder_stage(material, few, plain_options())
-    optimizer = make_optimizer(stage)
+    training = Training(stage, Path())
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
     data = plain_data(stage)
-    config = stage.config()
 
     def ours() -> int:
-        train_epoch(stage, optimizer, config, 1)
+        training.train_epoch(1)
         return len(stage.captions)
 
     def baseline() -> int:
@@ -102,16 +100,15 @@ def equal_epochs(
     stage = decoder_stage(material, captions, replace(plain_options(), epochs=epochs))
     plain = baselines.PlainDecoder(len(material.vocabulary), SIZE, SIZE)
     plain.load_state_dict(stage.decoder.state_dict())
-    config = stage.config()
     steps = epochs * stage.batches_per_epoch(1)
-    optimizer = make_optimizer(stage)
+    training = Training(stage, Path())
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        plain_optimizer, lambda step: learning_rate_factor(step, steps, config.warmup)
+        plain_optimizer, lambda step: learning_rate_factor(step, steps)
     )
     data = plain_data(stage)
     for epoch in range(1, epochs + 1):
-        train_epoch(stage, optimizer, config, epoch)
+        training.train_epoch(epoch)
         baselines.train_epoch(plain, data, plain_optimizer, schedule, BATCH)
     losses = []
     other = Decoder(stage.decoder.config)
@@ -232,12 +229,11 @@ def compare_whole_job(
 
 def training_rates(stage: DecoderStage, rounds: int) -> list[float]:
     """Train some epochs, after one that does not count; return the captions/s of each."""
-    optimizer, config = make_optimizer(stage), stage.config()
-    average = EMA([*stage.decoder.parameters()], config.ema_decay)
+    training = Training(stage, Path())
     rates = []
     for number in range(rounds + 1):
         began = time.perf_counter()
-        train_epoch(stage, optimizer, config, 1, average)
+        training.train_epoch(1)
         rates.append(len(stage.captions) / (time.perf_counter() - began))
         sizes = f"{stage.options.embed_size}/{stage.options.hidden_size}"
         echo(f"  whole job: ours, {sizes}: {rates[number]:.1f} captions/s")
@@ -292,11 +288,10 @@ def compare_joint(material: Material, rounds: int) -> Comparison:
         workers=default_workers(CPU),
         device=CPU,
     )
-    optimizer = make_optimizer(stage)
-    config = TrainingConfig((Phase(1),), 0, 0, stage.options.precision)
+    training = Training(stage, Path())
 
     def ours() -> int:
-        train_epoch(stage, optimizer, config, 1)
+        training.train_epoch(1)
         return len(paths)
 
     def baseline() -> int:

@@ -26,8 +26,7 @@ from measure import echo
 from pipeline.datasets.images import IMAGE_SIZE, find_images, read_square
 from pipeline.models.encoder import load_encoder
 from pipeline.training.decoder_stage import prepare_stage
-from pipeline.training.ema import EMA
-from pipeline.training.loop import make_optimizer, train_epoch
+from pipeline.training.loop import Training
 from pipeline.utils.devices import choose_device, cpu_has_amx
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -120,12 +119,11 @@ def training_rates(
         options = replace(defaults, batch_size=size, precision=precision)
         with tempfile.TemporaryDirectory() as run:
             stage = prepare_stage(options, Path(run), device, 2e9, force=True)
-        optimizer, config = make_optimizer(stage), stage.config()
-        average = EMA([*stage.decoder.parameters()], config.ema_decay)
+        training = Training(stage, Path())
         seconds = []
         for _ in range(EPOCHS):
             began = time.perf_counter()
-            train_epoch(stage, optimizer, config, 1, average)
+            training.train_epoch(1)
             seconds.append(time.perf_counter() - began)
         echo(f"  {precision}, batches of {size}: {min(seconds):.2f} s an epoch")
         yield (

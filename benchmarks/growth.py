@@ -29,13 +29,12 @@ from pipeline.datasets.encoded_captions import EncodedCaptions, bucketed_batches
 from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.images import find_images
 from pipeline.decoding.options import SearchConfig
-from pipeline.decoding.reranking import Reranker
+from pipeline.decoding.reranking import Reranker, best_captions
 from pipeline.features.extraction import Extraction, extract
 from pipeline.features.feature_set import FeatureSet
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
-from pipeline.training.validation import search_all
 from pipeline.utils.devices import default_workers
 
 SIZES = {
@@ -116,7 +115,8 @@ def grow_captioning(count: int, folder: Path) -> float:
     features = FeatureSet(cache, torch.arange(count), 0.0)
     began = time.perf_counter()
     batches = (features[images] for images in torch.arange(count).split(256))
-    found = sum(1 for _ in search_all(decoder, batches, SearchConfig(max_length=8), Reranker()))
+    search = SearchConfig(max_length=8)
+    found = sum(len(best_captions(decoder, batch, search, Reranker())) for batch in batches)
     assert found == count
     cache.path.unlink()
     return (time.perf_counter() - began) / count * 1e3

@@ -74,7 +74,8 @@ def main(
     from pipeline.utils.files import locked
 
     with joined_world() as world:
-        settings = settings_to_start_from(run, start, force and not world.restarted)
+        force = force and not world.restarted
+        settings = settings_to_start_from(run, start, force)
         if data is None:
             data = settings["data"]
             captions = captions or settings["captions"]

@@ -90,6 +90,7 @@ def main(
     )
     code = 0
     with joined_world() as world:
+        force = force and not world.restarted
         if decoder_options.self_critical_epochs >= decoder_options.epochs:
             raise UserError(
                 f"--self-critical-epochs {decoder_options.self_critical_epochs}: must be fewer "

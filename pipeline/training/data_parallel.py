@@ -1,4 +1,4 @@
-"""The loss of a batch shared by several processes, by PyTorch's DistributedDataParallel.
+"""The loss of a batch shared by several processes, by PyTorch's DistributedDataParallel (DDP).
 
 Every process computes the loss of its share of a batch, and ``backward`` averages the gradients
 of all of them, over gloo on CPUs and NCCL on GPUs, before any process takes its step.
@@ -22,7 +22,7 @@ from pipeline.utils.errors import UserError
 
 
 class LossModule(nn.Module):
-    """A loss and the parameters that it trains, as one module for DistributedDataParallel."""
+    """A loss and the parameters that it trains, as one module for DDP."""
 
     def __init__(self, compute_loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
@@ -40,22 +40,17 @@ class LossModule(nn.Module):
 def shared_loss(
     compute_loss: Loss, parameters: Sequence[nn.Parameter], device: torch.device, world: World
 ) -> nn.Module:
-    """Return a loss whose gradient is the mean over the processes of ``world``.
-
-    All processes get the weights of rank 0.
+    """Return a loss whose gradient is the mean over all processes, which get rank 0's weights.
 
     Raises:
         UserError: the device does not support several processes.
     """
-    module = DistributedDataParallel(
-        LossModule(compute_loss, parameters), process_group=_process_group(device, world)
-    )
+    group = _process_group(device, world)
+    module = DistributedDataParallel(LossModule(compute_loss, parameters), process_group=group)
     # DDP chooses the order in which it adds up gradients once, after the first step. Taking that
     # step here makes a resumed training add them up in the same order, bit for bit.
-    loss, _ = module(None)
-    loss.backward()
-    for parameter in parameters:
-        parameter.grad = None
+    module(None)[0].backward()
+    module.zero_grad(set_to_none=True)
     return module
 
 

@@ -1,32 +1,31 @@
-"""The exponential moving average (EMA) of the weights: the model that is scored and saved.
-
-And the state of a training, which is what resuming needs beside the checkpoint.
-"""
+"""The exponential moving average (EMA) of the weights, and what resuming a training needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.models.checkpoint_file import check_state
 
 
 class EMA:
-    """A moving average of weights over optimizer steps; empty if ``decay`` is 0.
+    """A moving average of weights over optimizer steps: the model that is scored and saved.
 
     The decay rises from 0.1 to its full value, or else the average would keep the random start.
 
     Attributes:
-        shadow: the average, or, while ``swap`` is in effect, the trained weights.
+        parameters: the weights that are averaged.
+        shadow: the average, or, while ``swap`` is in effect, the trained weights; empty without
+            decay.
         steps: optimizer steps averaged so far.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
-        self.parameters = list(parameters) if decay else []
+        self.parameters = list(parameters)
         self.decay = decay
-        self.shadow = [parameter.detach().clone() for parameter in self.parameters]
+        self.shadow = [parameter.detach().clone() for parameter in parameters if decay]
         self.steps = 0
 
     @torch.no_grad()
@@ -40,18 +39,10 @@ class EMA:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the trained weights and the average."""
-        for parameter, shadow in zip(self.parameters, self.shadow, strict=True):
+        for parameter, shadow in zip(self.parameters, self.shadow, strict=False):
             trained = parameter.clone()
             parameter.copy_(shadow)
             shadow.copy_(trained)
-
-    @torch.no_grad()
-    def load(self, trained: Sequence[Tensor], steps: int) -> None:
-        """Restore the state; the parameters hold the average, ``trained`` the other weights."""
-        for shadow, saved in zip(self.shadow, trained, strict=True):
-            shadow.copy_(saved)
-        self.swap()
-        self.steps = steps
 
 
 def training_state(optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
@@ -59,51 +50,40 @@ def training_state(optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tens
 
     Call it while the parameters hold the average.
     """
-    parameters = parameters_of(optimizer)
-    tensors = {f"{n}.weight": weight for n, weight in enumerate(ema.shadow or parameters)}
-    if ema.shadow:
-        tensors |= {f"{n}.average": parameter for n, parameter in enumerate(parameters)}
-    for n, parameter in enumerate(parameters):
+    tensors = {f"{n}.weight": weight for n, weight in enumerate(ema.shadow or ema.parameters)}
+    for n, parameter in enumerate(ema.parameters):
+        if ema.shadow:
+            tensors[f"{n}.average"] = parameter
         tensors |= {f"{n}.{kind}": t for kind, t in optimizer.state.get(parameter, {}).items()}
     return tensors
 
 
+@torch.no_grad()
 def restore_training_state(
     tensors: Mapping[str, Tensor], steps: int, optimizer: torch.optim.Optimizer, ema: EMA
 ) -> None:
     """Restore weights, moments and average from the result of ``training_state``.
 
-    Args:
-        tensors: what was saved.
-        steps: optimizer steps in the average.
-        optimizer, ema: of the same model and settings.
-
     Raises:
         ValueError: names, shapes or values are not those of this optimizer.
     """
-    parameters = parameters_of(optimizer)
-    shapes: dict[str, torch.Size] = {}
-    states: dict[int, dict[str, Tensor]] = {}
-    for n, parameter in enumerate(parameters):
-        kinds = ["weight", "average"] if ema.shadow else ["weight"]
-        if f"{n}.step" in tensors:  # not before the first step
-            shapes[f"{n}.step"] = torch.Size()
-            kinds += ["exp_avg", "exp_avg_sq"]
-            states[n] = {"step": tensors[f"{n}.step"]}
-        shapes |= {f"{n}.{kind}": parameter.shape for kind in kinds}
+    kinds = ["weight", "average"] if ema.shadow else ["weight"]
+    shapes = {f"{n}.{kind}": p.shape for n, p in enumerate(ema.parameters) for kind in kinds}
+    stepped = [n for n in range(len(ema.parameters)) if f"{n}.step" in tensors]
+    for n in stepped:
+        shape = ema.parameters[n].shape
+        shapes |= {f"{n}.step": torch.Size(), f"{n}.exp_avg": shape, f"{n}.exp_avg_sq": shape}
     check_state(tensors, shapes, "training state")
-    for n, state in states.items():
+    states = {}
+    for n in stepped:
+        states[n] = {"step": tensors[f"{n}.step"]}
         for kind in ("exp_avg", "exp_avg_sq"):
             # In the memory format of the parameter, which the fused optimizer relies on.
-            state[kind] = torch.empty_like(parameters[n]).copy_(tensors[f"{n}.{kind}"])
+            states[n][kind] = torch.empty_like(ema.parameters[n]).copy_(tensors[f"{n}.{kind}"])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})
-    with torch.no_grad():
-        for n, parameter in enumerate(parameters):
-            parameter.copy_(tensors[f"{n}.average" if ema.shadow else f"{n}.weight"])
-    ema.load([tensors[f"{n}.weight"] for n in range(len(ema.shadow))], steps)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters of all groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for n, parameter in enumerate(ema.parameters):
+        parameter.copy_(tensors[f"{n}.weight"])
+        if ema.shadow:
+            ema.shadow[n].copy_(tensors[f"{n}.average"])
+    ema.steps = steps

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions, load_table
 from pipeline.datasets.image_sources import open_source
-from pipeline.datasets.images import ImageRefT, unreadable_images
+from pipeline.datasets.images import ImageRef, unreadable_images
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.datasets.vocabulary import END_ID, UNKNOWN_ID
 from pipeline.features.encode_images import encode_distributed
@@ -30,7 +30,7 @@ from pipeline.training.joint_stage import JointStage, TrainingImage
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
 from pipeline.training.options import JointOptions
-from pipeline.training.run_folder import RESUME, open_run, split_hashes
+from pipeline.training.run_folder import can_resume, open_run, split_hashes
 from pipeline.training.stage import EpochCallback
 from pipeline.training.validation import Validator, split_captions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
@@ -50,8 +50,7 @@ def settings_to_start_from(run: Path, starts: Sequence[str], force: bool) -> dic
     Raises:
         UserError: the checkpoint cannot be read, or does not name its data.
     """
-    resumed = (run / RESUME).is_file() and not force
-    path = run / LAST if resumed else Path(starts[0])
+    path = run / LAST if can_resume(run, force) else Path(starts[0])
     settings = load_checkpoint(path).settings
     if not {"data", "captions", "features"} <= settings.keys():
         raise UserError(f"--start {path}: the checkpoint does not name its training data")
@@ -75,7 +74,8 @@ def finetune_joint(
         device: where to train.
         workers: threads that decode images.
         force: start over, whatever the folder holds.
-        callbacks, world: see ``loop.train``.
+        callbacks: see ``loop.train``.
+        world: the processes that train together; each has to call this.
 
     Returns:
         The state at the end, and the images that could not be read, with reasons.
@@ -85,8 +85,8 @@ def finetune_joint(
             belong together; the run there has other settings.
     """
     stage = prepare_stage(options, run, device, workers, force, world)
-    progress = train(stage, run, stage.config(), score_start=True, callbacks=callbacks, world=world)
-    add_reranking(stage, run)
+    progress = train(stage, run, score_start=True, callbacks=callbacks)
+    _add_reranking(stage, run)
     return progress, stage.unreadable
 
 
@@ -108,8 +108,7 @@ def prepare_stage(
     for path in starts:
         if run.resolve() in (path.resolve(), path.resolve().parent):
             raise UserError(f"--run {run}: is the run that --start names; give another folder")
-    force = force and not world.restarted
-    resumed = world.broadcast(lambda: (run / RESUME).is_file() and not force)
+    resumed = world.broadcast(lambda: can_resume(run, force))
     start = world.broadcast(lambda: load_ensemble([run / LAST] if resumed else starts))
 
     source = open_source(options.data)
@@ -118,12 +117,12 @@ def prepare_stage(
     tokenizer = start.vocabulary.tokenizer.name
     train_captions, val_captions = split_captions(table, tokenizer, "image")
     val_images = {name: source.image(names[name]) for name in val_captions}
-    broken = find_unreadable([*val_images.values()], workers, world)
-    val_images = {name: image for name, image in val_images.items() if image not in broken}
+    unreadable = _find_unreadable([*val_images.values()], workers, world)
+    val_images = {name: image for name, image in val_images.items() if str(image) not in unreadable}
     if not val_images:
         raise UserError(f"{table.source}: no image of the val split can be read")
     captions = encode_captions(train_captions.values(), start.vocabulary)
-    refuse_unknown_words(captions, table.source, starts[0])
+    _refuse_unknown_words(captions, table.source, starts[0])
 
     weights = None if resumed else options.weights
     encoder = world.local_main_first(lambda: encoder_of(start, weights, "fp32"))
@@ -147,7 +146,7 @@ def prepare_stage(
         options=options,
         workers=workers,
         device=device,
-        unreadable={str(image): reason for image, reason in broken.items()},
+        unreadable=unreadable,
         world=world,
     )
     trained = sum(parameter.numel() for parameter in stage.unfrozen.parameters())
@@ -165,7 +164,7 @@ def may_flip(captions: Sequence[str]) -> bool:
     return not any(SIDES.search(caption) for caption in captions)
 
 
-def refuse_unknown_words(captions: EncodedCaptions, source: Path, start: Path) -> None:
+def _refuse_unknown_words(captions: EncodedCaptions, source: Path, start: Path) -> None:
     """Report how many words of the training captions are not in the vocabulary, if many.
 
     Raises:
@@ -186,17 +185,15 @@ def refuse_unknown_words(captions: EncodedCaptions, source: Path, start: Path) -
         )
 
 
-def find_unreadable(
-    images: Sequence[ImageRefT], workers: int, world: World
-) -> dict[ImageRefT, str]:
-    """Decode every image once, each process a share; returns failed images with reasons."""
-    found: dict[ImageRefT, str] = {}
+def _find_unreadable(images: Sequence[ImageRef], workers: int, world: World) -> dict[str, str]:
+    """Decode every image once, each process a share; return failed images with reasons."""
+    found: dict[ImageRef, str] = {}
     for part in world.all_gather(unreadable_images(world.share(images), workers)):
         found |= part
-    return {image: found[image] for image in images if image in found}
+    return {str(image): found[image] for image in images if image in found}
 
 
-def add_reranking(stage: JointStage, run: Path) -> None:
+def _add_reranking(stage: JointStage, run: Path) -> None:
     """Add neighbours and matcher to the best checkpoint of a finished run.
 
     For that, training images (of many, a sample) are encoded without augmentation by the

@@ -9,15 +9,15 @@ to estimate them.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.datasets.image_sources import stop_if_unreachable
@@ -28,7 +28,7 @@ from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.encoder import TRUNK_LAYERS, Encoder, fold_for_inference
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.training.options import JointOptions
-from pipeline.training.stage import SEED_STRIDE, Phase, TrainingConfig
+from pipeline.training.stage import SEED_STRIDE, Phase, Stage
 from pipeline.training.validation import Validation, Validator
 from pipeline.utils.devices import inference_batch_size
 from pipeline.utils.distributed import SINGLE_PROCESS, World
@@ -46,22 +46,16 @@ class TrainingImage:
 
 @dataclass
 class JointBatch:
-    """Images with all their captions.
+    """Images with all their captions."""
 
-    Attributes:
-        pixels: uint8 (B, 299, 299, 3).
-        image: int64 (C,): which of the B images each caption is of.
-        captions: int64 (C, T), padded.
-    """
-
-    pixels: Tensor
-    image: Tensor
-    captions: Tensor
+    pixels: Tensor  # uint8 (B, 299, 299, 3)
+    image: Tensor  # int64 (C,): which of the B images each caption is of
+    captions: Tensor  # int64 (C, T), padded
 
 
 @dataclass
-class JointStage:
-    """Encoder and decoder with their images and captions: a ``stage.Stage``."""
+class JointStage(Stage):
+    """Encoder and decoder with their images and captions."""
 
     encoder: Encoder
     decoder: CaptionDecoder
@@ -87,26 +81,21 @@ class JointStage:
         self.unfrozen.to(memory_format=torch.channels_last)
         self.first_caption = self.captions.first_of_image
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Decoder and encoder, each with its learning rate."""
-        decay = self.options.weight_decay
+    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+        """Return decoder and encoder."""
         return [
-            {
-                "params": list(self.decoder.parameters()),
-                "lr": self.options.decoder_lr,
-                "weight_decay": decay,
-            },
-            {
-                "params": list(self.unfrozen.parameters()),
-                "lr": self.options.encoder_lr,
-                "weight_decay": decay,
-            },
+            (self.decoder.parameters(), self.options.decoder_lr),
+            (self.unfrozen.parameters(), self.options.encoder_lr),
         ]
 
-    def config(self) -> TrainingConfig:
-        """One phase of all epochs."""
-        phases = [Phase(self.options.epochs)]
-        return TrainingConfig.of(self.options, phases, self.options.grad_accum_steps)
+    def phases(self) -> Sequence[Phase]:
+        """Return one phase of all epochs."""
+        return [Phase(self.options.epochs)]
+
+    @property
+    def grad_accum_steps(self) -> int:
+        """Batches whose gradients are averaged for an optimizer step."""
+        return self.options.grad_accum_steps
 
     def batches_per_epoch(self, epoch: int) -> int:
         """Count the batches of images."""
@@ -115,26 +104,13 @@ class JointStage:
     def batches(self, epoch: int) -> Iterator[JointBatch | None]:
         """Yield this process's share of batches of augmented images with their captions, shuffled.
 
-        An image that cannot be read is skipped and recorded in ``unreadable``. Each process reads
-        its share of the next images, and all exchange which could not be read: so they agree on
-        the batches, which are those of a single process.
+        An image that cannot be read is skipped and recorded in ``unreadable``. The processes
+        exchange which could not be read, and so agree on the batches, which are those of one.
         """
         seed = self.options.seed * SEED_STRIDE + epoch
-        order = torch.randperm(
-            len(self.images), generator=torch.Generator().manual_seed(seed)
-        ).tolist()
-
-        def read(number: int) -> numpy.ndarray | ImageError:
-            photo = self.images[number]
-            # Seeded by image and epoch, whichever thread reads it.
-            random = Random(seed * len(self.images) + number)
-            try:
-                image = load_image(photo.image, 2 * IMAGE_SIZE)
-            except ImageError as error:
-                return error
-            flip = self.options.flip and photo.flip
-            return augmented_square(image, random, flip, self.options.min_crop)
-
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self.images), generator=generator).tolist()
+        read = functools.partial(self._read, seed)
         size = self.options.batch_size
         groups = [order[start : start + size] for start in range(0, len(order), size)]
         mine = [number for group in groups for number in self.world.share(group)]
@@ -163,6 +139,17 @@ class JointStage:
         if readable:
             yield self._batch(readable, pixels)
 
+    def _read(self, seed: int, number: int) -> numpy.ndarray | ImageError:
+        """Return an augmented image, the same in every thread, or why it is unreadable."""
+        random = Random(seed * len(self.images) + number)
+        photo = self.images[number]
+        try:
+            image = load_image(photo.image, 2 * IMAGE_SIZE)
+        except ImageError as error:
+            return error
+        flip = self.options.flip and photo.flip
+        return augmented_square(image, random, flip, self.options.min_crop)
+
     def _batch(self, batch: list[int], squares: dict[int, numpy.ndarray]) -> JointBatch | None:
         """Return this process's share of a batch: its images in ``squares``, which are removed."""
         numbers = [number for number in batch if number in squares]
@@ -180,10 +167,6 @@ class JointStage:
             self.captions.padded(torch.cat(ranges)),
         )
 
-    def set_training(self, training: bool) -> None:
-        """Switch the decoder's dropout; the encoder stays in eval mode, see the module."""
-        self.decoder.train(training)
-
     def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
         """Return the cross-entropy of all captions of the batch's images."""
         pixels = self.encoder.normalize(batch.pixels.to(self.device, non_blocking=True))
@@ -198,10 +181,6 @@ class JointStage:
             self.options.label_smoothing,
         )
 
-    def extra_metrics(self) -> dict[str, float]:
-        """Return none."""
-        return {}
-
     def validate(self) -> Validation:
         """Encode the val images with the current encoder, and score the decoder on them."""
         encoder = copy.deepcopy(self.encoder)
@@ -210,23 +189,12 @@ class JointStage:
         features, failures = encode_distributed(encoder, self.val_images, self.workers, self.world)
         if failures:
             number, reason = next(iter(failures.items()))
-            raise InputError(
-                f"{self.val_images[number]}: {reason}, although it was readable before"
-            )
+            image = self.val_images[number]
+            raise InputError(f"{image}: {reason}, although it was readable before")
         return self.validator.validate(self.decoder, features, self.world)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Return the current weights, including the encoder's."""
         self.encoder.forget_identity()
-        return Checkpoint(
-            decoder_config=self.decoder.config,
-            decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
-            vocabulary=self.vocabulary,
-            encoder=self.encoder.identity,
-            encoder_weights={
-                k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()
-            },
-            epoch=epoch,
-            scores=scores,
-            settings=asdict(self.options),
-        )
+        weights = {k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()}
+        return self._checkpoint(epoch, scores, self.encoder.identity, encoder_weights=weights)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from pipeline.models.checkpoint import BEST, LAST, save_checkpoint
 from pipeline.models.checkpoint_file import read_tensors, write_tensors
-from pipeline.training.ema import EMA, parameters_of, restore_training_state, training_state
+from pipeline.training.ema import EMA, restore_training_state, training_state
 from pipeline.training.run_folder import (
     LOG,
     RESUME,
@@ -30,22 +30,16 @@ from pipeline.training.run_folder import (
     read_epochs,
     trim_epochs,
 )
-from pipeline.training.stage import (
-    SEED_STRIDE,
-    EpochCallback,
-    Loss,
-    LossError,
-    Stage,
-    TrainingConfig,
-)
+from pipeline.training.stage import SEED_STRIDE, EpochCallback, Loss, LossError, Phase, Stage
 from pipeline.training.validation import Validation
 from pipeline.utils.devices import autocast
-from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_writable
 from pipeline.utils.progress import duration, progress_bar
 from pipeline.utils.terminal import echo
 
+WARMUP = 0.02  # share of a phase's steps over which the learning rate rises from zero
+MAX_GRAD_NORM = 5.0  # gradients are clipped to it
 RANK_STRIDE = 2_654_435_761  # between the random seeds of processes
 SAMPLE_EVERY = 5  # epochs between the captions shown on the terminal
 
@@ -72,33 +66,44 @@ class Progress:
         return better
 
 
-def learning_rate_factor(step: int, total: int, warmup: float) -> float:
+def learning_rate_factor(step: int, total: int) -> float:
     """Return the factor on the learning rate at ``step`` of ``total``, counted from 0.
 
-    Linear warm-up over the first ``warmup`` share, then half a cosine down to zero (Loshchilov and
+    Linear warm-up, then half a cosine down to zero (Loshchilov and
     Hutter, arXiv 1608.03983).
     """
-    rise = max(1, round(total * warmup))
+    rise = max(1, round(total * WARMUP))
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1.0 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
-@dataclass
 class Training:
-    """The state of a running training, in the folder ``run``."""
+    """A stage being trained in the folder ``run``."""
 
-    stage: Stage
-    run: Path
-    config: TrainingConfig
-    callbacks: Sequence[EpochCallback]
-    world: World
-
-    def __post_init__(self) -> None:
-        self.optimizer = make_optimizer(self.stage)
-        self.parameters = parameters_of(self.optimizer)
-        self.ema = EMA(self.parameters, self.config.ema_decay)
+    def __init__(self, stage: Stage, run: Path, callbacks: Sequence[EpochCallback] = ()) -> None:
+        self.stage, self.run, self.callbacks = stage, run, callbacks
+        self.options, self.world = stage.options, stage.world
+        self.phases = stage.phases()
+        self.epochs = sum(phase.epochs for phase in self.phases)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(parameters), "lr": lr, "initial_lr": lr}
+                for parameters, lr in stage.parameter_groups()
+            ],
+            weight_decay=self.options.weight_decay,
+            fused=stage.device.type in ("cpu", "cuda"),
+        )
+        self.parameters: list[nn.Parameter] = [
+            parameter for group in self.optimizer.param_groups for parameter in group["params"]
+        ]
+        self.ema = EMA(self.parameters, self.options.ema_decay)
         self.progress = Progress()
+        self.loss: Loss = stage.loss
+        if self.world.size > 1:
+            from pipeline.training.data_parallel import shared_loss
+
+            self.loss = shared_loss(stage.loss, self.parameters, stage.device, self.world)
 
     def resume(self) -> bool:
         """Restore optimizer, EMA and progress of the last epoch, if one was saved."""
@@ -122,6 +127,73 @@ class Training:
                 trim_epochs(self.run / name, -1 if saved is None else self.progress.epoch)
         return saved is not None
 
+    def train_epoch(self, epoch: int) -> float:
+        """Train on all captions once; return the mean loss per token, in nats.
+
+        Raises:
+            LossError: the loss or its gradient is not finite, or there was no batch.
+        """
+        stage, world = self.stage, self.world
+        torch.manual_seed(self.options.seed * SEED_STRIDE + epoch + world.rank * RANK_STRIDE)
+        stage.set_training(True)
+        count = stage.batches_per_epoch(epoch)
+        phase, factors = self._schedule(epoch, math.ceil(count / stage.grad_accum_steps))
+        loss_sum, tokens_sum, pending = 0.0, 0.0, 0
+        bar = progress_bar(
+            stage.batches(epoch), total=count, desc=f"epoch {epoch}", unit="batch", leave=False
+        )
+        for batch in bar:
+            with autocast(stage.device, self.options.precision):
+                loss, tokens = self.loss(batch)
+            batch_loss, batch_tokens = world.all_reduce(loss.item(), tokens)
+            loss_sum += batch_loss
+            tokens_sum += batch_tokens
+            if not math.isfinite(loss_sum):
+                raise LossError(
+                    f"the loss is {loss_sum} in epoch {epoch}; a lower learning rate may help"
+                )
+            # With several processes the gradient is the mean over them.
+            (loss / ((phase.tokens_per_batch or batch_tokens) / world.size)).backward()
+            pending += 1
+            if pending == stage.grad_accum_steps:
+                self._optimizer_step(epoch, next(factors), pending)
+                pending = 0
+                bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
+        if pending:
+            self._optimizer_step(epoch, next(factors), pending)
+        if not tokens_sum:
+            raise LossError("no training image could be read")
+        return loss_sum / tokens_sum
+
+    def _schedule(self, epoch: int, steps: int) -> tuple[Phase, Iterator[float]]:
+        """Return the phase of an epoch, and the learning rate factor of each of its steps."""
+        before = epoch - 1
+        phases = iter(self.phases)
+        phase = next(phases)
+        while before >= phase.epochs:
+            before -= phase.epochs
+            phase = next(phases)
+        return phase, (
+            phase.lr_scale * learning_rate_factor(step, steps * phase.epochs)
+            for step in range(before * steps, (before + 1) * steps)
+        )
+
+    def _optimizer_step(self, epoch: int, factor: float, batches: int) -> None:
+        """Take one step with the mean gradient of this many batches."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        for parameter in self.parameters if batches > 1 else ():
+            if parameter.grad is not None:
+                parameter.grad /= batches
+        norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM).item()
+        if not math.isfinite(norm):  # the step would spoil the weights
+            raise LossError(
+                f"the gradient is {norm} in epoch {epoch}; a lower learning rate may help"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+
     def finish_epoch(self, record: dict[str, float]) -> None:
         """Validate the averaged weights, save and report."""
         began = time.perf_counter()
@@ -135,10 +207,12 @@ class Training:
             )
         better = self.progress.update(found.scores)
         if self.world.rank == 0:
-            self.save(record, found, better, began)
+            self._save(record, found, better, began)
         self.ema.swap()
 
-    def save(self, record: dict[str, float], found: Validation, better: bool, began: float) -> None:
+    def _save(
+        self, record: dict[str, float], found: Validation, better: bool, began: float
+    ) -> None:
         """Save an epoch; what resuming reads is written last, so that a kill repeats the epoch."""
         if not self.run.is_dir():  # a new folder would lack the earlier files
             raise UserError(f"{self.run}: is gone; the same command starts the run anew")
@@ -158,58 +232,43 @@ class Training:
             training_state(self.optimizer, self.ema),
             {"progress": asdict(self.progress), "ema_steps": self.ema.steps},
         )
-        print_epoch(read_epochs(self.run / LOG), self.config.epochs, better, found.samples)
+        print_epoch(read_epochs(self.run / LOG), self.epochs, better, found.samples)
 
 
 def train(
     stage: Stage,
     run: Path,
-    config: TrainingConfig,
     score_start: bool = False,
     callbacks: Sequence[EpochCallback] = (),
-    world: World = SINGLE_PROCESS,
 ) -> Progress:
     """Train ``stage`` in the folder ``run``, from the start or from where it stopped.
 
+    Every process of ``stage.world`` has to call this; rank 0 alone reads and writes the folder.
+
     Args:
         stage: model, data and loss.
-        run: the run folder, which rank 0 alone reads and writes.
-        config: how long and how fast to train.
+        run: the run folder.
         score_start: score the initial weights too, as epoch 0, so that the best checkpoint is
             never worse than the start.
         callbacks: called in rank 0 after every epoch, before it is saved for resuming.
-        world: the processes that train together; each has to call this.
-
-    Returns:
-        The state at the end.
 
     Raises:
         UserError: the loss is not finite; the state to resume from is damaged; the folder cannot
             be written, or is gone.
     """
-    training = Training(stage, run, config, callbacks, world)
+    training = Training(stage, run, callbacks)
     resumed = training.resume()
-    progress = training.progress
-    loss: Loss = stage.loss
-    if world.size > 1:
-        from pipeline.training.data_parallel import shared_loss
-
-        loss = shared_loss(stage.loss, training.parameters, stage.device, world)
+    progress, patience = training.progress, stage.options.patience
     try:
         if score_start and not resumed:
             training.finish_epoch({})
-        while progress.epoch < config.epochs:
-            if config.patience and progress.epoch - progress.best_epoch >= config.patience:
-                echo(
-                    f"no better CIDEr-D for {config.patience} epochs: stopped (--patience)",
-                    err=True,
-                )
+        while progress.epoch < training.epochs:
+            if patience and progress.epoch - progress.best_epoch >= patience:
+                echo(f"no better CIDEr-D for {patience} epochs: stopped (--patience)", err=True)
                 break
             progress.epoch += 1
             began = time.perf_counter()
-            train_loss = train_epoch(
-                stage, training.optimizer, config, progress.epoch, training.ema, world, loss
-            )
+            train_loss = training.train_epoch(progress.epoch)
             training.finish_epoch(
                 {
                     "train_loss": train_loss,
@@ -221,83 +280,6 @@ def train(
     except LossError as error:
         raise UserError(f"{run}: {error}. Earlier epochs are saved") from error
     return progress
-
-
-def make_optimizer(stage: Stage) -> torch.optim.Optimizer:
-    """Return AdamW for a stage; each group keeps its full learning rate as ``initial_lr``."""
-    groups = [{**group, "initial_lr": group["lr"]} for group in stage.parameter_groups()]
-    fused = stage.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=fused)
-
-
-def train_epoch(
-    stage: Stage,
-    optimizer: torch.optim.Optimizer,
-    config: TrainingConfig,
-    epoch: int,
-    ema: EMA | None = None,
-    world: World = SINGLE_PROCESS,
-    compute_loss: Loss | None = None,
-) -> float:
-    """Train on all captions once; returns the mean loss per token, in nats.
-
-    ``compute_loss`` is the stage's, or for several processes that of ``data_parallel``.
-
-    Raises:
-        LossError: the loss or its gradient is not finite, or there was no batch.
-    """
-    parameters = parameters_of(optimizer)
-    phase, before = config.phase_of(epoch)
-    count = stage.batches_per_epoch(epoch)
-    steps = math.ceil(count / config.grad_accum_steps)  # per epoch
-    step = before * steps
-    torch.manual_seed(config.seed * SEED_STRIDE + epoch + world.rank * RANK_STRIDE)
-    stage.set_training(True)
-    compute_loss = compute_loss or stage.loss
-
-    def optimizer_step(batches: int) -> None:
-        """Take one step with the mean gradient of this many batches."""
-        factor = phase.lr_scale * learning_rate_factor(step, steps * phase.epochs, config.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        for parameter in parameters if batches > 1 else ():
-            if parameter.grad is not None:
-                parameter.grad /= batches
-        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        if not math.isfinite(norm):  # the step would spoil the weights
-            raise LossError(
-                f"the gradient is {norm} in epoch {epoch}; a lower learning rate may help"
-            )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.update()
-
-    loss_sum, tokens_sum, pending = 0.0, 0.0, 0
-    batches = stage.batches(epoch)
-    bar = progress_bar(batches, total=count, desc=f"epoch {epoch}", unit="batch", leave=False)
-    for batch in bar:
-        with autocast(stage.device, config.precision):
-            loss, tokens = compute_loss(batch)
-        batch_loss, batch_tokens = world.all_reduce(loss.item(), tokens)
-        loss_sum += batch_loss
-        tokens_sum += batch_tokens
-        if not math.isfinite(loss_sum):
-            raise LossError(
-                f"the loss is {loss_sum} in epoch {epoch}; a lower learning rate may help"
-            )
-        # With several processes the gradient is the mean over them.
-        (loss / ((phase.tokens_per_batch or batch_tokens) / world.size)).backward()
-        pending += 1
-        if pending == config.grad_accum_steps:
-            optimizer_step(pending)
-            step, pending = step + 1, 0
-            bar.set_postfix(loss=f"{loss_sum / tokens_sum:.3f}", refresh=False)
-    if pending:
-        optimizer_step(pending)
-    if not tokens_sum:
-        raise LossError("no training image could be read")
-    return loss_sum / tokens_sum
 
 
 def print_epoch(

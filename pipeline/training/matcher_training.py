@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions
+from pipeline.features.feature_set import FeatureSet
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.utils.progress import progress_bar
 
@@ -20,15 +19,8 @@ WEIGHT_DECAY = 0.05
 MAX_STEPS = 4000  # for millions of captions
 
 
-class Features(Protocol):
-    """Features by image number: a tensor (N, 2048), or a ``FeatureSet``."""
-
-    def __getitem__(self, images: Tensor) -> Tensor:
-        """Return the features of images, int64 (B,), as float (B, 2048)."""
-
-
 def train_matcher(
-    features: Features,
+    features: Tensor | FeatureSet,
     captions: EncodedCaptions,
     vocabulary_size: int,
     statistics: tuple[Tensor, Tensor],
@@ -38,9 +30,9 @@ def train_matcher(
     """Train a matcher on training images and their captions.
 
     Args:
-        features: of the images.
+        features: of the images, by number.
         captions: their captions.
-        vocabulary_size: number of tokens V.
+        vocabulary_size: number of tokens.
         statistics: mean and scale, each (2048,), that standardize the features.
         seed: of initial weights, order and dropout.
         device: where to train.

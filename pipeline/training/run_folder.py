@@ -1,18 +1,4 @@
-"""The folder of a training run.
-
-It holds
-
-    config.json              the options of the run
-    log.jsonl                one line per epoch: losses, scores, learning rate, seconds
-    samples.jsonl            one line per epoch: captions of a few val images, always the same ones
-    curves.svg, curves.png   log.jsonl as a figure
-    report.html              an overview of the run for the browser
-    best.safetensors         the checkpoint with the best CIDEr-D on val: the model to use
-    last.safetensors         the checkpoint of the last epoch
-    resume.safetensors       optimizer state and weights that only resuming needs
-
-and after the training ``predictions.json`` and ``scores.json``, those of the best epoch.
-"""
+"""The folder of a training run; docs/file-formats.md describes its files."""
 
 from __future__ import annotations
 
@@ -23,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.caption_table import CaptionTable
+from pipeline.features.cache import FeatureCache
+from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.pretrained import BEST, LAST
 from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
@@ -52,13 +40,18 @@ RUN_FILES = (
     SCORES,
 )
 TENSORBOARD = "tensorboard"  # a folder
-# Data may move, so these may change when a run is resumed; the hashes of its splits may not.
+# These may change when a run is resumed, as data may move; the hashes of the splits may not.
 PATH_OPTIONS = {"data", "captions", "features", "weights"}
 
 
 def split_hashes(table: CaptionTable) -> dict[str, str]:
     """Return the settings that identify the training data: hashes of the lists of images."""
     return {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
+
+
+def can_resume(run: Path, force: bool) -> bool:
+    """True if the folder holds a run, which ``force`` does not start over."""
+    return (run / RESUME).is_file() and not force
 
 
 def open_run(
@@ -98,7 +91,7 @@ def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
         UserError: it has others, or its ``config.json`` is damaged.
     """
     path = run / CONFIG
-    if not path.is_file() or not (run / RESUME).is_file():
+    if not path.is_file() or not can_resume(run, False):
         return
     try:
         saved = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -106,19 +99,28 @@ def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{path}: not readable as JSON ({error}); --force starts over") from error
     settings = json.loads(json.dumps(settings))  # tuples as lists
     options_class = JointOptions if "unfreeze_from" in settings else DecoderOptions
-    for field in dataclasses.fields(options_class):
-        if field.default is not dataclasses.MISSING:
-            saved.setdefault(field.name, field.default)
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(options_class)
+        if field.default is not dataclasses.MISSING
+    }
     for name in sorted(settings.keys() - PATH_OPTIONS):
-        before, now = saved.get(name), settings[name]
+        before, now = saved.get(name, defaults.get(name)), settings[name]
         same = before == now
-        if name == "start" and not same and before:
+        if name == "start" and before:
             same = [Path(path).resolve() for path in before] == [Path(p).resolve() for p in now]
         if not same:
             raise UserError(
                 f"{run} was started with {name} {before}, not {now}: resume with that value, "
                 "choose another --run, or restart with --force"
             )
+
+
+def refuse_other_features(run: Path, saved: Checkpoint, cache: FeatureCache) -> None:
+    """Raise UserError if the features are not those that the run started with."""
+    mismatch = saved.encoder.mismatch(cache.identity)
+    if mismatch:
+        raise UserError(f"{cache.path}: not the features that {run} started with ({mismatch})")
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

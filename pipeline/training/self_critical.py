@@ -9,7 +9,7 @@ counts as a token, or else captions learn to stop mid-sentence; in scores it nev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.sampling import sample
-from pipeline.metrics.cider import Idf, TfIdf, cider_d, ngrams
+from pipeline.metrics.cider import Idf, cider_d, ngrams
 from pipeline.models.decoder import Decoder
 
 SAMPLES = 5  # captions sampled per image, as many as Flickr8k has references
@@ -34,32 +34,26 @@ class Reward:
     """
 
     def __init__(self, captions: EncodedCaptions) -> None:
-        self._tokens = captions.tokens
-        self._offsets = captions.offsets
+        self._all = captions
         self._first = captions.first_of_image
-        self._idf = Idf(self._ngrams_of_images())
-
-    def _ngrams_of_images(self) -> Iterator[set[tuple[object, ...]]]:
-        for image in range(len(self._first) - 1):
-            yield {ngram for caption in self._captions(image) for ngram in ngrams(caption)}
+        self._idf = Idf(
+            {ngram for caption in self._captions(image) for ngram in ngrams(caption)}
+            for image in range(len(self._first) - 1)
+        )
 
     def _captions(self, image: int) -> list[list[int]]:
         """Return the captions of an image as token ids, without <start>, with <end>."""
         first, last = int(self._first[image]), int(self._first[image + 1])
-        bounds = self._offsets[first : last + 1].tolist()
-        tokens = self._tokens[bounds[0] : bounds[-1]].tolist()
+        bounds = self._all.offsets[first : last + 1].tolist()
         return [
-            tokens[start + 1 - bounds[0] : end - bounds[0]]
-            for start, end in itertools.pairwise(bounds)
+            self._all.tokens[start + 1 : end].tolist() for start, end in itertools.pairwise(bounds)
         ]
 
     def __call__(self, image: int, sampled: Sequence[Sequence[int]]) -> list[float]:
         """Return the CIDEr-D, 0 to 10, of captions of one image, without <start> and <end>."""
-        references = [self._tf_idf(caption) for caption in self._captions(image)]
-        return [cider_d(self._tf_idf([*tokens, END_ID]), references) / 100 for tokens in sampled]
-
-    def _tf_idf(self, tokens: Sequence[int]) -> TfIdf:
-        return self._idf.tf_idf(ngrams(tokens))
+        references = [self._idf.tf_idf(ngrams(caption)) for caption in self._captions(image)]
+        candidates = [self._idf.tf_idf(ngrams([*tokens, END_ID])) for tokens in sampled]
+        return [cider_d(candidate, references) / 100 for candidate in candidates]
 
 
 @dataclass
@@ -82,7 +76,6 @@ class SelfCritical:
 
     def __post_init__(self) -> None:
         self.reward = Reward(self.captions)
-        self.first = self.captions.first_of_image
 
     def reset(self) -> None:
         """Start the sums of an epoch."""
@@ -94,7 +87,7 @@ class SelfCritical:
         """Sample captions for some images, and sum their loss.
 
         Args:
-            decoder: in training mode. Captions are sampled without dropout.
+            decoder: in training mode; captions are sampled without dropout.
             features: float (B, 2048), on the decoder's device.
             images: int64 (B,): numbers of the images.
             label_smoothing: of the cross-entropy.
@@ -108,12 +101,8 @@ class SelfCritical:
             for group in sample(decoder, features, SAMPLES, self.search)
         ]
         decoder.train()
-        rewards = torch.tensor(
-            [
-                self.reward(image, group)
-                for image, group in zip(images.tolist(), sampled, strict=True)
-            ]
-        )  # (B, SAMPLES)
+        groups = zip(images.tolist(), sampled, strict=True)
+        rewards = torch.tensor([self.reward(*group) for group in groups])  # (B, SAMPLES)
         self.reward_sum += float(rewards.sum())
         self.sampled += rewards.numel()
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (SAMPLES - 1)
@@ -128,8 +117,9 @@ class SelfCritical:
             weights=(rewards - baseline).flatten().to(features.device),
         )
         if self.cross_entropy_weight:
-            counts = self.first[images + 1] - self.first[images]
-            chosen = self.first[images] + (torch.rand(len(images)) * counts).long()
+            first = self.captions.first_of_image
+            counts = first[images + 1] - first[images]
+            chosen = first[images] + (torch.rand(len(images)) * counts).long()
             cross_entropy, _ = decoder.loss(
                 features, self.captions.padded(chosen).to(features.device), label_smoothing
             )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint import Checkpoint
+from pipeline.models.encoder_identity import EncoderIdentity
+from pipeline.models.ensemble import CaptionDecoder
 from pipeline.training.options import TrainingOptions
 from pipeline.training.validation import Validation
+from pipeline.utils.distributed import SINGLE_PROCESS, World
 
 SEED_STRIDE = 1_000_003  # between the random seeds of epochs; larger than anybody's range of seeds
 
@@ -41,70 +46,33 @@ class Phase:
     tokens_per_batch: float = 0.0
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How long and how fast to train.
+class Stage(ABC):
+    """A model with data and loss; each of the processes of ``world`` has one, of equal weights."""
 
-    Attributes:
-        phases: passes over the training captions, in order.
-        patience: stop after this many epochs without a better CIDEr-D; 0 never stops.
-        seed: of all randomness.
-        precision: fp32 or bf16.
-        warmup: share of a phase's steps over which the learning rate rises from zero.
-        max_grad_norm: gradients are clipped to this norm.
-        grad_accum_steps: batches whose gradients are averaged for an optimizer step.
-        ema_decay: decay of the exponential moving average of the weights; 0: none.
-    """
+    decoder: CaptionDecoder
+    vocabulary: Vocabulary
+    options: TrainingOptions
+    device: torch.device
+    world: World = SINGLE_PROCESS
 
-    phases: Sequence[Phase]
-    patience: int
-    seed: int
-    precision: str
-    warmup: float = 0.02
-    max_grad_norm: float = 5.0
-    grad_accum_steps: int = 1
-    ema_decay: float = 0.0
-
-    @classmethod
-    def of(
-        cls, options: TrainingOptions, phases: Sequence[Phase], grad_accum_steps: int = 1
-    ) -> TrainingConfig:
-        """Take from a stage's options what the loop needs."""
-        return cls(
-            phases,
-            options.patience,
-            options.seed,
-            options.precision,
-            grad_accum_steps=grad_accum_steps,
-            ema_decay=options.ema_decay,
-        )
+    @abstractmethod
+    def phases(self) -> Sequence[Phase]:
+        """Return the phases of the training, in order."""
 
     @property
-    def epochs(self) -> int:
-        """Epochs of all phases."""
-        return sum(phase.epochs for phase in self.phases)
+    def grad_accum_steps(self) -> int:
+        """Batches whose gradients are averaged for an optimizer step."""
+        return 1
 
-    def phase_of(self, epoch: int) -> tuple[Phase, int]:
-        """Return the phase of an epoch, counted from 1, and how many of its epochs precede it."""
-        before = epoch - 1
-        for phase in self.phases:
-            if before < phase.epochs:
-                return phase, before
-            before -= phase.epochs
-        raise ValueError(f"no epoch {epoch} in {self.phases}")
+    @abstractmethod
+    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+        """Return the trained parameters in groups, each with its peak learning rate."""
 
-
-class Stage(Protocol):
-    """A model with data and loss. Each of several processes has one, with the same weights."""
-
-    device: torch.device
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups, each with ``params``, ``lr`` and ``weight_decay``."""
-
+    @abstractmethod
     def batches_per_epoch(self, epoch: int) -> int:
-        """Return the number of batches that ``batches`` yields."""
+        """Return the number of batches that ``batches`` yields, or a few more."""
 
+    @abstractmethod
     def batches(self, epoch: int) -> Iterator[Any]:
         """Yield the batches of an epoch, in an order that depends on seed and epoch alone.
 
@@ -112,19 +80,35 @@ class Stage(Protocol):
         """
 
     def set_training(self, training: bool) -> None:
-        """Switch dropout and the like on or off."""
+        """Switch dropout on or off."""
+        self.decoder.train(training)
 
+    @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, int]:
         """Return the summed loss of a batch, and the number of tokens or captions summed over."""
 
     def extra_metrics(self) -> dict[str, float]:
         """Return extra metrics of the last epoch, reduced over all processes."""
+        return {}
 
+    @abstractmethod
     def validate(self) -> Validation:
-        """Score the current weights on val; one of the scores is ``CIDEr-D``.
+        """Score the current weights on val; the processes share the work, and return the same."""
 
-        Processes may share the work; all return the same.
-        """
-
+    @abstractmethod
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Return the current weights, without what only resuming needs."""
+
+    def _checkpoint(
+        self, epoch: int, scores: dict[str, float], encoder: EncoderIdentity, **parts: Any
+    ) -> Checkpoint:
+        return Checkpoint(
+            decoder_config=self.decoder.config,
+            decoder_weights={k: v.cpu() for k, v in self.decoder.state_dict().items()},
+            vocabulary=self.vocabulary,
+            encoder=encoder,
+            epoch=epoch,
+            scores=scores,
+            settings=asdict(self.options),
+            **parts,
+        )

@@ -1,8 +1,8 @@
-"""Scoring a decoder on a split: teacher-forced loss, and scores of decoded captions."""
+"""Scoring a decoder on val: teacher-forced loss, and scores of decoded captions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from pipeline.datasets.caption_table import CaptionTable
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions, tokenized
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions
 from pipeline.features.feature_set import FeatureSet
@@ -20,6 +19,7 @@ from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 
+BATCH_SIZE = 256
 SAMPLES = 8  # val images whose captions are logged after every epoch
 Tokenized = dict[str, list[list[str]]]  # image name -> tokens of each caption
 
@@ -37,24 +37,11 @@ def split_captions(table: CaptionTable, tokenizer: str, what: str) -> tuple[Toke
     return train, val
 
 
-def search_all(
-    decoder: CaptionDecoder,
-    features: Iterable[Tensor],
-    config: SearchConfig,
-    reranker: Reranker,
-) -> Iterator[list[Hypothesis]]:
-    """Yield the captions of images whose features come in batches (B, 2048)."""
-    device = decoder.feature_mean.device
-    for batch in features:
-        yield from best_captions(decoder, batch.to(device), config, reranker)
-
-
 @torch.inference_mode()
 def mean_loss(
     decoder: CaptionDecoder,
     captions: EncodedCaptions,
     features: Tensor | FeatureSet,
-    batch_size: int = 256,
     world: World = SINGLE_PROCESS,
 ) -> float:
     """Return the mean cross-entropy per token, in nats; ``captions.images`` index ``features``.
@@ -69,7 +56,7 @@ def mean_loss(
         )
         return loss.item(), count
 
-    batches = torch.argsort(captions.lengths, stable=True).split(batch_size)
+    batches = torch.argsort(captions.lengths, stable=True).split(BATCH_SIZE)
     total, tokens = 0.0, 0
     for loss, count in world.share_out(batches, batch_loss):
         total += loss
@@ -108,7 +95,7 @@ class Validator:
         self,
         references: Mapping[str, Sequence[Sequence[str]]],
         vocabulary: Vocabulary,
-        batch_size: int = 256,
+        batch_size: int = BATCH_SIZE,
     ) -> None:
         self.names = list(references)
         self.samples = sample_names(self.names)
@@ -126,16 +113,17 @@ class Validator:
     ) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
-        The processes of ``world`` share the work batch by batch, in the batches of one process, so
-        that captions and scores do not depend on their number.
+        The processes of ``world`` share the work by the batches of one process, so that captions
+        and scores do not depend on their number.
 
         Returns:
             ``val_loss``, the scores of the captions, ``distinct``, the number of different
             captions, and the captions of ``samples``.
         """
+        device = decoder.feature_mean.device
 
         def search(images: Tensor) -> list[list[int]]:
-            found = search_all(decoder, [features[images]], self.search, Reranker())
+            found = best_captions(decoder, features[images].to(device), self.search, Reranker())
             return [hypotheses[0].tokens for hypotheses in found]
 
         batches = torch.arange(len(self.names)).split(self.batch_size)
@@ -145,7 +133,7 @@ class Validator:
             for name, tokens in zip(self.names, captions, strict=True)
         }
         scores = {
-            "val_loss": mean_loss(decoder, self.captions, features, world=world),
+            "val_loss": mean_loss(decoder, self.captions, features, world),
             **world.broadcast(lambda: self.scorer.score(predictions)),
             "distinct": len({tuple(words) for words in predictions.values()}),
         }

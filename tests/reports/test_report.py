@@ -32,13 +32,7 @@ from pipeline.models.checkpoint import load_checkpoint
 from pipeline.reports.curves import draw_curves, write_curves
 from pipeline.reports.report_data import read_data
 from pipeline.reports.training_report import describe_settings, epoch_reporter, write_report
-from pipeline.training.run_folder import (
-    append_epoch,
-    open_run,
-    read_epochs,
-    split_hashes,
-    trim_epochs,
-)
+from pipeline.training.run_folder import append_epoch, read_epochs, split_hashes
 from pipeline.training.validation import Validator, sample_names
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
@@ -120,26 +114,6 @@ def test_samples_are_the_captions_that_are_scored(drawn_run: DrawnRun) -> None:
     )
     assert found.samples == samples[-1]["captions"]
     assert found.scores["CIDEr-D"] == pytest.approx(last.scores["CIDEr-D"])
-
-
-def test_epochs_are_added_and_dropped_whole(tmp_path: Path) -> None:
-    path = tmp_path / "samples.jsonl"
-    for epoch in range(3):
-        append_epoch(path, {"epoch": epoch, "captions": {"ä.jpg": "a line\u2028b"}})
-    assert [line["epoch"] for line in read_epochs(path)] == [0, 1, 2]
-    trim_epochs(path, 1)
-    assert [line["epoch"] for line in read_epochs(path)] == [0, 1]
-    trim_epochs(path, -1)
-    assert read_epochs(path) == []
-
-
-def test_force_takes_all_of_the_old_run_away(tmp_path: Path) -> None:
-    names = ("samples.jsonl", "curves.svg", "curves.png", "report.html", "log.jsonl", "scores.json")
-    for name in (*names, "tensorboard/events"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("{}")
-    open_run(tmp_path, {"seed": 1}, force=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 # The curves

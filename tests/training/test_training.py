@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from small_data import IDENTITY, make_small_data
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_decoder as command
 from pipeline.datasets.vocabulary import Vocabulary
@@ -23,32 +22,44 @@ from pipeline.models.checkpoint_file import read_tensors, write_tensors
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.reports.tensorboard import tensorboard_writer
 from pipeline.training.loop import learning_rate_factor, print_epoch, train
-from pipeline.training.run_folder import open_run
-from pipeline.training.stage import Phase, TrainingConfig
+from pipeline.training.options import TrainingOptions
+from pipeline.training.run_folder import append_epoch, open_run, read_epochs, trim_epochs
+from pipeline.training.stage import Phase, Stage
 from pipeline.training.validation import Validation
 from pipeline.utils.errors import UserError
 
+CHECKPOINTS = ("last.safetensors", "best.safetensors")
 WORDS = Vocabulary.build([["a", "b", "c"]], min_count=1)
 
 
-@dataclass
-class ScriptedStage:
-    """A stage with a tiny decoder, given batches and scripted CIDEr-D scores."""
+class ScriptedStage(Stage):
+    """A stage with a tiny decoder, given batches, and the CIDEr-D of each epoch (or else 0)."""
 
-    ciders: list[float]
-    batch_sizes: tuple[int, ...] = (4, 4)
-    fail_in_epoch: int | None = None
-    spoil_loss: bool = False
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    decoder: Decoder
+    vocabulary = WORDS
+    device = torch.device("cpu")
+    grad_accum_steps = 1
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        epochs: int = 3,
+        ciders: Sequence[float] = (),
+        batch_sizes: Sequence[int] = (4, 4),
+        fail_in_epoch: int = 0,
+        **options: Any,
+    ) -> None:
         torch.manual_seed(0)
         self.decoder = Decoder(DecoderConfig(len(WORDS), 4, 4, dropout=0.3, feature_size=3))
-        self.rates: list[float] = []
+        self.options = TrainingOptions(data="", features="", precision="fp32", **options)
+        self.epochs, self.batch_sizes, self.fail_in_epoch = epochs, batch_sizes, fail_in_epoch
+        self.ciders = iter(ciders)
         self.validations = 0
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.decoder.parameters()), "lr": 0.1, "weight_decay": 0.01}]
+    def phases(self) -> Sequence[Phase]:
+        return [Phase(self.epochs)]
+
+    def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
+        return [(self.decoder.parameters(), 0.1)]
 
     def batches_per_epoch(self, epoch: int) -> int:
         return len(self.batch_sizes)
@@ -61,45 +72,17 @@ class ScriptedStage:
             features = torch.randn(size, 3, generator=generator)
             yield features, torch.tensor([[1, 4, 5, 2]] * size)
 
-    def set_training(self, training: bool) -> None:
-        self.decoder.train(training)
-
     def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
-        loss, tokens = self.decoder.loss(*batch)
-        return loss * float("nan") if self.spoil_loss else loss, tokens
-
-    def extra_metrics(self) -> dict[str, float]:
-        return {}
+        return self.decoder.loss(*batch)
 
     def validate(self) -> Validation:
         self.validations += 1
         samples = {name: f"{name} in {self.validations}" for name in ("a.jpg", "b.jpg")}
-        return Validation({"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": 0.0}, samples)
+        scores = {"val_loss": 1.0, "BLEU-4": 0.0, "CIDEr-D": next(self.ciders, 0.0)}
+        return Validation(scores, samples)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        return Checkpoint(
-            self.decoder.config,
-            {k: v.clone() for k, v in self.decoder.state_dict().items()},
-            WORDS,
-            IDENTITY,
-            epoch=epoch,
-            scores=scores,
-        )
-
-
-class ScoringStage(ScriptedStage):
-    """Gives the scripted scores in turn."""
-
-    def validate(self) -> Validation:
-        score = self.ciders[self.validations]
-        found = super().validate()
-        return replace(found, scores={**found.scores, "CIDEr-D": score})
-
-
-def config(epochs: int, patience: int = 0, grad_accum_steps: int = 1) -> TrainingConfig:
-    return TrainingConfig(
-        (Phase(epochs),), patience, seed=0, precision="fp32", grad_accum_steps=grad_accum_steps
-    )
+        return self._checkpoint(epoch, scores, IDENTITY)
 
 
 def weights(path: Path) -> dict[str, Tensor]:
@@ -113,56 +96,58 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
+def log_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
 def test_learning_rate_rises_and_falls_to_zero() -> None:
-    factors = [learning_rate_factor(step, 100, 0.1) for step in range(100)]
+    factors = [learning_rate_factor(step, 500) for step in range(500)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == factors[10] == 1.0
-    assert factors[55] == pytest.approx(0.5)
+    assert factors[255] == pytest.approx(0.5)
     assert all(a >= b for a, b in itertools.pairwise(factors[9:]))
     assert 0 < factors[-1] < 0.001
 
 
 def test_every_phase_has_its_own_rise_and_fall(tmp_path: Path) -> None:
     class Watched(ScriptedStage):
+        def phases(self) -> Sequence[Phase]:
+            return Phase(3), Phase(2, lr_scale=0.1)
+
         def extra_metrics(self) -> dict[str, float]:
             return {"reward": 50.0}
 
-    phases = (Phase(3), Phase(2, lr_scale=0.1))
-    settings = TrainingConfig(phases, 0, seed=0, precision="fp32")
-    assert settings.epochs == 5
-    assert [settings.phase_of(epoch) for epoch in range(1, 6)] == [
-        *[(phases[0], before) for before in range(3)],
-        *[(phases[1], before) for before in range(2)],
-    ]
-    train(Watched([]), tmp_path, settings)
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    # The rate of each epoch's last step: 2 batches an epoch, the stage's full rate is 0.1.
-    last = [learning_rate_factor(step, 6, 0.02) for step in (1, 3, 5)]
-    last += [0.1 * learning_rate_factor(step, 4, 0.02) for step in (1, 3)]
+    train(Watched(), tmp_path)
+    log = log_of(tmp_path)
+    # The rate of each epoch's last step: 2 batches per epoch, the stage's full rate is 0.1.
+    last = [learning_rate_factor(step, 6) for step in (1, 3, 5)]
+    last += [0.1 * learning_rate_factor(step, 4) for step in (1, 3)]
     assert [line["learning_rate"] for line in log] == pytest.approx([0.1 * f for f in last])
     assert [line["reward"] for line in log] == [50.0] * 5
 
 
 def test_a_fixed_divisor_weighs_words_of_all_batches_alike(tmp_path: Path) -> None:
+    class Divisor(ScriptedStage):
+        def phases(self) -> Sequence[Phase]:
+            return [Phase(2, tokens_per_batch=12.0)]
+
     class Equal(ScriptedStage):
         """Reports 12 tokens for every batch, as many as the larger one has."""
 
         def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
             return super().loss(batch)[0], 12
 
-    settings = replace(config(2), phases=(Phase(2, tokens_per_batch=12.0),))
-    train(ScriptedStage([], (4, 2)), tmp_path / "divisor", settings)
-    train(Equal([], (4, 2)), tmp_path / "equal", config(2))
-    train(ScriptedStage([], (4, 2)), tmp_path / "plain", config(2))
-    assert_same_weights(tmp_path / "divisor/last.safetensors", tmp_path / "equal/last.safetensors")
-    divided, plain = (
-        weights(tmp_path / name / "last.safetensors") for name in ("divisor", "plain")
+    for kind in (Divisor, Equal, ScriptedStage):
+        train(kind(2, batch_sizes=(4, 2)), tmp_path / kind.__name__)
+    divisor, equal, plain = (
+        tmp_path / name / "last.safetensors" for name in ("Divisor", "Equal", "ScriptedStage")
     )
-    assert any(not torch.equal(divided[name], plain[name]) for name in plain)
+    assert_same_weights(divisor, equal)
+    divided, usual = weights(divisor), weights(plain)
+    assert any(not torch.equal(divided[name], usual[name]) for name in usual)
 
 
 def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path: Path) -> None:
-    settings = replace(config(2), ema_decay=0.6)
     seen: list[Tensor] = []
 
     class Watched(ScriptedStage):
@@ -172,36 +157,27 @@ def test_the_averaged_weights_are_the_model_and_the_trained_ones_go_on(tmp_path:
                 yield batch
             seen.append(self.decoder.projection.weight.detach().clone())
 
-    stage = Watched([])
-    start = stage.decoder.projection.weight.detach().clone()
-    train(stage, tmp_path / "mean", settings)
-    plain = ScriptedStage([])
-    train(plain, tmp_path / "plain", config(2))
+    stage, plain = Watched(2, ema_decay=0.6), ScriptedStage(2)
+    mean = stage.decoder.projection.weight.detach().clone()
+    train(stage, tmp_path / "mean")
+    train(plain, tmp_path / "plain")
     # Averaging changes nothing of the training itself.
     assert torch.equal(stage.decoder.projection.weight, plain.decoder.projection.weight)
     trained = [seen[1], seen[2], seen[4], seen[5]]  # after each of the four steps
-    mean = start
     for step, value in enumerate(trained, start=1):
         decay = min(0.6, step / (step + 9))
         mean = decay * mean + (1 - decay) * value
-    saved = load_checkpoint(tmp_path / "mean/last.safetensors")
-    assert torch.allclose(saved.decoder_weights["projection.weight"], mean, atol=1e-6)
+    saved = weights(tmp_path / "mean/last.safetensors")["projection.weight"]
+    assert torch.allclose(saved, mean, atol=1e-6)
     assert not torch.allclose(mean, trained[-1], atol=1e-3)
-    # Stopped after an epoch and continued, it ends the same.
-    stopped = ScriptedStage([], fail_in_epoch=2)
-    with pytest.raises(KeyboardInterrupt):
-        train(stopped, tmp_path / "resumed", settings)
-    resumed = ScriptedStage([])
-    train(resumed, tmp_path / "resumed", settings)
-    assert_same_weights(tmp_path / "mean/last.safetensors", tmp_path / "resumed/last.safetensors")
 
 
 def test_best_is_the_epoch_with_the_highest_cider(tmp_path: Path) -> None:
-    progress = train(ScoringStage([10.0, 30.0, 20.0]), tmp_path, config(3))
+    progress = train(ScriptedStage(ciders=[10.0, 30.0, 20.0]), tmp_path)
     assert (progress.best_epoch, progress.best_cider) == (2, 30.0)
     assert load_checkpoint(tmp_path).epoch == 2
     assert load_checkpoint(tmp_path / "last.safetensors").epoch == 3
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path)
     assert [(line["epoch"], line["CIDEr-D"]) for line in log] == [(1, 10), (2, 30), (3, 20)]
     assert log[0]["train_loss"] > log[2]["train_loss"]
 
@@ -214,43 +190,44 @@ def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
             scores = super().validate().scores
             return Validation({**scores, "val_loss": 5.0 - self.validations})
 
-    assert train(FallingLoss([]), tmp_path, config(3)).best_epoch == 3
+    assert train(FallingLoss(), tmp_path).best_epoch == 3
 
 
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
-    progress = train(ScoringStage([5.0, 9.0, 8.0, 7.0, 99.0]), tmp_path, config(5, patience=2))
+    progress = train(ScriptedStage(5, [5.0, 9.0, 8.0, 7.0, 99.0], patience=2), tmp_path)
     assert progress.epoch == 4 and progress.best_epoch == 2
 
 
 def test_start_is_scored_when_asked_and_kept_when_better(tmp_path: Path) -> None:
-    stage = ScoringStage([50.0, 40.0, 45.0])
+    stage = ScriptedStage(2, [50.0, 40.0, 45.0])
     start = {k: v.clone() for k, v in stage.decoder.state_dict().items()}
-    progress = train(stage, tmp_path, config(2), score_start=True)
-    assert progress.best_epoch == 0
+    assert train(stage, tmp_path, score_start=True).best_epoch == 0
     for name, value in weights(tmp_path / "best.safetensors").items():
         assert torch.equal(value, start[name])
 
 
 @pytest.mark.parametrize("epoch", [1, 2, 4])
-def test_interrupted_and_resumed_equals_undisturbed(tmp_path: Path, epoch: int) -> None:
+@pytest.mark.parametrize("ema_decay", [0.0, 0.6])
+def test_interrupted_and_resumed_equals_undisturbed(
+    tmp_path: Path, epoch: int, ema_decay: float
+) -> None:
     scores = [1.0, 4.0, 3.0, 5.0]
-    train(ScoringStage(scores), tmp_path / "whole", config(4))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(ScriptedStage(4, scores, ema_decay=ema_decay), whole)
     with pytest.raises(KeyboardInterrupt):
-        train(ScoringStage(scores, fail_in_epoch=epoch), tmp_path / "broken", config(4))
-    again = ScoringStage(scores[epoch - 1 :])
-    train(again, tmp_path / "broken", config(4))
-    for name in ("last.safetensors", "best.safetensors"):
-        assert_same_weights(tmp_path / "whole" / name, tmp_path / "broken" / name)
-    lines = (tmp_path / "broken" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4]
+        train(ScriptedStage(4, scores, fail_in_epoch=epoch, ema_decay=ema_decay), broken)
+    train(ScriptedStage(4, scores[epoch - 1 :], ema_decay=ema_decay), broken)
+    for name in CHECKPOINTS:
+        assert_same_weights(whole / name, broken / name)
+    assert [line["epoch"] for line in log_of(broken)] == [1, 2, 3, 4]
 
 
 def test_a_kill_before_the_training_state_is_written_repeats_the_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = [1.0, 4.0, 3.0]
-    settings = replace(config(3), ema_decay=0.9)
-    train(ScoringStage(scores), tmp_path / "whole", settings)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(ScriptedStage(ciders=scores, ema_decay=0.9), whole)
     written = []
 
     def killed(path: Path, *content: Any) -> None:
@@ -261,16 +238,16 @@ def test_a_kill_before_the_training_state_is_written_repeats_the_epoch(
 
     monkeypatch.setattr("pipeline.training.loop.write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(ScoringStage(scores), tmp_path / "broken", settings)
-    assert load_checkpoint(tmp_path / "broken/last.safetensors").epoch == 2
-    train(ScoringStage(scores[1:]), tmp_path / "broken", settings)
-    for name in ("last.safetensors", "best.safetensors", "resume.safetensors"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+        train(ScriptedStage(ciders=scores, ema_decay=0.9), broken)
+    assert load_checkpoint(broken / "last.safetensors").epoch == 2
+    train(ScriptedStage(ciders=scores[1:], ema_decay=0.9), broken)
+    for name in (*CHECKPOINTS, "resume.safetensors"):
+        assert (whole / name).read_bytes() == (broken / name).read_bytes()
 
 
 @pytest.mark.parametrize("change", ["shape", "nan", "missing", "progress"])
 def test_a_damaged_training_state_is_one_line(tmp_path: Path, change: str) -> None:
-    train(ScoringStage([1.0]), tmp_path, config(1))
+    train(ScriptedStage(1), tmp_path)
     path = tmp_path / "resume.safetensors"
     tensors, document = read_tensors(path)
     if change == "shape":
@@ -283,25 +260,23 @@ def test_a_damaged_training_state_is_one_line(tmp_path: Path, change: str) -> No
         document["progress"] = {"era": 3}
     write_tensors(path, tensors, document)
     with pytest.raises(UserError, match=r"resume\.safetensors: the training state is damaged"):
-        train(ScoringStage([1.0]), tmp_path, config(1))
+        train(ScriptedStage(1), tmp_path)
 
 
 def test_an_epoch_logged_but_not_saved_is_not_logged_twice(tmp_path: Path) -> None:
-    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
-    log, samples = tmp_path / "log.jsonl", tmp_path / "samples.jsonl"
-    before = samples.read_bytes()
-    log.write_text(log.read_text() + json.dumps({"epoch": 3, "CIDEr-D": 0}) + "\n")
-    samples.write_text(samples.read_text() + json.dumps({"epoch": 3, "captions": {}}) + "\n")
-    stage = ScoringStage([])
-    train(stage, tmp_path, config(2))
-    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2]
-    assert samples.read_bytes() == before
+    train(ScriptedStage(2), tmp_path)
+    files = [tmp_path / name for name in ("log.jsonl", "samples.jsonl")]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_text(file.read_text() + json.dumps({"epoch": 3, "captions": {}}) + "\n")
+    train(ScriptedStage(2), tmp_path)
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_the_terminal_shows_every_epoch_and_some_captions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(ScoringStage([float(epoch) for epoch in range(12)]), tmp_path, config(12))
+    train(ScriptedStage(12, [float(epoch) for epoch in range(12)]), tmp_path)
     lines = capsys.readouterr().err.splitlines()
     epochs = [line for line in lines if line.startswith("epoch")]
     assert [line[:11] for line in epochs[8:]] == [
@@ -320,6 +295,17 @@ def test_the_terminal_shows_every_epoch_and_some_captions(
     ]
 
 
+def test_an_epoch_that_takes_no_time_is_not_the_last_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scores = {"val_loss": 1.0, "BLEU-4": 2.0, "CIDEr-D": 3.0}
+    log = [{"epoch": 1, "seconds": 0.0, "validation_seconds": 0.0, **scores}]
+    print_epoch(log, 2, better=False, samples={})
+    print_epoch(log, 1, better=False, samples={})
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.endswith("0.0 s left") and last.endswith("done")
+
+
 def test_callbacks_see_every_epoch_before_it_is_saved(tmp_path: Path) -> None:
     """So a kill in one repeats the epoch, and no epoch is left out."""
     seen: list[tuple[float, str, int]] = []
@@ -329,7 +315,7 @@ def test_callbacks_see_every_epoch_before_it_is_saved(tmp_path: Path) -> None:
         saved = load_checkpoint(last).epoch if last.is_file() else 0
         seen.append((record["epoch"], samples["a.jpg"], saved))
 
-    train(ScoringStage([1.0, 2.0, 3.0]), tmp_path, config(3), callbacks=[watch])
+    train(ScriptedStage(), tmp_path, callbacks=[watch])
     assert seen == [(epoch, f"a.jpg in {epoch}", epoch - 1) for epoch in (1, 2, 3)]
 
 
@@ -339,6 +325,8 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
             self.decoder.eval()
 
     class Halves(NoDropout):
+        grad_accum_steps = 2
+
         def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
             for features, captions in super().batches(epoch):
                 yield from zip(features.split(4), captions.split(4), strict=True)
@@ -346,53 +334,92 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path) -> None
         def batches_per_epoch(self, epoch: int) -> int:
             return 2 * len(self.batch_sizes)
 
-    train(NoDropout([], (8, 8)), tmp_path / "large", config(2))
-    train(Halves([], (8, 8)), tmp_path / "small", config(2, grad_accum_steps=2))
-    large, small = (
-        weights(tmp_path / "large/last.safetensors"),
-        weights(tmp_path / "small/last.safetensors"),
-    )
+    for kind in (NoDropout, Halves):
+        train(kind(2, batch_sizes=(8, 8)), tmp_path / kind.__name__)
+    large, small = (weights(tmp_path / n / "last.safetensors") for n in ("NoDropout", "Halves"))
     for name in large:
         assert torch.allclose(large[name], small[name], atol=1e-5), name
 
 
-@pytest.mark.parametrize("grad_accum_steps", [1, 3])  # 3: more than an epoch has batches
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_saved(
-    tmp_path: Path, grad_accum_steps: int
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("loss", "the loss is inf in epoch 2"),
+        ("gradient", "the gradient is nan in epoch 2"),
+        ("val", "the loss on val is nan after epoch 2"),
+    ],
+)
+@pytest.mark.parametrize("accumulated", [1, 3])  # 3: more than an epoch has batches
+def test_what_is_no_number_stops_the_run_with_the_last_good_weights(
+    tmp_path: Path, where: str, message: str, accumulated: int
 ) -> None:
-    train(ScoringStage([1.0, 2.0]), tmp_path, config(2))
-    before = (tmp_path / "last.safetensors").read_bytes()
-    stage = ScoringStage([3.0], spoil_loss=True)
-    with pytest.raises(UserError, match="lower learning rate"):
-        train(stage, tmp_path, config(3, grad_accum_steps=grad_accum_steps))
-    assert (tmp_path / "last.safetensors").read_bytes() == before
+    class Spoilt(ScriptedStage):
+        """Spoils something in its second epoch, at the last batch."""
+
+        grad_accum_steps = accumulated
+        epoch = 0
+
+        def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            self.epoch, self.number = epoch, itertools.count()
+            return super().batches(epoch)
+
+        def loss(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+            loss, tokens = super().loss(batch)
+            if self.epoch == 2 and next(self.number) == 1:
+                if where == "gradient":
+                    loss = loss.clone()
+                    loss.register_hook(lambda gradient: gradient * float("nan"))
+                elif where == "loss":
+                    loss = loss / 0
+            return loss, tokens
+
+        def validate(self) -> Validation:
+            found = super().validate()
+            if where == "val" and self.epoch == 2:
+                found.scores["val_loss"] = float("nan")
+            return found
+
+    class Sound(ScriptedStage):
+        grad_accum_steps = accumulated
+
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with pytest.raises(
+        UserError, match=f"{message}; a lower learning rate may help. Earlier epochs are saved"
+    ):
+        train(Spoilt(), run)
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
+    for name in CHECKPOINTS:
+        assert all(torch.isfinite(tensor).all() for tensor in weights(run / name).values())
+    assert [line["epoch"] for line in log_of(run)] == [1]
+    train(Sound(), run)
+    train(Sound(), whole)
+    assert_same_weights(run / "last.safetensors", whole / "last.safetensors")
+
+
+# The run folder
 
 
 def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
-    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
-    train(ScoringStage([1.0]), tmp_path, config(1))
-    open_run(tmp_path, {"epochs": 2, "seed": 0}, force=False)
+    settings = {"epochs": 2, "seed": 0}
+    open_run(tmp_path, settings, force=False)
+    train(ScriptedStage(1), tmp_path)
+    open_run(tmp_path, settings, force=False)
     with pytest.raises(UserError, match=r"seed 0, not 1.*--run.*--force"):
-        open_run(tmp_path, {"epochs": 2, "seed": 1}, force=False)
-    open_run(tmp_path, {"epochs": 2, "seed": 1}, force=True)
-    assert not (tmp_path / "last.safetensors").exists()
-
-
-def test_settings_that_an_older_run_lacks_have_their_default(tmp_path: Path) -> None:
-    train(ScoringStage([1.0]), tmp_path, config(1))
-    (tmp_path / "config.json").write_text('{"seed": 0}')
-    open_run(tmp_path, {"seed": 0, "patience": 0}, force=False)
-    (tmp_path / "config.json").write_text('{"seed": 0}')
+        open_run(tmp_path, {**settings, "seed": 1}, force=False)
+    # An option that the run's version of the program lacked has its default.
+    open_run(tmp_path, {**settings, "patience": 0}, force=False)
+    (tmp_path / "config.json").write_text('{"epochs": 2, "seed": 0}')
     with pytest.raises(UserError, match="patience 0, not 3"):
-        open_run(tmp_path, {"seed": 0, "patience": 3}, force=False)
-
-
-def test_a_damaged_config_is_one_line(tmp_path: Path) -> None:
-    train(ScoringStage([1.0]), tmp_path, config(1))
+        open_run(tmp_path, {**settings, "patience": 3}, force=False)
     for content in ("{", "[1]", "3"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config.json: not readable.*--force"):
-            open_run(tmp_path, {"seed": 0}, force=False)
+            open_run(tmp_path, settings, force=False)
+    for name in ("curves.svg", "curves.png", "report.html", "scores.json", "tensorboard/events"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    open_run(tmp_path, settings, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_the_same_start_may_be_written_in_two_ways(
@@ -401,10 +428,23 @@ def test_the_same_start_may_be_written_in_two_ways(
     monkeypatch.chdir(tmp_path)
     settings = {"unfreeze_from": "Mixed_7a", "start": ("runs/a",)}
     open_run(tmp_path, settings, force=False)
-    train(ScoringStage([1.0]), tmp_path, config(1))
+    train(ScriptedStage(1), tmp_path)
     open_run(tmp_path, {**settings, "start": (str(tmp_path / "runs/a"),)}, force=False)
     with pytest.raises(UserError, match=r"start \[.*runs/a'\], not \['runs/b'\]"):
         open_run(tmp_path, {**settings, "start": ("runs/b",)}, force=False)
+
+
+def test_epochs_are_added_and_dropped_whole(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    for epoch in range(3):
+        append_epoch(path, {"epoch": epoch, "captions": {"ä.jpg": "a line\u2028b"}})
+    assert [line["epoch"] for line in read_epochs(path)] == [0, 1, 2]
+    for last in (1, -1):
+        trim_epochs(path, last)
+        assert [line["epoch"] for line in read_epochs(path)] == list(range(last + 1))
+
+
+# The command
 
 
 def arguments(data: Path, features: Path, run: Path, *more: str) -> list[str]:
@@ -470,18 +510,16 @@ def test_tensorboard_gets_scores_and_captions_once_when_asked(tmp_path: Path) ->
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(ScoringStage([10.0]), tmp_path, config(1))
-    assert not (tmp_path / "tensorboard").exists()
-    for name in ("resume.safetensors", "log.jsonl", "samples.jsonl"):
-        (tmp_path / name).unlink()
-    stage = ScoringStage([10.0, 30.0], fail_in_epoch=3)
     with pytest.raises(KeyboardInterrupt):
-        train(stage, tmp_path, config(3), callbacks=[tensorboard_writer(tmp_path)])
+        train(
+            ScriptedStage(ciders=[10.0, 30.0], fail_in_epoch=3),
+            tmp_path,
+            callbacks=[tensorboard_writer(tmp_path)],
+        )
     # As if killed before the second epoch was saved: it comes again.
-    again = ScoringStage([20.0, 40.0])
     tensorboard = tensorboard_writer(tmp_path)
     tensorboard({"epoch": 2, "CIDEr-D": 20.0}, {"a.jpg": "<b>again</b>"})
-    train(again, tmp_path, config(3), callbacks=[tensorboard])
+    train(ScriptedStage(ciders=[20.0]), tmp_path, callbacks=[tensorboard])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = [(e.step, e.value) for e in events.Scalars("CIDEr-D")]
@@ -509,14 +547,3 @@ def test_the_command_writes_for_tensorboard_where_it_can(
         result = CliRunner().invoke(command.main, command_line)
         assert result.exit_code == 2 and "--tensorboard: not installed; pip" in result.output
         assert not run.exists()
-
-
-def test_an_epoch_that_takes_no_time_is_not_the_last_one(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    scores = {"val_loss": 1.0, "BLEU-4": 2.0, "CIDEr-D": 3.0}
-    log = [{"epoch": 1, "seconds": 0.0, "validation_seconds": 0.0, **scores}]
-    print_epoch(log, 2, better=False, samples={})
-    print_epoch(log, 1, better=False, samples={})
-    first, last = capsys.readouterr().err.splitlines()
-    assert first.endswith("0.0 s left") and last.endswith("done")

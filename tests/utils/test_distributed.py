@@ -20,12 +20,7 @@ from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.features.encode_images import encode_distributed
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder import load_encoder
-from pipeline.training.decoder_stage import (
-    CaptionBatch,
-    DecoderStage,
-    ImageBatch,
-    prepare_stage,
-)
+from pipeline.training.decoder_stage import DecoderStage, FeatureBatch, prepare_stage
 from pipeline.training.joint_stage import JointBatch, JointStage, TrainingImage
 from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.training.validation import Validator
@@ -81,12 +76,11 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> DecoderStage:
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_shares_of_captions_make_the_batches_of_one_process(stage: DecoderStage, size: int) -> None:
-    def rows(batch: Any) -> list[tuple[Any, ...]]:
+    def rows(batch: FeatureBatch | None) -> list[tuple[Any, ...]]:
         if batch is None:
             return []
-        if isinstance(batch, ImageBatch):
+        if batch.captions is None:
             return [(number,) for number in batch.images.tolist()]
-        assert isinstance(batch, CaptionBatch) and len(batch.features) == len(batch.captions)
         pairs = zip(batch.features[:, 0].tolist(), batch.captions.tolist(), strict=True)
         return [(first, *[token for token in tokens if token]) for first, tokens in pairs]
 
