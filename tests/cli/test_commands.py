@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import REPOSITORY
 
 from pipeline.cli import COMMANDS, main
 from pipeline.cli.options import SCRIPTS, GroupedCommand
-
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = "from pipeline.cli import main; main(prog_name='captioner')"
 
 
 def command_of(name: str) -> GroupedCommand:
@@ -53,19 +49,27 @@ def test_help_has_examples_in_the_words_that_were_used(name: str) -> None:
     assert not re.search(r"python (-m pipeline|(?!captioner-onnx)\w+\.py)", installed)
 
 
-def test_the_program_lists_its_commands_and_loads_none() -> None:
-    code = (
-        "import sys\n"
-        "from pipeline.cli import main\n"
-        "try: main(['--help'], prog_name='captioner')\n"
-        "except SystemExit: pass\n"
-        "print([m for m in sys.modules if m.startswith(('torch', 'pipeline.cli.'))])"
-    )
+def test_help_and_wrong_options_load_nothing_heavy() -> None:
+    code = f"""
+import sys
+from pipeline.cli import main
+def run(*words):
+    try: main([*words], prog_name="captioner")
+    except SystemExit: pass
+run("--help")
+loaded = [m for m in sys.modules if m.startswith("pipeline.cli.")]
+for name in {[*COMMANDS]}:
+    run(name, "--help")
+    run(name, "--no-such-option")
+heavy = "torch torchvision numpy h5py nltk PIL jinja2 matplotlib".split()
+print(loaded + [m for m in heavy if m in sys.modules])
+"""
     ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert ended.stdout.splitlines()[-1] == "[]"
     assert all(re.search(rf"^  {name} ", ended.stdout, re.MULTILINE) for name in COMMANDS)
+    assert ended.stderr.count("No such option") == len(COMMANDS)
 
 
 def test_an_unknown_command_is_named() -> None:
@@ -79,30 +83,22 @@ def test_the_scripts_are_the_commands() -> None:
             assert importlib.import_module(script.removesuffix(".py")).main is command_of(name)
 
 
-def test_the_shell_completes_commands_and_options() -> None:
-    def completed(words: str, place: int) -> str:
-        ended = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "from pipeline.cli import main; main(prog_name='captioner')",
-            ],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "_CAPTIONER_COMPLETE": "bash_complete",
-                "COMP_WORDS": words,
-                "COMP_CWORD": str(place),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        return ended.stdout
-
-    assert "plain,caption" in completed("captioner ca", 1)
-    assert "plain,--beam-size" in completed("captioner caption --be", 2)
-    assert "plain,jsonl" in completed("captioner caption --format ", 3)
+@pytest.mark.parametrize(
+    ("words", "place", "expected"),
+    [
+        ("captioner ca", 1, "plain,caption"),
+        ("captioner caption --be", 2, "plain,--beam-size"),
+        ("captioner caption --format ", 3, "plain,jsonl"),
+    ],
+)
+def test_the_shell_completes_commands_and_options(words: str, place: int, expected: str) -> None:
+    variables = {
+        "_CAPTIONER_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(place),
+    }
+    result = CliRunner().invoke(main, [], prog_name="captioner", env=variables)
+    assert expected in result.stdout
 
 
 @pytest.mark.parametrize("kind", ["python", "torch", "gpu"])

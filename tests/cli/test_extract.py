@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,14 +14,12 @@ import pytest
 import torch
 import torchvision
 from click.testing import CliRunner, Result
-from conftest import REPOSITORY, draw
+from conftest import draw
 
 import extract_features
 from pipeline.features.cache import FeatureCache
 from pipeline.models.encoder import Encoder, load_encoder
 from pipeline.utils.errors import UserError
-
-SCRIPT = [str(REPOSITORY / "extract_features.py")]
 
 
 def spoil(*paths: Path) -> None:
@@ -61,20 +57,6 @@ def test_a_folder_without_images_is_refused_before_any_weights_are_loaded(
     message = refusal("--data", tmp_path, "--output", tmp_path / "x.h5", "--weights", "random")
     assert message == f"--data {tmp_path}: no images there"
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_help_loads_no_torch() -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", *SCRIPT, "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "pipeline.utils.errors" in imported
-    assert not imported & {"torch", "numpy", "h5py", "PIL"}
-    assert "--retry-failed" in done.stdout
 
 
 def test_no_network(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
