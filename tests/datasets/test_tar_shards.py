@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from conftest import StubEncoder, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stub_extraction import stub_extract
 
 import evaluate
 import extract_features
@@ -24,7 +25,6 @@ from pipeline.datasets.image_sources import ImageFolder, open_source
 from pipeline.datasets.images import ImageError, load_image, read_square
 from pipeline.datasets.tar_shards import TarMember, TarShards, expand, is_tar_shards
 from pipeline.features.cache import FAILED, FeatureCache, default_cache_path
-from pipeline.features.extraction import Extraction, extract
 from pipeline.utils.errors import UserError
 
 fsspec = pytest.importorskip("fsspec")
@@ -51,12 +51,6 @@ def shards(images: Path, tmp_path: Path) -> str:
                 add(archive, f"{image.stem}.txt", text.encode())
                 add(archive, f"{image.stem}.json", b"{}")
     return str(tmp_path / "shards" / "{0000..0002}.tar")
-
-
-def stub_extract(data: str | Path, output: Path, **options: Any) -> FeatureCache:
-    source = open_source(data)
-    encoder: Any = options.pop("encoder", None) or StubEncoder()
-    return extract(Extraction(source, source.names, output, encoder, 4, 1, **options)).cache
 
 
 def test_patterns_stand_for_files(tmp_path: Path) -> None:
@@ -98,8 +92,8 @@ def test_features_are_those_of_a_folder(shards: str, tmp_path: Path) -> None:
             for member in archive:
                 if member.name.endswith(".png"):
                     archive.extract(member, folder / shard.name, filter="data")
-    of_shards = stub_extract(shards, tmp_path / "a.h5")
-    of_folder = stub_extract(folder, tmp_path / "b.h5")
+    of_shards = stub_extract(shards, tmp_path / "a.h5").cache
+    of_folder = stub_extract(folder, tmp_path / "b.h5").cache
     assert of_shards.names() == of_folder.names()
     assert numpy.array_equal(of_shards.column("features"), of_folder.column("features"))
 
@@ -114,8 +108,8 @@ def test_extraction_goes_on_and_takes_further_shards(
     encoder = StubEncoder()
     stub_extract(first, tmp_path / "a.h5", encoder=encoder)
     assert sum(encoder.batches) == 3  # of 7, in batches of 4
-    cache = stub_extract(shards, tmp_path / "a.h5")
-    whole = stub_extract(shards, tmp_path / "b.h5")
+    cache = stub_extract(shards, tmp_path / "a.h5").cache
+    whole = stub_extract(shards, tmp_path / "b.h5").cache
     assert cache.names() == whole.names()
     assert len(cache) == 10
 
@@ -252,7 +246,7 @@ def test_an_image_that_cannot_be_read_is_one_failure(shards: str, tmp_path: Path
     """
     with tarfile.open(tmp_path / "shards" / "0002.tar", "a") as archive:
         add(archive, "broken.png", b"")
-    cache = stub_extract(shards, tmp_path / "a.h5")
+    cache = stub_extract(shards, tmp_path / "a.h5").cache
     assert cache.names(FAILED) == ["0002.tar/broken.png"]
     assert cache.failures() == {"0002.tar/broken.png": "empty file"}
     path = tmp_path / "shards" / "0000.tar"

@@ -6,31 +6,20 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, cast
 
 import numpy
 import pytest
 from conftest import StubEncoder, draw
+from stub_extraction import stub_extract as run
 
-from pipeline.datasets.image_sources import ImageFolder
-from pipeline.datasets.images import find_images, read_square
+from pipeline.datasets.images import read_square
 from pipeline.features.cache import PENDING, FeatureCache, partial_path
-from pipeline.features.extraction import Extraction, ExtractionResult, extract
-from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.utils.errors import InputError, UserError
 
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def run(data: Path, output: Path, encoder: StubEncoder, **options: Any) -> ExtractionResult:
-    """Extract with a stub encoder, four images a batch, one batch after the other."""
-    options = {"batch_size": 4, "workers": 1, **options}
-    return extract(
-        Extraction(ImageFolder(data), find_images(data), output, cast(Encoder, encoder), **options)
-    )
 
 
 def spoil(*paths: Path) -> None:
@@ -93,22 +82,17 @@ def test_broken_images_are_recorded(images: Path, tmp_path: Path) -> None:
     assert encoder.batches == [4, 3]
 
 
-def test_a_batch_wholly_broken(images: Path, tmp_path: Path) -> None:
-    spoil(*(images / f"{number}.png" for number in range(4, 8)))
+@pytest.mark.parametrize("broken, batches", [(range(4, 8), [4, 2]), (range(10), [])])
+def test_a_batch_wholly_broken(
+    images: Path, tmp_path: Path, broken: range, batches: list[int]
+) -> None:
+    names = [f"{number}.png" for number in broken]
+    spoil(*(images / name for name in names))
     encoder = StubEncoder()
     result = run(images, tmp_path / "x.h5", encoder)
-    assert encoder.batches == [4, 2]
-    assert list(result.cache.failures()) == ["4.png", "5.png", "6.png", "7.png"]
-    assert result.cache.complete
-
-
-def test_all_images_broken(images: Path, tmp_path: Path) -> None:
-    spoil(*images.iterdir())
-    encoder = StubEncoder()
-    result = run(images, tmp_path / "x.h5", encoder)
-    assert encoder.batches == []
-    assert len(result.cache.failures()) == 10
-    assert result.encoded == 0
+    assert encoder.batches == batches
+    assert list(result.cache.failures()) == names
+    assert result.encoded == sum(batches)
     assert result.cache.complete
 
 
@@ -204,12 +188,13 @@ def test_an_image_that_changed_is_encoded_again(
     after = run(images, tmp_path / "x.h5", encoder, batch_size=1).cache
     assert sum(encoder.batches) == 3
     said = capsys.readouterr().err
-    assert "dropped: 1\n" in said and "to be encoded again: 2\n" in said
+    assert "features dropped: 1\n" in said and "to be encoded again: 2\n" in said
     alike = (after.read(numpy.arange(10)) == before).all(1)
     assert alike.tolist() == [number not in (3, 7) for number in range(10)]
     alone = run(images, tmp_path / "alone.h5", StubEncoder(), batch_size=1).cache
     assert sha256(after.path) == sha256(alone.path)
     assert run(images, tmp_path / "x.h5", encoder, batch_size=1).kept == 10
+    assert "dropped" not in capsys.readouterr().err
 
 
 def test_an_image_that_changed_while_an_extraction_was_stopped(
@@ -225,18 +210,6 @@ def test_an_image_that_changed_while_an_extraction_was_stopped(
     assert (result.kept, sum(encoder.batches)) == (2, 8)
     run(images, tmp_path / "alone.h5", StubEncoder(), batch_size=1)
     assert sha256(tmp_path / "x.h5") == sha256(tmp_path / "alone.h5")
-
-
-def test_images_that_are_gone_are_counted_aloud(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
-    assert "dropped" not in capsys.readouterr().err
-    (images / "3.png").unlink()
-    assert len(run(images, tmp_path / "x.h5", StubEncoder()).cache) == 9
-    assert "features dropped: 1" in capsys.readouterr().err
-    run(images, tmp_path / "x.h5", StubEncoder())
-    assert "dropped" not in capsys.readouterr().err
 
 
 def test_a_moved_folder_keeps_its_features(images: Path, tmp_path: Path) -> None:
@@ -264,11 +237,11 @@ def test_other_rounding_is_refused_only_where_rows_are_to_be_made(
 ) -> None:
     run(images, tmp_path / "x.h5", StubEncoder())
     other = StubEncoder(precision="bf16" if option == "precision" else "fp32")
-    options = {"engine": "openvino"} if option == "engine" else {}
-    assert run(images, tmp_path / "x.h5", other, **options).kept == 10
+    engine = "openvino" if option == "engine" else "torch"
+    assert run(images, tmp_path / "x.h5", other, engine=engine).kept == 10
     draw(images / "more.png", 20)
     with pytest.raises(UserError, match=rf"begun with --{option} \w+, not"):
-        run(images, tmp_path / "x.h5", other, **options)
+        run(images, tmp_path / "x.h5", other, engine=engine)
 
 
 class MovedEncoder(StubEncoder):

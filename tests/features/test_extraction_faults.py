@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import pytest
 from conftest import StubEncoder, draw
 from faults import files_at_most, read_only, small_disk
+from stub_extraction import stub_extract
 
-from pipeline.datasets.image_sources import open_source
 from pipeline.features.cache import FeatureCache, partial_path
-from pipeline.features.extraction import Extraction, ExtractionResult, extract
-from pipeline.models.encoder import Encoder
 from pipeline.utils.errors import UserError
 
 
@@ -35,17 +34,12 @@ class DisturbedEncoder(StubEncoder):
         return super().encode(images)
 
 
-def run(
-    data: str | Path, output: Path, encoder: StubEncoder | None = None, workers: int = 1
-) -> ExtractionResult:
-    source, encoder = open_source(data), encoder or StubEncoder()
-    task = Extraction(source, source.names, output, cast(Encoder, encoder), 2, workers)
-    return extract(task)
+run = functools.partial(stub_extract, batch_size=2)
 
 
-def refusal(*arguments: Any, **options: Any) -> str:
+def refusal(*arguments: Any) -> str:
     with pytest.raises(UserError) as caught:
-        run(*arguments, **options)
+        run(*arguments)
     assert "\n" not in caught.value.message
     return caught.value.message
 
@@ -200,7 +194,7 @@ def test_a_worker_that_dies_ends_the_run_and_not_what_is_done(
         raise error
 
     with pytest.raises(error if isinstance(error, type) else type(error)):
-        run(images, tmp_path / "x.h5", DisturbedEncoder(die), workers)
+        run(images, tmp_path / "x.h5", DisturbedEncoder(die), workers=workers)
     result = run(images, tmp_path / "x.h5")
     assert result.kept >= 2 or workers > 1
     assert result.cache.path.read_bytes() == whole

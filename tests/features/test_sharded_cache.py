@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import h5py
 import numpy
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY, StubEncoder, draw
+from stub_extraction import stub_extract
 from thread_job import in_threads
 
 import extract_features
-from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.images import find_images
 from pipeline.features.cache import FeatureCache, partial_path
-from pipeline.features.extraction import Extraction, ExtractionResult, extract
 from pipeline.features.sharded_cache import resume_identity, shard_files, shard_path, shares
-from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE
-from pipeline.utils.distributed import World
 from pipeline.utils.errors import UserError
 
-
-def task(
-    data: Path, output: Path, encoder: StubEncoder | None = None, **options: Any
-) -> Extraction:
-    options = {"batch_size": 2, "workers": 1, **options}
-    encoder = encoder or StubEncoder()
-    return Extraction(
-        ImageFolder(data), find_images(data), output, cast(Encoder, encoder), **options
-    )
+run = functools.partial(stub_extract, batch_size=2)
 
 
 def shared(
@@ -42,10 +32,7 @@ def shared(
 ) -> list[Any]:
     """Extract by ``size`` threads, each with an encoder of its own."""
     encoders = encoders or [StubEncoder() for _ in range(size)]
-    return in_threads(
-        size,
-        lambda world: extract(task(data, output, encoders[world.rank], **options), world),
-    )
+    return in_threads(size, lambda world: run(data, output, encoders[world.rank], world, **options))
 
 
 def assert_same(cache: FeatureCache, other: FeatureCache) -> None:
@@ -77,11 +64,14 @@ def test_more_processes_than_batches() -> None:
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_shards_equal_one_process(images: Path, tmp_path: Path, processes: int) -> None:
     (images / "3.png").write_bytes(b"")
-    alone = extract(task(images, tmp_path / "alone.h5")).cache
+    alone = run(images, tmp_path / "alone.h5").cache
     results = shared(processes, images, tmp_path / "x.h5")
     for result in results:
         assert (result.encoded, result.kept) == (9, 0)
         assert_same(result.cache, alone)
+    before = {path: path.read_bytes() for path in tmp_path.glob("x.h5*")}
+    shared(processes, images, tmp_path / "x.h5", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("x.h5*")} == before
     count = min(processes, 5)
     shards = [shard_path(tmp_path / "x.h5", number, count) for number in range(count)]
     assert results[0].cache.shards == shards
@@ -111,7 +101,7 @@ def test_done_is_not_done_again(images: Path, tmp_path: Path) -> None:
         for result in shared(processes, images, output, encoders):
             assert (result.encoded, result.kept) == (0, 10)
         assert all(encoder.batches == [] for encoder in encoders)
-    assert extract(task(images, output)).kept == 10  # one process finds it complete too
+    assert run(images, output).kept == 10  # one process finds it complete too
     assert {path: path.read_bytes() for path in tmp_path.glob("x.h5*")} == before
 
 
@@ -121,7 +111,7 @@ def test_a_killed_process_costs_only_its_unfinished_part(
 ) -> None:
     """And the next run may have another number of processes."""
     monkeypatch.setattr("pipeline.features.cache_writer.COMMIT_INTERVAL", 0.0)
-    alone = extract(task(images, tmp_path / "alone.h5")).cache
+    alone = run(images, tmp_path / "alone.h5").cache
     output = tmp_path / "x.h5"
     encoders = [StubEncoder(), StubEncoder(stop_after=1)]
     results = shared(2, images, output, encoders)
@@ -133,7 +123,7 @@ def test_a_killed_process_costs_only_its_unfinished_part(
     done = sum(sum(encoder.batches) for encoder in encoders)
     encoders = [StubEncoder() for _ in range(then)]
     if then == 1:
-        result = extract(task(images, output, encoders[0]))
+        result = run(images, output, encoders[0])
     else:
         result = shared(then, images, output, encoders)[0]
     assert result.kept == done
@@ -148,10 +138,10 @@ def test_a_partial_cache_of_one_process_is_taken_over(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.features.cache_writer.COMMIT_INTERVAL", 0.0)
-    alone = extract(task(images, tmp_path / "alone.h5")).cache
+    alone = run(images, tmp_path / "alone.h5").cache
     output = tmp_path / "x.h5"
     with pytest.raises(KeyboardInterrupt):
-        extract(task(images, output, StubEncoder(stop_after=3)))
+        run(images, output, StubEncoder(stop_after=3))
     result = shared(2, images, output)[0]
     assert (result.kept, result.encoded) == (6, 4)
     assert_same(result.cache, alone)
@@ -179,11 +169,11 @@ def test_one_process_replaces_shards(images: Path, tmp_path: Path) -> None:
     output = tmp_path / "x.h5"
     shared(2, images, output)
     draw(images / "z.png", 20)
-    result = extract(task(images, output))
+    result = run(images, output)
     assert (result.encoded, result.kept) == (1, 10)
     assert result.cache.shards == []
     assert sorted(path.name for path in tmp_path.glob("x.h5*")) == ["x.h5"]
-    assert_same(result.cache, extract(task(images, tmp_path / "alone.h5")).cache)
+    assert_same(result.cache, run(images, tmp_path / "alone.h5").cache)
 
 
 def test_damage_in_a_shard_is_made_again(images: Path, tmp_path: Path) -> None:
@@ -213,15 +203,9 @@ def test_other_encoders_and_other_images_are_refused(images: Path, tmp_path: Pat
     assert any("made by another encoder" in str(r) for r in shared(2, images, output, others))
     forced = shared(2, images, output, others, force=True)[0]
     assert forced.encoded == 10
-
-    def with_own_names(world: World) -> ExtractionResult:
-        mine = task(images, tmp_path / "y.h5")
-        names = mine.names[world.rank :]
-        return extract(
-            Extraction(ImageFolder(images), names, mine.output, mine.encoder, 2, 1), world
-        )
-
-    results = in_threads(2, with_own_names)
+    folders = [images, tmp_path / "others"]
+    draw(folders[1] / "0.png")
+    results = in_threads(2, lambda world: run(folders[world.rank], tmp_path / "y.h5", world=world))
     assert any("differ in the images of --data" in str(result) for result in results)
 
 
@@ -255,15 +239,12 @@ def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     assert len(FeatureCache(output).shards) == 2
 
 
-def test_a_job_that_cannot_be_joined_is_one_line(images: Path, tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(REPOSITORY / "extract_features.py"), "--data", str(images)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "WORLD_SIZE": "2", "RANK": "0"},
-    )
-    assert ended.returncode == 2
-    assert "Error: WORLD_SIZE is set, but" in ended.stderr and "torchrun" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_a_job_that_cannot_be_joined_is_one_line(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(extract_features.main, ["--data", str(images)])
+    assert result.exit_code == 2
+    assert "Error: WORLD_SIZE is set, but" in result.output and "torchrun" in result.output
