@@ -90,7 +90,10 @@ NOT_LIKE_STANFORD = {
 
 @pytest.mark.parametrize("caption", [*LIKE_STANFORD, *NOT_LIKE_STANFORD])
 def test_tokens(caption: str) -> None:
-    assert tokenize_english(caption) == {**LIKE_STANFORD, **NOT_LIKE_STANFORD}[caption].split()
+    tokens = tokenize_english(caption)
+    assert tokens == {**LIKE_STANFORD, **NOT_LIKE_STANFORD}[caption].split()
+    assert tokenize_english(detokenize_english(tokens)) == tokens
+    assert tokenize_english(" ".join(tokens)) == tokens
 
 
 @pytest.mark.parametrize(
@@ -118,13 +121,19 @@ def test_unusual_text(text: str, tokens: list[str]) -> None:
     assert tokenize_english(text) == tokens
 
 
-@pytest.mark.parametrize("piece", ["a ", "'", ".", "a", "n't", "a.", "x's", "&", "\u0301", "-a"])
-def test_long_text_is_quick_and_reversible(piece: str) -> None:
-    start = time.perf_counter()
-    tokens = tokenize_english(piece * 50_000)
-    assert tokenize_english(detokenize_english(tokens)) == tokens
-    assert time.perf_counter() - start < 10  # 0.1 here; what grows quadratically takes minutes
-    assert max(map(len, tokens), default=0) <= LONGEST_WORD
+LONG = ["a ", "'", ".", "a", "n't", "a.", "x's", "&", "\u0301", "-a", "a-'", "中่", "-'", "1.", "a/"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_long_texts_are_quick_and_reversible(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    for piece in LONG:
+        for text in (piece * 50_000, f"a{piece * 50_000}b"):
+            start = time.process_time()
+            tokens = tokenizer.tokenize(text)
+            assert tokenizer.tokenize(tokenizer.detokenize(tokens)) == tokens
+            assert time.process_time() - start < 10  # what grows quadratically takes minutes
+            assert name != "english" or max(map(len, tokens), default=0) <= LONGEST_WORD
 
 
 @pytest.mark.parametrize(
@@ -145,25 +154,6 @@ def test_long_text_is_quick_and_reversible(piece: str) -> None:
 def test_detokenize(tokens: str, caption: str) -> None:
     assert detokenize_english(tokens.split()) == caption
     assert tokenize_english(caption) == tokens.split()
-
-
-@pytest.mark.parametrize("caption", [*LIKE_STANFORD, *NOT_LIKE_STANFORD])
-def test_tokens_survive_detokenize(caption: str) -> None:
-    tokens = tokenize_english(caption)
-    assert tokenize_english(detokenize_english(tokens)) == tokens
-    assert tokenize_english(" ".join(tokens)) == tokens
-
-
-def test_any_text_survives_detokenize() -> None:
-    pieces = [*"abnstdlemr.',-:/&$%#@+=\"`()<>?!059", "'s", "n't", "'ll", " ", ". ", "é", "e\u0301"]
-    pieces += ["\u200b", "\ud800", "İ", "Σ", "…", "’", "–", "😀", "\x00", "½", "कि", "\u0301"]
-    pieces += ["cannot", "gonna", "u.s.", "mr.", "<end>", "<unk>", "-lrb-"]
-    draw = random.Random(0)
-    for _ in range(10_000):
-        text = "".join(draw.choices(pieces, k=draw.randint(0, 14)))
-        tokens = tokenize_english(text)
-        assert tokenize_english(detokenize_english(tokens)) == tokens, repr(text)
-        assert not any(set("<>()\" '") & {token[0], token[-1]} - {"'"} for token in tokens)
 
 
 @pytest.mark.shared("flickr8k/captions.txt")
@@ -275,29 +265,30 @@ def test_characters_are_joined_without_spaces(tokens: str, text: str) -> None:
 def test_any_text_survives_the_round_trip(name: str) -> None:
     """Tokens are written so that they are found again; and no token is a special one."""
     tokenizer = tokenizer_of(name)
-    alphabet = (
-        "aßẞéế'’-·.,:1９ \n\u0301\u200b\u200c\u200d中々"
-        "かガ\u3099ｶﾞー・가ก่ำ\u0e33Σİǅﬁ<>|_&$%😀\ufe0f\ud800"
-    )
+    pieces = [
+        *"abnstdlemr.',-:/&$%#@+=\"`()<>?!059 \n|_",
+        "'s",
+        "n't",
+        "'ll",
+        ". ",
+        "cannot",
+        "gonna",
+    ]
+    pieces += ["u.s.", "mr.", "<end>", "<unk>", "-lrb-", "e\u0301", "\u200b", "\u200c", "\u200d"]
+    pieces += [*"ßẞéế’·９中々かガ\u3099ｶﾞー・가ก่ำ\u0e33ΣİǅﬁΣ…–😀\ufe0f\ud800\x00½\u0301", "कि"]
     chance = random.Random(0)
-    texts = ["".join(chance.choices(alphabet, k=chance.randint(1, 12))) for _ in range(20_000)]
+    texts = ["".join(chance.choices(pieces, k=chance.randint(1, 14))) for _ in range(6_000)]
     texts += [*WORDS, *CHARACTERS, *SPECIALS]
-    texts += [f"{chr(code)}x {chr(code)}1" for code in range(0, 0x3200, 3)]
+    texts += [f"{chr(code)}x {chr(code)}1" for code in range(0, 0x3200, 5)]
     for text in texts:
         tokens = tokenizer.tokenize(text)
         assert tokenizer.tokenize(tokenizer.detokenize(tokens)) == tokens, repr(text)
         assert not any(set(token) & set(" <>\n\u3000") or not token for token in tokens), repr(text)
-        if name != "english":
-            for token in tokens:
+        for token in tokens:
+            if name != "english":
                 assert tokenizer.tokenize(token) == [token], repr(text)
-
-
-def test_long_texts_take_linear_time() -> None:
-    began = time.perf_counter()
-    assert tokenize_characters("a-'" * 100_000 + "中่" * 100_000)[-1] == "中่"
-    assert len(tokenize_words("ab-cd " * 100_000)) == 100_000
-    assert len(tokenize_words("-'" * 300_000 + "1." * 300_000)) == 1
-    assert time.perf_counter() - began < 20
+            else:
+                assert not set('()"') & {token[0], token[-1]}, repr(text)
 
 
 def test_share_of_scripts_without_spaces() -> None:
@@ -308,7 +299,8 @@ def test_share_of_scripts_without_spaces() -> None:
 
 def test_importing_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'nltk', 'numpy', 'PIL', 'regex'}"
-    code = f"import sys, pipeline.datasets.vocabulary; print({heavy} & set(sys.modules))"
+    modules = "pipeline.datasets.caption_table, pipeline.datasets.vocabulary"
+    code = f"import sys, {modules}; print({heavy} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )

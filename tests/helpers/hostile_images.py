@@ -23,14 +23,21 @@ def zeros(count: int) -> bytes:
     return b"".join([*parts, packer.compress(bytes(count % (1 << 20))), packer.flush()])
 
 
+def png(
+    width: int, height: int, bits: int, colour: int, packed: bytes, extra: bytes = b""
+) -> bytes:
+    """Make a PNG of compressed rows."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", packed)
+    return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b"")
+
+
 def black_png(
     width: int, height: int, bits: int = 8, colour: int = 0, extra: bytes = b"", samples: int = 1
 ) -> bytes:
     """Make a legal PNG; ``extra`` chunks come before the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     row = 1 + (width * bits * samples + 7) // 8
-    chunks = png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zeros(height * row))
-    return b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b"")
+    return png(width, height, bits, colour, zeros(height * row), extra)
 
 
 def tiled_tiff(tile: int) -> bytes:
