@@ -86,11 +86,15 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
     server.server_close()
 
 
-def make_zip(members: dict[str, bytes]) -> bytes:
+def make_zip(members: dict[str, bytes], link: str = "") -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(name), data)
+            information = zipfile.ZipInfo(name)
+            if name == link:
+                information.create_system = 3
+                information.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(information, data)
     return buffer.getvalue()
 
 
@@ -250,26 +254,17 @@ NAMES = st.lists(PARTS, min_size=1, max_size=5).map("/".join) | st.text(min_size
 @example(names=["a", "a/b"], changes=[])
 @example(names=["../evil.txt", "/etc/passwd", "C:evil.txt", "..\\evil.txt"], changes=[])
 @example(names=["x" * 300], changes=[])
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_any_archive_stays_inside_its_folder(
     names: list[str],
     changes: list[tuple[int, bytes]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    content = bytearray(make_zip(dict.fromkeys(names, b"content")))
+    members = {"link.jpg": b"/etc/passwd", **dict.fromkeys(names, b"content")}
+    content = bytearray(make_zip(members, "link.jpg"))
     for at, new in changes:
         content[at : at + len(new)] = new
     unpack(bytes(content), tmp_path_factory.mktemp("archive"))
-
-
-def test_a_link_becomes_a_plain_file(tmp_path: Path) -> None:
-    info = zipfile.ZipInfo("link.jpg")
-    info.create_system = 3
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
-        archive.writestr(info, "/etc/passwd")
-    unpack_zip(tmp_path / "some.zip", tmp_path / "folder")
-    assert not (tmp_path / "folder" / "link.jpg").is_symlink()
 
 
 def test_a_damaged_archive_is_one_line(tmp_path: Path) -> None:

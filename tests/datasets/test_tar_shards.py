@@ -63,6 +63,8 @@ def test_patterns_stand_for_files(tmp_path: Path) -> None:
     for pattern in ("none/*.tar", "x.tar.gz", "{3..2}.tar"):
         with pytest.raises(UserError, match=r"^--data .*(no such|compressed)"):
             expand(pattern)
+    with pytest.raises(UserError, match=r"^--data nosuch://b/0\.tar: .*nosuch"):  # fsspec lacks it
+        _ = TarShards("nosuch://b/0.tar").names
 
 
 def test_folders_are_no_shards(tmp_path: Path) -> None:
@@ -142,8 +144,12 @@ def test_an_image_that_changed_in_its_shard_is_encoded_again(
 def test_captions_are_read_from_texts(shards: str, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shards" / "0000.tar", "a") as archive:
         add(archive, "alone.txt", b"no image")
+        add(archive, "x.seg.png", b"")  # a name belongs to the text of what precedes its first dot
+        add(archive, "x.txt", "\ufeffa dog\r\na cat".encode())
     table = read_captions(TarShards(shards))
-    assert len(table.images) == 10
+    assert len(table.images) == 11
+    assert table.images[4].name == "0000.tar/x.seg.png"
+    assert table.images[4].captions == ("a dog", "a cat")
     assert table.images[0].name == "0000.tar/0.png"
     assert table.images[0].captions == ("a red thing", "it is red")
     assert table.notes[
@@ -212,12 +218,15 @@ def test_shards_of_one_name_are_told_apart(images: Path, tmp_path: Path) -> None
     assert not numpy.array_equal(first, second)
 
 
-@pytest.mark.parametrize("left", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("left", [0.3, 0.9])
 def test_a_shard_cut_off_is_named(shards: str, tmp_path: Path, left: float) -> None:
     path = tmp_path / "shards" / "0001.tar"
     content = path.read_bytes().rstrip(b"\0")
     path.write_bytes(content[: int(left * len(content))])
     with pytest.raises(UserError, match=r"0001\.tar: damaged, cut off or no tar file"):
+        _ = TarShards(shards).names
+    path.unlink()
+    with pytest.raises(UserError, match=r"0001\.tar: no such shard"):
         _ = TarShards(shards).names
 
 
@@ -231,13 +240,6 @@ def test_a_shard_damaged_in_the_middle_loses_nothing_unsaid(shards: str, tmp_pat
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"0001\.tar: .*no header at byte"):
         _ = TarShards(shards).names
-
-
-def test_missing_and_strange_files_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.tar").write_bytes(b"no tar file" * 100)
-    for name, words in (("x.tar", "damaged, cut off or no tar"), ("y.tar", "no such shard")):
-        with pytest.raises(UserError, match=f"{name}: {words}"):
-            _ = TarShards(str(tmp_path / name)).names
 
 
 def test_an_image_that_cannot_be_read_is_one_failure(shards: str, tmp_path: Path) -> None:
@@ -304,21 +306,6 @@ def test_a_network_that_stumbles_is_asked_again(monkeypatch: pytest.MonkeyPatch)
         load_image(TarMember("s3://b/0.tar", "x.png", 0, 5))
 
 
-def test_what_fsspec_lacks_is_said() -> None:
-    with pytest.raises(UserError, match=r"^--data nosuch://b/0\.tar: .*nosuch"):
-        _ = TarShards("nosuch://b/0.tar").names
-
-
-def test_images_of_a_shard_may_be_drawn_anew(tmp_path: Path) -> None:
-    """A name with several dots belongs to the text of what comes before the first."""
-    image = draw(tmp_path / "x.seg.png", 1)
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        add(archive, "x.seg.png", image.read_bytes())
-        add(archive, "x.txt", "\ufeffa dog\r\na cat".encode())
-    captions, _ = TarShards(str(tmp_path / "x.tar")).read_captions()
-    assert captions == {"x.tar/x.seg.png": ["a dog", "a cat"]}
-
-
 def tar_of(names: list[str]) -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as archive:
@@ -339,7 +326,7 @@ def test_names_in_shards_lead_nowhere(tmp_path: Path) -> None:
 
 
 @given(at=st.integers(0, 2000), new=st.binary(min_size=1, max_size=12), left=st.floats(0.5, 1))
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_any_shard_is_read_or_refused(
     at: int, new: bytes, left: float, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
