@@ -55,8 +55,8 @@ def table_of(*names: str) -> CaptionTable:
 
 
 def test_token_file_with_its_own_lists(tmp_path: Path) -> None:
-    lines = ("a.jpg#0\tA red kite .", "a.jpg#1\tA  kite\tflies .", "b#1.jpg#0\tTwo pots .")
-    lines += ("", "A lost line", "b.jpg\tA pot .", "c.jpg#0\tA lamp .")
+    lines = ["a.jpg#0\tA red kite .", "a.jpg#1\tA  kite\tflies .", "b#1.jpg#0\tTwo pots ."]
+    lines += ["", "A lost line", "b.jpg\tA pot .", "c.jpg#0\tA lamp ."]
     source = write(tmp_path / "Flickr8k_text/Flickr8k.token.txt", *lines)
     write(source.with_name("Flickr_8k.trainImages.txt"), "b#1.jpg")
     write(source.with_name("Flickr_8k.devImages.txt"), "a.jpg ", "")
