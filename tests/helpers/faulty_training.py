@@ -2,8 +2,7 @@
 
 The environment says which: ``KILL`` and ``FAIL`` are RANK:EPOCH, or several of them, with commas;
 the process of that rank kills itself, or raises an error, after the first batch of that epoch, and
-leaves a file in ``FAULTS_DONE`` so as to do it once. With ``FIXED_DRAWS`` self-critical epochs draw
-the same captions for the same image, whichever process draws them.
+leaves a file in ``FAULTS_DONE`` so as to do it once.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from torch import Tensor
 import train_decoder
 from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
-from pipeline.training import self_critical
 from pipeline.training.decoder_stage import DecoderStage
 from pipeline.utils.errors import UserError
 
@@ -51,6 +49,7 @@ def fault(kind: str, rank: int, epoch: int) -> None:
 def fixed_draws(
     decoder: Any, features: Tensor, count: int, config: SearchConfig
 ) -> list[list[Hypothesis]]:
+    """Draw captions that depend on the image alone, not on the process that draws them."""
     groups = []
     for row in features:
         generator = torch.Generator().manual_seed(int(row.double().sum() * 1e6))
@@ -62,6 +61,4 @@ def fixed_draws(
 
 if __name__ == "__main__":
     DecoderStage.batches = with_faults  # type: ignore[assignment, method-assign]
-    if "FIXED_DRAWS" in os.environ:
-        self_critical.sample = fixed_draws  # type: ignore[assignment]
     train_decoder.main()

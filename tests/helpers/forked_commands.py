@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 from draw_scenes import draw_scenes
+from forked import ended, start
 from tiny_inception import TinyInception
 
 import caption
@@ -41,9 +38,6 @@ for module in (
 ):
     importlib.import_module(f"pipeline.{module}")
 tokenizer_of(ENGLISH).tokenize("it's")
-
-# What a command may take to end, in seconds, even where others keep the machine busy.
-PATIENCE = 120.0
 
 
 @dataclass
@@ -109,54 +103,22 @@ class World:
 
         ``prepare`` is called there first. What the command says is in ``FOLDER.log``.
         """
-        folder.with_suffix(".log").touch()
-        process = os.fork()
-        if process:
-            return process
-        ended = 70
-        try:
-            with folder.with_suffix(".log").open("ab") as log:
-                os.dup2(log.fileno(), 1)
-                os.dup2(log.fileno(), 2)
-            sys.stdout = open(1, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False, encoding="utf-8")  # noqa: SIM115
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(1)  # the others were left behind
+
+        def run() -> None:
             pipeline.models.encoder.Inception3 = TinyInception
             pipeline.captioner.SEARCHED_AT_ONCE = 4
             folder.mkdir(exist_ok=True)
             os.chdir(folder)
             prepare()
             command = COMMANDS[name]
-            command.main.main(
-                [*command.options.format(world=self.folder).split(), "--device", "cpu"]
-            )
-        except SystemExit as error:
-            ended = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended)
+            options = command.options.format(world=self.folder).split()
+            command.main.main([*options, "--device", "cpu"])
+
+        return start(run, folder.with_suffix(".log"))
 
     def run(self, name: str, folder: Path) -> None:
         """Run a command to its end, which must be a good one."""
         assert ended(self.start(name, folder)) == 0, said(folder)
-
-
-def ended(process: int, patience: float = PATIENCE) -> int:
-    """Wait for a process; gives its exit code, or minus the signal that ended it."""
-    deadline = time.monotonic() + patience
-    while True:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            raise AssertionError(f"it did not end within {patience} s")
-        time.sleep(0.005)
 
 
 def said(folder: Path) -> str:

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 from drawn_run import DrawnRun
 from drawn_run import run as run_here
-from faulty_training import fixed_draws
+from faulty_training import fixed_draws, with_faults
+from forked import run_job
 from small_data import make_small_data
 from torch import Tensor
 
@@ -27,6 +28,7 @@ import train_decoder
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.checkpoint_file import read_tensors
 from pipeline.training import self_critical
+from pipeline.training.decoder_stage import DecoderStage
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv there")
 
@@ -115,12 +117,15 @@ def test_two_processes_train_as_one(
     """Thirty steps on people's captions, and twenty on drawn ones; alone in this process."""
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--epochs", "17", "--self-critical-epochs", "2", "--cross-entropy-weight", "0")
+    options = [*map(str, small), *more, "--run"]
     monkeypatch.setattr(self_critical, "sample", fixed_draws)
-    alone = CliRunner().invoke(train_decoder.main, [*map(str, small), *more, "--run", str(one)])
+    alone = CliRunner().invoke(train_decoder.main, [*options, str(one)])
     assert alone.exit_code == 0, alone.stderr
     assert not torch.distributed.is_initialized(), "a plain run joins no job"
-    ended = run_command(torchrun(2), FAULTY, *small, *more, "--run", two, FIXED_DRAWS="1")
-    assert ended.returncode == 0, ended.stderr
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    codes = run_job(lambda: train_decoder.main([*options, str(two)]), logs)
+    said = logs[0].read_text(encoding="utf-8")
+    assert codes == [0, 0], said
     assert_same_training(one, two, 1e-5)
     assert_same_scores(one, two)
     assert losses(one)["train_loss"][0] - losses(one)["train_loss"][14] > 0.1, "it learns"
@@ -130,29 +135,29 @@ def test_two_processes_train_as_one(
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
     assert (one / "config.json").read_bytes() == (two / "config.json").read_bytes()
     assert (one / "predictions.json").read_bytes() == (two / "predictions.json").read_bytes()
-    assert ended.stdout == alone.stdout
-    assert [line[:12] for line in ended.stderr.splitlines() if line.startswith("epoch")] == [
+    assert logs[1].read_text(encoding="utf-8") == ""
+    printed = alone.stdout.splitlines()
+    assert [line for line in said.splitlines() if line in printed] == printed
+    assert [line[:12] for line in said.splitlines() if line.startswith("epoch")] == [
         f"epoch {epoch:2}/17 " for epoch in range(1, 18)
     ]
 
 
 def test_an_error_of_one_process_is_shown_once(
-    small: tuple[str | Path, ...], tmp_path: Path
+    small: tuple[str | Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other process loses its connection; what was saved is kept."""
-    ended = run_command(
-        torchrun(2),
-        FAULTY,
-        *small,
-        "--run",
-        tmp_path / "run",
-        "--epochs",
-        "3",
-        FAIL="1:2",
-        FAULTS_DONE=str(tmp_path),
-    )
-    assert_one_error(ended, "rank 1 spoiled epoch 2")
-    assert load_checkpoint(tmp_path / "run" / "last.safetensors").epoch == 1
+    run = tmp_path / "run"
+    monkeypatch.setenv("FAIL", "1:2")
+    monkeypatch.setenv("FAULTS_DONE", str(tmp_path))
+    monkeypatch.setattr(DecoderStage, "batches", with_faults)
+    options = [*map(str, small), "--run", str(run), "--epochs", "3"]
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    assert run_job(lambda: train_decoder.main(options), logs) == [2, 2]
+    said = [log.read_text(encoding="utf-8") for log in logs]
+    assert said[1] == "Error: rank 1 spoiled epoch 2\n"
+    assert "Error" not in said[0] and "Traceback" not in said[0]
+    assert load_checkpoint(run / "last.safetensors").epoch == 1
 
 
 def assert_one_error(ended: subprocess.CompletedProcess[str], message: str) -> None:

@@ -22,7 +22,8 @@ if os.name == "nt":
 
 import resource
 
-from forked_commands import COMMANDS, PATIENCE, World, ended, make_world, said
+from forked import PATIENCE, ended
+from forked_commands import COMMANDS, World, make_world, said
 
 from pipeline.datasets.images import ImageRef
 from pipeline.features import cache_writer, encode_images
