@@ -76,7 +76,8 @@ def test_thin_images_are_images(tmp_path: Path, size: tuple[int, int]) -> None:
     assert read_square(path).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
     assert time.process_time() - began < 2
     expected = "a side of 70,000 pixels; at most 65,535 are read"
-    assert reason(black_png(*(70_000 if side > 2 else side for side in size)), path) == expected
+    width, height = (70_000 if side > 2 else side for side in size)
+    assert reason(black_png(width, height), path) == expected
 
 
 @pytest.mark.slow
