@@ -9,28 +9,21 @@ from dataclasses import dataclass
 from pipeline.datasets.caption_table import CaptionedImage
 from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH, WORDS, unspaced_share
 
-# Captions sampled to find out the script.
-SCRIPT_SAMPLE = 20_000
+SCRIPT_SAMPLE = 20_000  # captions
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How well a vocabulary covers some captions.
-
-    Attributes:
-        captions, tokens: how many there are.
-        affected: captions with a token that is not in the vocabulary.
-        unknown: these tokens, with their counts.
-    """
+    """How well a vocabulary covers some captions."""
 
     captions: int
     tokens: int
-    affected: int
-    unknown: Counter[str]
+    affected: int  # captions with a token that the vocabulary lacks
+    unknown: Counter[str]  # these tokens
 
     @property
     def percent(self) -> float:
-        """Share of unknown tokens."""
+        """Unknown tokens, in percent."""
         return 100 * self.unknown.total() / max(1, self.tokens)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -46,9 +45,7 @@ def best_record(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def write_curves(run: Path) -> None:
-    """Draw ``log.jsonl`` of a run folder into its ``curves.svg`` and ``curves.png``, if it has an
-    epoch.
-    """
+    """Draw ``curves.svg`` and ``curves.png`` of a run folder, if its log has an epoch."""
     log = read_epochs(run / LOG)
     if not log:
         return
@@ -57,10 +54,8 @@ def write_curves(run: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = draw_curves(log)
         for name, metadata in ((CURVES, {"Date": None}), (CURVES_PNG, {})):
-            packed = io.BytesIO()
-            figure.savefig(packed, format=Path(name).suffix[1:], dpi=120, metadata=metadata)
             with atomic_write(run / name, "wb") as handle:
-                handle.write(packed.getvalue())
+                figure.savefig(handle, format=Path(name).suffix[1:], dpi=120, metadata=metadata)
 
 
 def read_svg(run: Path) -> str:
@@ -70,10 +65,7 @@ def read_svg(run: Path) -> str:
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the epochs of a log, at least one.
-
-    A value that is missing or not finite leaves a gap.
-    """
+    """Draw the epochs of a log, at least one; a value that is missing or not finite is a gap."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -87,12 +79,8 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
         axes.axvline(best["epoch"], color=BEST_COLOR, linestyle="--", linewidth=1.2)
         _draw_series(axes, log, series)
-    panels[0].set_title(
-        f"best: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.1f}",
-        loc="right",
-        fontsize=10,
-        color=BEST_COLOR,
-    )
+    title = f"best: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.1f}"
+    panels[0].set_title(title, loc="right", fontsize=10, color=BEST_COLOR)
     panels[-1].set_xlabel("epoch")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     return figure

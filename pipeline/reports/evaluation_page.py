@@ -13,14 +13,9 @@ from pipeline.utils.progress import progress_bar
 
 
 def write_page(result: Evaluation, run: str, target: Path) -> None:
-    """Write the images of an evaluation, the worst caption first.
+    """Write the images of an evaluation of the model ``run`` to the HTML file ``target``.
 
     An image whose file is gone has an empty frame.
-
-    Args:
-        result: of ``evaluate_runs``.
-        run: name of the model.
-        target: the HTML file.
 
     Raises:
         UserError: the file cannot be written.
@@ -36,11 +31,7 @@ def _items(result: Evaluation) -> Iterator[GalleryItem]:
         yield GalleryItem(path, str(path), (), error=reason)
     for image in result.images:
         yield GalleryItem(
-            image.path,
-            image.name,
-            image.captions,
-            references=image.references,
-            score=image.cider,
+            image.path, image.name, image.captions, references=image.references, score=image.cider
         )
 
 

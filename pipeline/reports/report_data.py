@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,51 +17,32 @@ from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
 from pipeline.reports.caption_statistics import Coverage, coverage
 from pipeline.training.run_folder import split_hashes
+from pipeline.training.validation import Tokenized
 from pipeline.utils.errors import UserError
-
-Tokenized = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each caption
 
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """A split in numbers.
-
-    Attributes:
-        images: how many.
-        coverage: its captions and tokens, and how many the vocabulary lacks.
-        lengths: mean, median and maximum of the captions, in words.
-    """
+    """A split in numbers."""
 
     images: int
     coverage: Coverage
-    lengths: tuple[float, float, int]
+    lengths: tuple[float, float, int]  # mean, median and maximum of the captions, in words
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """What a report shows of a run's data.
+    """What a report shows of a run's data."""
 
-    Attributes:
-        source: the captions file, its layout, and where the splits come from.
-        notes: what was dropped or repaired, with counts.
-        hashes: split to the hash of its list of images.
-        splits: "train" and "val" in numbers.
-        vocabulary: the run's.
-        train_words: number of distinct words in the train captions.
-        val: tokenized captions of val.
-        references: the captions of val images, as written.
-        images: files of the val images, as far as they are on this machine.
-    """
-
-    source: tuple[str, str, str]
-    notes: Mapping[str, int]
-    hashes: Mapping[str, str]
-    splits: Mapping[str, SplitFacts]
-    vocabulary: Vocabulary
-    train_words: int
+    source: tuple[str, str, str]  # the captions file, its layout, where the splits come from
+    notes: Mapping[str, int]  # what was dropped or repaired
+    hashes: Mapping[str, str]  # of each split's list of images
+    splits: Mapping[str, SplitFacts]  # train and val
+    vocabulary: Vocabulary  # the run's
+    train_words: int  # distinct words in the train captions
     val: Tokenized
-    references: Mapping[str, Sequence[str]]
-    images: Mapping[str, ImageRef]
+    references: Mapping[str, Sequence[str]]  # the captions of val images, as written
+    images: Mapping[str, ImageRef]  # the val images, as far as they are on this machine
 
     @property
     def vocabulary_size(self) -> int:
@@ -96,7 +76,7 @@ def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabu
         hashes={split: table.split_hash(split) for split in SPLITS if table.of_split(split)},
         splits={"train": _facts(train, vocabulary), "val": _facts(val, vocabulary)},
         vocabulary=vocabulary,
-        train_words=len(Counter(w for group in train.values() for words in group for w in words)),
+        train_words=len({w for group in train.values() for words in group for w in words}),
         val=val,
         references={image.name: image.captions for image in table.of_split("val")},
         images=_images(source, {name: names[name] for name in val}),
@@ -107,12 +87,9 @@ def _used_in_training(
     table: CaptionTable, source: ImageSource, features: Path, settings: Mapping[str, Any]
 ) -> tuple[CaptionTable, dict[str, str]]:
     """Keep the images that the run was trained on: those with features, or those that exist."""
-    available: list[Sequence[str]] = []
-    if features.is_file():
-        available.append(FeatureCache(features).names(DONE))
-    available.append(source.names)
-    for names in available:
-        kept, images = table.restrict(names)
+    cached = [FeatureCache(features).names(DONE)] if features.is_file() else []
+    for available in (*cached, source.names):
+        kept, images = table.restrict(available)
         if split_hashes(kept).items() <= settings.items():
             return kept, images
     raise UserError(f"{table.source}: not the captions and images that the run was trained with")
@@ -131,8 +108,5 @@ def _images(source: ImageSource, names: Mapping[str, str]) -> dict[str, ImageRef
 def _facts(captions: Tokenized, vocabulary: Vocabulary) -> SplitFacts:
     flat = [words for group in captions.values() for words in group]
     lengths = [len(words) for words in flat]
-    return SplitFacts(
-        len(captions),
-        coverage(vocabulary, flat),
-        (statistics.mean(lengths), statistics.median(lengths), max(lengths)),
-    )
+    summary = (statistics.mean(lengths), statistics.median(lengths), max(lengths))
+    return SplitFacts(len(captions), coverage(vocabulary, flat), summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.decoding.options import describe_search
@@ -14,19 +15,16 @@ from pipeline.utils.terminal import echo
 
 
 def print_table(results: Mapping[str, Evaluation]) -> None:
-    """Print the scores of runs on one split as a Markdown table on standard output.
+    """Print the scores of runs on one split, with a last row of mean and deviation for several.
 
-    Several runs, such as those of several seeds, get a last row with mean and deviation. A score
-    that one run lacks is a dash there.
+    A score that one run lacks is a dash there.
     """
-    first = next(iter(results.values()))
-    facts = first.facts
+    facts = next(iter(results.values())).facts
     scored = dict.fromkeys(name for result in results.values() for name in result.scores)
     names = [name for name in scored if name[0].isupper()]
     echo(
         f"{facts['split']}: {facts['images']:,} images ({facts['split_sha256']}), "
-        f"{facts['references']:,} references, {describe_search(facts['search'])}"
-        f"{_describe_tokenizer(facts['tokenizer'])}"
+        f"{facts['references']:,} references, {_describe(facts)}"
     )
     lead = ["run"] if len(results) > 1 else []
     echo("| " + " | ".join([*lead, *names]) + " |")
@@ -40,8 +38,7 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
     for run, result in results.items():
         scores = result.scores
         # The line above the table is of the first run: another may have been searched otherwise.
-        how = f"{result.facts['split_sha256']}, {describe_search(result.facts['search'])}"
-        how += _describe_tokenizer(result.facts["tokenizer"])
+        how = f"{result.facts['split_sha256']}, {_describe(result.facts)}"
         echo(
             (f"{run} ({how}): " if lead else "")
             + f"{scores['distinct_captions']:,} distinct captions, {scores['distinct_words']:,} "
@@ -60,8 +57,9 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def _describe_tokenizer(name: str) -> str:
-    return "" if name == ENGLISH else f", tokenizer {name}"
+def _describe(facts: Mapping[str, Any]) -> str:
+    name = facts["tokenizer"]
+    return describe_search(facts["search"]) + ("" if name == ENGLISH else f", tokenizer {name}")
 
 
 def print_comparison(differences: Mapping[str, Difference], first: Path, second: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def tensorboard_writer(run: Path) -> EpochCallback:
     """Return a callback that adds an epoch's record, and its captions as text, one tag per image.
 
-    What the files hold of that epoch and later ones, from before a run was stopped, is purged.
+    What an earlier start of the run wrote of that epoch and later ones is purged.
 
     Raises:
         UserError: tensorboard is not installed.

@@ -7,15 +7,15 @@ images as far as they are there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -51,23 +51,12 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 224  # pixels, the longer side
 EXTREMES = 8  # predictions shown, of the worst and of the best
-COLUMNS = (
-    "BLEU-1",
-    "BLEU-2",
-    "BLEU-3",
-    "BLEU-4",
-    "METEOR",
-    "SPICE",
-    "ROUGE-L",
-    "CIDEr-D",
-    "distinct",
-)
+COLUMNS = "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR SPICE ROUGE-L CIDEr-D distinct".split()
 # Curves and report may take this share of the time since they were last written.
 SHARE = 0.01
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """An option of the run; ``default`` is empty where the value is the default."""
 
     name: str
@@ -75,18 +64,7 @@ class Setting:
     default: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the score table: ``scores`` and 95 % intervals by name."""
-
-    name: str
-    search: str
-    scores: Mapping[str, float]
-    intervals: Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Shown:
+class Shown(NamedTuple):
     """An image: its name, its thumbnail as a data URI or empty, and its references."""
 
     name: str
@@ -94,33 +72,15 @@ class Shown:
     references: Sequence[str]
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Successive epochs with the same caption; ``best`` if the best epoch is among them."""
-
-    first: int
-    last: int
-    caption: str
-    best: bool
-
-
 def make_callbacks(run: Path, tensorboard: bool) -> list[EpochCallback]:
-    """Return what a training command calls after every epoch.
-
-    Raises:
-        UserError: ``tensorboard`` is asked for and not installed.
-    """
+    """Return what a training command calls after every epoch."""
     return [epoch_reporter(run), *([tensorboard_writer(run)] if tensorboard else [])]
 
 
 def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
-    """Print the scores of a finished run's best epoch, decoded with all defaults, and write its
-    predictions, scores and report.
-    """
-    echo(
-        f"best: epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f} (val, beam 3)",
-        err=True,
-    )
+    """Score the best epoch of a finished run with all defaults, and write its report."""
+    best = f"epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f}"
+    echo(f"best: {best} (val, beam 3)", err=True)
     settings = _read_json(run / CONFIG) or {}
     options = EvaluationOptions(data=settings.get("data"), java=False)
     print_table({str(run): evaluate_runs([run], device, options)})
@@ -128,24 +88,18 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
 
 
 def write_report(run: Path, data: Path | None = None) -> None:
-    """Write curves and ``report.html`` of a run from what its folder holds.
+    """Write curves and ``report.html`` of a run; ``data`` is where its data moved, if they did.
 
-    If the data set cannot be read, the report lacks images, references and facts about it, and a
-    message says so.
-
-    Args:
-        run: the run folder.
-        data: the data folder, if it moved since the training.
+    If the data cannot be read, the report lacks what is of them, and a message says so.
 
     Raises:
         UserError: the folder holds no run.
     """
-    settings = _read_json(run / CONFIG)
-    if settings is None or not read_epochs(run / LOG):
+    if _read_json(run / CONFIG) is None or not read_epochs(run / LOG):
         raise UserError(f"{run}: no run of train_decoder.py or finetune_joint.py with an epoch")
     described, missing = None, ""
     try:
-        described = read_data(settings, data, load_checkpoint(run).vocabulary)
+        described = _read_run_data(run, data)
     except UserError as error:
         missing = str(error)
         echo(f"{run / REPORT}: without images and references ({error})", err=True)
@@ -167,8 +121,10 @@ def epoch_reporter(run: Path) -> EpochCallback:
         began = time.monotonic()
         if began < due:
             return
-        if data is None:
-            data = _read_run_data(run)
+        with contextlib.suppress(UserError):  # the captions are gone
+            data = data or read_data(
+                _read_json(run / CONFIG), None, load_checkpoint(run).vocabulary
+            )
         write_curves(run)
         _write_page(run, data)
         ended = time.monotonic()
@@ -177,12 +133,8 @@ def epoch_reporter(run: Path) -> EpochCallback:
     return write
 
 
-def _read_run_data(run: Path) -> ReportData | None:
-    """Read the captions of a run; None where they are gone."""
-    try:
-        return read_data(_read_json(run / CONFIG), None, load_checkpoint(run).vocabulary)
-    except UserError:
-        return None
+def _read_run_data(run: Path, moved: Path | None) -> ReportData:
+    return read_data(_read_json(run / CONFIG), moved, load_checkpoint(run).vocabulary)
 
 
 def _write_page(run: Path, data: ReportData | None, missing: str = "") -> None:
@@ -205,7 +157,7 @@ def _write_page(run: Path, data: ReportData | None, missing: str = "") -> None:
         best=best,
         curves=Markup(read_svg(run)),
         rows=rows,
-        columns=[name for name in COLUMNS if any(name in row.scores for row in rows)],
+        columns=[name for name in COLUMNS if any(name in row["scores"] for row in rows)],
         evolutions=_evolutions(read_epochs(run / SAMPLES), best["epoch"], data),
         predictions=[
             (title, [(_shown(name, data), caption, cider) for cider, name, caption in part])
@@ -259,25 +211,30 @@ def _in_words(value: Any) -> str:
 
 def _score_rows(
     log: Sequence[Mapping[str, Any]], best: Mapping[str, Any], scores: Mapping[str, Any] | None
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Return the score table: start, best and last epoch, and the best one's final scores."""
     roles = {"before training": 0, "best": best["epoch"], "last": log[-1]["epoch"]}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for record in log:
         words = [role for role, epoch in roles.items() if epoch == record["epoch"]]
         if words:
-            rows.append(Row(f"epoch {record['epoch']}, {', '.join(words)}", "beam 3", record, {}))
+            name = f"epoch {record['epoch']}, {', '.join(words)}"
+            rows.append({"name": name, "search": "beam 3", "scores": record, "intervals": {}})
     if scores:
-        found = {**scores["scores"], "distinct": scores["scores"]["distinct_captions"]}
-        search = describe_search(scores["search"])
-        intervals = scores.get("intervals_95_percent", {})
-        rows.append(Row(f"best checkpoint, epoch {scores['epoch']}", search, found, intervals))
+        rows.append(
+            {
+                "name": f"best checkpoint, epoch {scores['epoch']}",
+                "search": describe_search(scores["search"]),
+                "scores": {**scores["scores"], "distinct": scores["scores"]["distinct_captions"]},
+                "intervals": scores.get("intervals_95_percent", {}),
+            }
+        )
     return rows
 
 
 def _evolutions(
     samples: Sequence[Mapping[str, Any]], best: int, data: ReportData | None
-) -> list[tuple[Shown, list[Stretch]]]:
+) -> list[tuple[Shown, list[dict[str, Any]]]]:
     """Return the history of each sample image's caption, epochs with equal captions merged."""
     evolutions = []
     for name in samples[-1]["captions"] if samples else ():
@@ -285,7 +242,14 @@ def _evolutions(
         stretches = []
         for caption, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
             epochs = [epoch for epoch, _ in group]
-            stretches.append(Stretch(epochs[0], epochs[-1], caption, best in epochs))
+            stretches.append(
+                {
+                    "first": epochs[0],
+                    "last": epochs[-1],
+                    "caption": caption,
+                    "best": best in epochs,
+                }
+            )
         evolutions.append((_shown(name, data), stretches))
     return evolutions
 

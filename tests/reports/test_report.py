@@ -378,7 +378,6 @@ def test_curves_and_reports_of_epochs_take_no_more_than_their_share(
 
     monkeypatch.setattr(report, "_write_page", write)
     monkeypatch.setattr(report, "write_curves", lambda run: None)
-    monkeypatch.setattr(report, "_read_run_data", lambda run: None)
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     callback = epoch_reporter(tmp_path)
     for _ in range(100):
