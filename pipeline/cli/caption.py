@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pipeline.outputs.caption_folder import Outcome
 
 FORMATS = {".json": "json", ".jsonl": "jsonl", ".csv": "csv"}
-PAGE_CAPTIONS = 5
 
 GROUPS = {
     "Output": (
@@ -171,18 +170,8 @@ def main(
 
         serve_page(load(1), name, port, open_browser=True)
         return
-    from pipeline.outputs.caption_folder import Destinations, Request, caption_images
+    from pipeline.outputs.caption_folder import Destinations, caption_images
 
-    count = search_options.num_captions
-    request = Request(
-        search=search_options,
-        num_captions=count or 1,
-        page_captions=count or min(PAGE_CAPTIONS, search_options.beam_size or PAGE_CAPTIONS),
-        details=words,
-        batch_size=batch_size,
-        model=name,
-        fingerprint=_fingerprint(models),
-    )
     destinations = Destinations(
         layout=layout,
         output=output,
@@ -196,7 +185,16 @@ def main(
     for target in targets:
         click.get_current_context().with_resource(locked(target))
     try:
-        outcome = caption_images(load, paths, destinations, request)
+        outcome = caption_images(
+            load,
+            paths,
+            destinations,
+            search_options,
+            details=words,
+            batch_size=batch_size,
+            model=name,
+            fingerprint=_fingerprint(models),
+        )
     except KeyboardInterrupt:
         kept = output or html or sidecar or write_metadata
         echo("interrupted" + ("; run the same command to resume" if kept else ""), err=True)

@@ -8,7 +8,7 @@ captioned if any destination needs its caption. Captions for a file are recorded
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -25,9 +25,11 @@ from pipeline.outputs.metadata import (
     write_description,
 )
 from pipeline.outputs.resume import PartialResults
-from pipeline.outputs.sidecars import has_sidecar, shared_sidecars, sidecar_path, write_sidecar
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import atomic_write
 from pipeline.utils.progress import progress_bar
+
+PAGE_CAPTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Destinations:
     Attributes:
         layout: format on standard output or in ``output``: a key of ``formats.WRITERS``.
         output: a file instead of standard output.
-        sidecar: write a text file beside each image as well.
+        sidecar: write a text file beside each image as well: photo.txt beside photo.jpg.
         metadata: write the description in each image's metadata as well.
         page: write a gallery page as well.
         thumbnails: the page's small images are ``inside`` it or in a folder ``beside`` it.
@@ -61,7 +63,7 @@ class Destinations:
         found = read_predictions(self.output, self.layout)
         return {prediction.path: prediction for prediction in found if prediction.error is None}
 
-    def needs(self, path: str, kept: Mapping[str, Prediction]) -> bool:
+    def needs(self, path: str, kept: Container[str]) -> bool:
         """True if any destination lacks the caption of an image."""
         if self.page or (self.output and name_in(path, self.layout) not in kept):
             return True
@@ -71,7 +73,9 @@ class Destinations:
 
     def needs_sidecar(self, path: str) -> bool:
         """True if an image's text file is to be written."""
-        return self.sidecar and (self.overwrite or not has_sidecar(Path(path)))
+        text = Path(path).with_suffix(".txt")
+        has_text = text.exists() and text.stat().st_size > 0
+        return self.sidecar and (self.overwrite or not has_text)
 
     def needs_description(self, path: str) -> bool:
         """True if an image's description is to be written."""
@@ -79,36 +83,6 @@ class Destinations:
             return self.metadata and (self.overwrite or read_description(Path(path)) is None)
         except MetadataError:
             return True  # writing it reports the error
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted for each image.
-
-    Attributes:
-        search: how to search; ``num_captions`` of it is set here.
-        num_captions: captions per image.
-        page_captions: captions per image on the page.
-        details: each word's probability, too; a page always has them.
-        batch_size: images per batch, see ``Captioner.stream``.
-        model: its name, for the page.
-        fingerprint: a string that differs for other model files.
-    """
-
-    search: SearchOptions
-    num_captions: int = 1
-    page_captions: int = 1
-    details: bool = False
-    batch_size: int | None = None
-    model: str = ""
-    fingerprint: str = ""
-
-    def select(self, prediction: Prediction) -> Prediction:
-        """Leave out what only the page needs."""
-        captions = prediction.captions[: self.num_captions]
-        if not self.details:
-            captions = [replace(caption, words=()) for caption in captions]
-        return replace(prediction, captions=captions)
 
 
 @dataclass
@@ -127,7 +101,14 @@ class Outcome:
 
 
 def caption_images(
-    load: Callable[[int], Captioner], paths: Sequence[str], places: Destinations, request: Request
+    load: Callable[[int], Captioner],
+    paths: Sequence[str],
+    places: Destinations,
+    search: SearchOptions,
+    details: bool = False,
+    batch_size: int | None = None,
+    model: str = "",
+    fingerprint: str = "",
 ) -> Outcome:
     """Caption images and write the captions to every destination.
 
@@ -135,7 +116,11 @@ def caption_images(
         load: returns the captioner for this many images; not called if there is nothing to do.
         paths: the images, each once.
         places: where captions go.
-        request: which captions.
+        search: how to search; a page has several captions per image where the number is open.
+        details: each word's probability, too; a page always has them.
+        batch_size: images per batch, see ``Captioner.stream``.
+        model: its name, for the page.
+        fingerprint: a string that differs for other model files.
 
     Raises:
         UserError: a destination cannot be written, or ``output`` cannot be added to.
@@ -148,49 +133,53 @@ def caption_images(
     if not wanted:
         return outcome
     captioner = load(len(wanted))
-    count = max(request.num_captions, request.page_captions if places.page else 1)
-    details = request.details or places.page is not None
-    options = replace(request.search, num_captions=count)
-    config = captioner.search_config(options)
-    taken = shared_sidecars(paths) if places.sidecar else {}
+    count = several = search.num_captions or 1
+    if places.page and search.num_captions is None:
+        several = min(PAGE_CAPTIONS, search.beam_size or PAGE_CAPTIONS)
+    options = replace(search, num_captions=several)
+    config = asdict(captioner.search_config(options))
+    with_words = details or places.page is not None
+    owners = _sidecar_owners(paths)
 
-    def stream(images: Sequence[str]) -> Iterator[Prediction]:
-        return captioner.stream(images, options, batch_size=request.batch_size, details=details)
-
-    def deliver(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-        """Write text files and metadata, note failures, and pass the predictions on."""
+    def captioned(images: Sequence[str], done: Iterable[Prediction] = ()) -> Iterator[Prediction]:
+        """Caption images, write text files and metadata, and note failures."""
         # A progress bar would run through captions that appear on the same terminal.
         quiet = places.output is None and sys.stdout.isatty()
         bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
-        for prediction in progress_bar(predictions, total=len(wanted), **bar):
-            failure = prediction.error or _write_beside(prediction, request, places, taken)
+        made = captioner.stream(images, options, batch_size=batch_size, details=with_words)
+        for prediction in progress_bar(chain(done, made), total=len(wanted), **bar):
+            failure = prediction.error or _write_beside(prediction, count, places, owners)
             if failure is not None:
                 outcome.failures[prediction.path] = failure
             yield prediction
 
+    def select(prediction: Prediction) -> Prediction:
+        """Leave out what only the page needs."""
+        captions = prediction.captions[:count]
+        if not details:
+            captions = [replace(caption, words=()) for caption in captions]
+        return replace(prediction, captions=captions)
+
     target = places.output or places.page
     if target is None:
-        write_predictions(map(request.select, deliver(stream(wanted))), places.layout, None)
+        write_predictions(map(select, captioned(wanted)), places.layout, None)
         return outcome
-    search = asdict(config)
-    settings = {"model": request.fingerprint, "search": search, "captions": count}
-    with PartialResults(target, {**settings, "details": details}) as results:
+    settings = {"model": fingerprint, "search": config, "details": with_words}
+    with PartialResults(target, settings) as results:
         done = [path for path in wanted if path in results]
         remaining = [path for path in wanted if path not in results]
         outcome.resumed = len(done)
-        predictions = deliver(chain(map(results.__getitem__, done), stream(remaining)))
-        recorded = map(request.select, results.recorded(predictions))
+        recorded = results.recorded(captioned(remaining, map(results.__getitem__, done)))
         if places.output is None:
-            write_predictions(recorded, places.layout, None)
+            write_predictions(map(select, recorded), places.layout, None)
         else:
             for _ in recorded:
                 pass
-            new = ((path, request.select(results[path])) for path in wanted)
-            merged = _merge(new, paths, kept, places.layout)
-            write_predictions(merged, places.layout, places.output)
+            new = ((path, select(results[path])) for path in wanted)
+            write_predictions(_merge(new, paths, kept, places), places.layout, places.output)
         if places.page:
-            facts = {"model": request.model, "search": describe_search(search)}
-            items = (_gallery_item(results[path]) for path in wanted)
+            facts = {"model": model, "search": describe_search(config)}
+            items = map(_gallery_item, map(results.__getitem__, wanted))
             write_gallery(items, places.page, "Captions", facts, places.thumbnails)
     return outcome
 
@@ -199,10 +188,10 @@ def _merge(
     new: Iterator[tuple[str, Prediction]],
     paths: Sequence[str],
     kept: Mapping[str, Prediction],
-    layout: str,
+    places: Destinations,
 ) -> Iterator[Prediction]:
     """Yield new and kept predictions in the order of ``paths``, after kept ones of other images."""
-    names = {path: name_in(path, layout) for path in paths}
+    names = {path: name_in(path, places.layout) for path in paths}
     others = kept.keys() - names.values()
     yield from (prediction for name, prediction in kept.items() if name in others)
     following = next(new, None)
@@ -219,18 +208,29 @@ def _gallery_item(prediction: Prediction) -> GalleryItem:
     return GalleryItem(Path(path), decodable(path), prediction.captions, prediction.error)
 
 
+def _sidecar_owners(paths: Iterable[str]) -> dict[Path, str]:
+    """Map each text file to the first image that it belongs to (photo.jpg, photo.png)."""
+    owners: dict[Path, str] = {}
+    for path in paths:
+        owners.setdefault(Path(path).with_suffix(".txt"), path)
+    return owners
+
+
 def _write_beside(
-    prediction: Prediction, request: Request, places: Destinations, taken: Mapping[str, str]
+    prediction: Prediction, count: int, places: Destinations, owners: Mapping[Path, str]
 ) -> str | None:
     """Write an image's text file and description where wanted; return why that failed."""
-    path, image = prediction.path, Path(prediction.path)
+    path = prediction.path
+    sidecar = Path(path).with_suffix(".txt")
     try:
-        if places.sidecar and path in taken:
-            return f"{sidecar_path(image).name} belongs to {decodable(Path(taken[path]).name)}"
+        if places.sidecar and owners[sidecar] != path:
+            return f"{sidecar.name} belongs to {decodable(Path(owners[sidecar]).name)}"
         if places.needs_sidecar(path):
-            write_sidecar(image, prediction.captions[: request.num_captions])
+            with atomic_write(sidecar) as handle:
+                for caption in prediction.captions[:count]:
+                    handle.write(f"{caption.text}\n")
         if places.needs_description(path):
-            write_description(image, prediction.captions[0].text)
+            write_description(Path(path), prediction.captions[0].text)
     except (UserError, MetadataError) as error:
         return str(error)
     return None

@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,20 +33,14 @@ def write_predictions(predictions: Iterable[Prediction], layout: str, output: Pa
         layout: ``text``, ``json``, ``jsonl``, ``csv`` or ``coco``.
         output: the file, written whole or not at all; None for standard output.
     """
-    with _opened(output) as handle:
-        WRITERS[layout](predictions, handle)
-
-
-@contextmanager
-def _opened(output: Path | None) -> Iterator[IO[str]]:
-    if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # not so by itself on Windows
-        yield sys.stdout
-        sys.stdout.flush()
-    else:
+    if output is not None:
         with atomic_write(output) as handle:
-            yield handle
+            WRITERS[layout](predictions, handle)
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # not so by itself on Windows
+    WRITERS[layout](predictions, sys.stdout)
+    sys.stdout.flush()
 
 
 def decodable(path: str) -> str:
@@ -62,10 +55,7 @@ def name_in(path: str, layout: str) -> str:
 
 
 def as_record(prediction: Prediction) -> dict[str, Any]:
-    """Return a prediction as JSON: image and captions, or image and error.
-
-    Captions have words only if the prediction has them.
-    """
+    """Return a prediction as JSON: image and captions, or image and error."""
     record: dict[str, Any] = {"image": decodable(prediction.path)}
     if prediction.error is not None:
         return {**record, "error": prediction.error}
@@ -197,14 +187,6 @@ def _read_text(text: str) -> Iterator[Prediction]:
             yield Prediction(image, [Caption(caption, float(score[0]) if score else math.nan)])
 
 
-def _read_json(text: str) -> Iterator[Prediction]:
-    return map(from_record, json.loads(text))
-
-
-def _read_jsonl(text: str) -> Iterator[Prediction]:
-    return (from_record(json.loads(line)) for line in text.split("\n") if line)
-
-
 def _read_csv(text: str) -> Iterator[Prediction]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
     if reader.fieldnames != CSV_COLUMNS:
@@ -225,8 +207,8 @@ def _read_coco(text: str) -> Iterator[Prediction]:
 
 READERS: dict[str, Callable[[str], Iterator[Prediction]]] = {
     "text": _read_text,
-    "json": _read_json,
-    "jsonl": _read_jsonl,
+    "json": lambda text: map(from_record, json.loads(text)),
+    "jsonl": lambda text: (from_record(json.loads(line)) for line in text.split("\n") if line),
     "csv": _read_csv,
     "coco": _read_coco,
 }

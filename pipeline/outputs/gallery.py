@@ -24,8 +24,12 @@ from PIL import Image
 
 from pipeline.datasets.images import ImageError, ImageRef, load_image, opened
 from pipeline.decoding.captions import Caption
-from pipeline.utils.errors import UserError
-from pipeline.utils.files import atomic_write, check_writable, temporary_path
+from pipeline.utils.files import (
+    atomic_write,
+    cannot_be_written,
+    check_writable,
+    temporary_path,
+)
 from pipeline.utils.html import TEMPLATES, environment
 from pipeline.utils.threads import prefetch
 
@@ -76,12 +80,12 @@ def write_gallery(
     title: str,
     facts: Mapping[str, str],
     thumbnails: str = "inside",
-    full_size: bool = True,
 ) -> None:
     """Write ``items`` to the HTML file ``target``, replacing an earlier one.
 
-    Items are taken as they come, and a few threads make thumbnails ahead, so memory does not grow
-    with their number. If the stream raises, an earlier page stays as it was.
+    An image opens as its own file, found from the page by a relative address, if browsers can show
+    it; else as its thumbnail. Memory does not grow with the number of items. If their stream
+    raises, an earlier page stays as it was.
 
     Args:
         items: the images, in the order that is kept where others are equal.
@@ -90,8 +94,6 @@ def write_gallery(
         facts: names and values to show: model, search, date, scores.
         thumbnails: ``inside`` makes a page that can be sent alone, about 15 kB per image;
             ``beside`` writes them to the folder NAME_files, and the page opens at once.
-        full_size: open an image as its own file, found from the page by a relative address, if
-            browsers can show it; else as its thumbnail.
 
     Raises:
         UserError: the page or its folder cannot be written.
@@ -111,7 +113,7 @@ def write_gallery(
                 name = _write_thumbnail(thumbnail, folder)
                 names.add(name)
                 source = f"{_quoted(folder.name)}/{name}"
-            yield _record(item, target, source, thumbnail, missing, full_size)
+            yield _record(item, target, source, thumbnail, missing)
 
     try:
         with atomic_write(target) as handle:
@@ -139,8 +141,7 @@ def _write_thumbnail(thumbnail: Thumbnail, folder: Path) -> str:
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink()
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be written ({reason})") from error
+            raise cannot_be_written(path, error) from error
     return name
 
 
@@ -164,13 +165,12 @@ def confidence(caption: Caption) -> float | None:
     return math.exp(min(0.0, mean)) if math.isfinite(mean) else None
 
 
-def relative_url(path: Path, page: Path) -> str | None:
+def _relative_url(path: Path, page: Path) -> str | None:
     """Return the address of ``path`` relative to ``page``; None on another drive (Windows)."""
     try:
-        relative = os.path.relpath(path, page.parent)
+        return _quoted(os.path.relpath(path, page.parent))
     except ValueError:
         return None
-    return _quoted(relative)
 
 
 def _quoted(path: str) -> str:
@@ -214,10 +214,9 @@ def _record(
     source: str | None,
     thumbnail: Thumbnail | None,
     missing: str | None,
-    full_size: bool,
 ) -> dict[str, Any]:
     """Describe an item for the page's script."""
-    shown = full_size and thumbnail is not None and thumbnail.original_shown
+    shown = thumbnail is not None and thumbnail.original_shown
     return {
         "name": _text(item.name),
         "captions": [
@@ -236,7 +235,7 @@ def _record(
         "thumbnail": source,
         "width": thumbnail.width if thumbnail else None,
         "height": thumbnail.height if thumbnail else None,
-        "original": relative_url(item.path, target) if shown else None,
+        "original": _relative_url(item.path, target) if shown else None,
     }
 
 
@@ -255,10 +254,9 @@ def _page(
     title: str, facts: Mapping[str, str], records: Iterable[Mapping[str, Any]]
 ) -> Iterator[str]:
     """Fill in the template; the records pass through one by one."""
-    style, script = (
-        (TEMPLATES / name).read_text(encoding="utf-8") for name in ("gallery.css", "gallery.js")
-    )
-    yield from (
+    style = (TEMPLATES / "gallery.css").read_text(encoding="utf-8")
+    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    return (
         environment()
         .get_template("gallery.html")
         .generate(

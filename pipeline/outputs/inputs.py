@@ -28,7 +28,8 @@ def collect(arguments: tuple[str, ...]) -> list[str]:
             found = [argument]  # whatever its name says
         else:
             # The shell expands patterns, but not on Windows and not in quotes.
-            matches = [argument] if Path(argument).is_dir() else sorted(_matches(argument))
+            pattern = glob.escape(argument) if Path(argument).is_dir() else argument
+            matches = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - also absolute
             found = []
             for path in map(Path, matches):
                 if path.is_dir():
@@ -45,7 +46,7 @@ def collect(arguments: tuple[str, ...]) -> list[str]:
 
 
 def _listed(content: bytes) -> Iterator[str]:
-    """Give the paths of a list: one a line, or ended by NUL as ``find -print0`` has them.
+    """Yield the paths of a list: one per line, or ended by NUL as ``find -print0`` has them.
 
     A path that is not there is kept, to be named among the failures.
     """
@@ -55,7 +56,3 @@ def _listed(content: bytes) -> Iterator[str]:
             yield from (str(Path(path) / name) for name in find_images(Path(path)))
         elif path.strip():
             yield path
-
-
-def _matches(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True)  # noqa: PTH207 - also for absolute patterns

@@ -1,13 +1,13 @@
 """Captions in the images' own metadata, where photo programs show and search them.
 
-An image is rewritten beside itself, and replaced only if its pixels are equal and the description
-reads back.
+An image is replaced only if the rewritten one looks the same and its description reads back.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -64,69 +64,6 @@ def check_available() -> None:
         )
 
 
-def read_description(path: Path) -> str | None:
-    """Return the description in an image's metadata: XMP, else IPTC, else EXIF.
-
-    What cameras and their programs write there, such as "OLYMPUS DIGITAL CAMERA", "SONY DSC",
-    "Exif_JPEG_PICTURE" and file names, describes nothing and counts as none, wherever it stands:
-    programs copy it from EXIF to XMP.
-
-    Returns:
-        The text; None if there is none, and if the file is no image or of a format without
-        metadata.
-
-    Raises:
-        MetadataError: the file cannot be opened, or its format needs a tool that is missing.
-    """
-    with _reasons():
-        _check_regular(path)
-        data = path.read_bytes()
-    try:
-        format, _ = _format(path)
-    except images.ImageError:
-        return None
-    if not any(format in tool.formats for tool in TOOLS):
-        return None
-    for tool in _tools(format):
-        try:
-            found = tool.read(data)
-        except ToolError:
-            continue
-        return next((text for text in found if text is not None and not is_filler(text)), None)
-    return None
-
-
-def is_filler(text: str) -> bool:
-    """True if a description was written by a camera, or is empty."""
-    text = text.strip(" \0\t\r\n")
-    words = re.findall(r"\w+", text.lower())
-    return FILLER_WORDS.issuperset(words) or FILE_NAME.fullmatch(text) is not None
-
-
-def write_description(path: Path, text: str) -> None:
-    """Write a description into an image's metadata, and change nothing else of it.
-
-    It becomes XMP's dc:description (x-default; other languages stay) and EXIF's
-    ImageDescription (in a GIF, XMP alone), in a JPEG also IPTC's Caption-Abstract, in other
-    formats if IPTC is there already. Earlier values are replaced. Pixels, all other metadata,
-    owner, permissions and the times of access and modification are kept. Of a symbolic link the
-    target is rewritten; of several hard links only the one named.
-
-    Args:
-        path: a JPEG, PNG, WebP, TIFF or JPEG 2000; with exiftool also a HEIC, AVIF or GIF.
-        text: not empty, at most 2,000 bytes of UTF-8.
-
-    Raises:
-        MetadataError: it cannot be written, and the file is as it was.
-    """
-    if not text.strip():
-        raise MetadataError("the description is empty")
-    if len(text.encode(errors="replace")) > MAX_BYTES:
-        raise MetadataError(f"the description is longer than {MAX_BYTES:,} bytes")
-    with _reasons():
-        _rewrite(Path(os.path.realpath(path, strict=True)), text)
-
-
 @contextmanager
 def _reasons() -> Iterator[None]:
     """Turn errors of files and images into MetadataError."""
@@ -142,44 +79,97 @@ def _reasons() -> Iterator[None]:
         raise MetadataError(reason) from error
 
 
-def _rewrite(path: Path, text: str) -> None:
-    status = _check_regular(path)
+@_reasons()
+def read_description(path: Path) -> str | None:
+    """Return the description in an image's metadata: XMP, else IPTC, else EXIF.
+
+    Returns:
+        The text; None if there is none but what a camera wrote (``is_filler``; programs copy it
+        from EXIF to XMP), and if the file is no image or of a format without metadata.
+
+    Raises:
+        MetadataError: the file cannot be opened, or its format needs a tool that is missing.
+    """
+    data, _ = _read(path)
+    try:
+        format, _ = _format(data)
+    except images.ImageError:
+        return None
+    if not any(format in tool.formats for tool in TOOLS):
+        return None
+    for tool in _tools(format):
+        try:
+            found = tool.read(data)
+        except ToolError:
+            continue
+        return next((text for text in found if text is not None and not is_filler(text)), None)
+    return None
+
+
+def is_filler(text: str) -> bool:
+    """True if a description was written by a camera ("SONY DSC", a file name), or is empty."""
+    text = text.strip(" \0\t\r\n")
+    words = re.findall(r"\w+", text.lower())
+    return FILLER_WORDS.issuperset(words) or FILE_NAME.fullmatch(text) is not None
+
+
+@_reasons()
+def write_description(path: Path, text: str) -> None:
+    """Write a description into an image's metadata, and change nothing else of it.
+
+    It becomes XMP's dc:description (x-default; other languages stay) and EXIF's
+    ImageDescription (in a GIF, XMP alone), in a JPEG also IPTC's Caption-Abstract, in other
+    formats if IPTC is there already. Pixels, all other metadata, owner, permissions and times are
+    kept. Of a symbolic link the target is rewritten; of several hard links only the one named.
+
+    Args:
+        path: a JPEG, PNG, WebP, TIFF or JPEG 2000; with exiftool also a HEIC, AVIF or GIF.
+        text: not empty, at most 2,000 bytes of UTF-8.
+
+    Raises:
+        MetadataError: it cannot be written, and the file is as it was.
+    """
+    if not text.strip():
+        raise MetadataError("the description is empty")
+    if len(text.encode(errors="replace")) > MAX_BYTES:
+        raise MetadataError(f"the description is longer than {MAX_BYTES:,} bytes")
+    path = Path(os.path.realpath(path, strict=True))
+    data, status = _read(path)
     for place, name in ((path, "the file"), (path.parent, "its folder")):
         # Root may write where nobody else may; the owner's wish counts.
         if not place.stat().st_mode & 0o222 or not os.access(place, os.W_OK):
             raise MetadataError(f"{name} is read-only")
-    data = path.read_bytes()
-    format, frames = _format(path)
+    format, frames = _format(data)
     tools = _tools(format)
     if frames > 1 and format != "MPO":  # phones add a second image to a JPEG: MPO
         raise MetadataError("it has several frames or pages")
-    appearance = _appearance(path)
+    appearance = _appearance(data)
     reasons = []
     for tool in tools:
         try:
             if format == "TIFF" and (tool.read(data).exif or "").lstrip().startswith(DATA):
                 raise MetadataError("its description holds data of the program that made it")
             written = tool.write(data, format, text)
-            with _replacing(path, written, status) as temporary:
-                _check(temporary, tool, format, text, appearance)
-            return
+            _check(written, tool, format, text, appearance)
         except ToolError as error:
             reasons.append(f"{tool.name}: {' '.join(str(error).split())}")
+        else:
+            return _replace(path, written, status)
     raise MetadataError("; ".join(reasons))
 
 
-def _check_regular(path: Path) -> os.stat_result:
-    """Return the status of a file; refuse folders, and pipes, which may never end."""
+def _read(path: Path) -> tuple[bytes, os.stat_result]:
+    """Return the content and status of a file; refuse folders, and pipes, which may never end."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         folder = stat.S_ISDIR(status.st_mode)
         raise MetadataError("it is a folder" if folder else "it is not a file")
-    return status
+    return path.read_bytes(), status
 
 
-def _format(path: Path) -> tuple[str, int]:
+def _format(data: bytes) -> tuple[str, int]:
     """Return Pillow's name of an image's format, and the number of frames."""
-    with images.opened(path) as image:
+    with images.opened(io.BytesIO(data)) as image:
         return image.format or "", getattr(image, "n_frames", 1)
 
 
@@ -195,8 +185,8 @@ def _tools(format: str) -> list[Tool]:
     return tools
 
 
-def _appearance(path: Path) -> Appearance:
-    with images.opened(path) as image:
+def _appearance(data: bytes) -> Appearance:
+    with images.opened(io.BytesIO(data)) as image:
         frames = []
         for number in range(getattr(image, "n_frames", 1)):
             image.seek(number)
@@ -210,28 +200,23 @@ def _appearance(path: Path) -> Appearance:
         return Appearance(frames, image.info.get("icc_profile"), orientation)
 
 
-def _check(path: Path, tool: Tool, format: str, text: str, appearance: Appearance) -> None:
+def _check(data: bytes, tool: Tool, format: str, text: str, appearance: Appearance) -> None:
     """Raise ToolError unless a rewritten image looks the same and has the description."""
     try:
-        now = _appearance(path)
+        now = _appearance(data)
     except images.ImageError as error:
         raise ToolError(f"the rewritten image cannot be read ({error})") from error
     if now != appearance:
         raise ToolError("the rewritten image would look different")
-    found = tool.read(path.read_bytes())
+    found = tool.read(data)
     with_iptc = format in IPTC_FORMATS or found.iptc is not None
     exif = None if format in WITHOUT_EXIF else text
     if found != Descriptions(text, text if with_iptc else None, exif):
         raise ToolError("the description does not read back as it was written")
 
 
-@contextmanager
-def _replacing(path: Path, content: bytes, status: os.stat_result) -> Iterator[Path]:
-    """Write a temporary file beside ``path``; replace ``path`` when the block ends well.
-
-    The file gets the owner, permissions, extended attributes and times that ``path`` had
-    (``status``) before it was read.
-    """
+def _replace(path: Path, content: bytes, status: os.stat_result) -> None:
+    """Replace a file; keep the owner, permissions, extended attributes and times of ``status``."""
     temporary = temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
@@ -241,7 +226,6 @@ def _replacing(path: Path, content: bytes, status: os.stat_result) -> Iterator[P
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        yield temporary
         own = temporary.stat()
         if (own.st_uid, own.st_gid) != (status.st_uid, status.st_gid):
             try:
@@ -251,10 +235,8 @@ def _replacing(path: Path, content: bytes, status: os.stat_result) -> Iterator[P
         shutil.copystat(path, temporary)
         os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         now = path.stat()
-        if any(
-            getattr(now, name) != getattr(status, name)
-            for name in ("st_ino", "st_size", "st_mtime_ns")
-        ):
+        compared = ("st_ino", "st_size", "st_mtime_ns")
+        if any(getattr(now, name) != getattr(status, name) for name in compared):
             raise MetadataError("it was changed by another program meanwhile")
         temporary.replace(path)
     finally:

@@ -55,9 +55,7 @@ class Tool(NamedTuple):
     """A tool for metadata, installed or not.
 
     Attributes:
-        name: its name, for messages.
         formats: Pillow's names of the formats that it writes.
-        available: returns whether it is installed.
         read: takes a file's bytes; raises ToolError.
         write: takes a file's bytes, its format and a text, and returns the bytes with the text;
             raises ToolError.
@@ -70,20 +68,14 @@ class Tool(NamedTuple):
     write: Callable[[bytes, str, str], bytes]
 
 
-# pyexiv2
-
-
 @functools.cache
 def load_pyexiv2() -> types.ModuleType | None:
-    """Import pyexiv2 if it is installed and fits the system.
-
-    Its log is off: it prints on standard output, and an error logged for one image is raised for
-    the next. Each of its calls holds Python's lock, so threads cannot meet within it.
-    """
+    """Import pyexiv2 if it is installed and fits the system."""
     try:
         import pyexiv2
     except (ImportError, OSError, RuntimeError):  # not installed, or not for this system
         return None
+    # Its log prints on standard output, and raises an error of one image for the next.
     pyexiv2.set_log_level(4)
     return pyexiv2
 
@@ -93,19 +85,15 @@ def _opened(data: bytes) -> Iterator[pyexiv2.ImageData]:
     library = load_pyexiv2()
     assert library is not None
     try:
-        image = library.ImageData(data)
-        try:
+        with library.ImageData(data) as image:
             yield image
-        finally:
-            image.close()
     except (ToolError, MemoryError):
         raise
     except Exception as error:  # RuntimeError for what Exiv2 reports, UnicodeDecodeError of its own
         raise ToolError(str(error)) from error
 
 
-def read_with_pyexiv2(data: bytes) -> Descriptions:
-    """Read the descriptions of a file's bytes; raises ToolError."""
+def _read_with_pyexiv2(data: bytes) -> Descriptions:
     with _opened(data) as image:
         xmp = image.read_xmp().get(XMP)
         iptc = _decode(image.read_iptc(encoding="latin-1").get(IPTC))
@@ -129,11 +117,7 @@ def _decode(value: Any) -> Any:
         return content.decode("cp1252", "replace")
 
 
-def write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
-    """Write a description into a copy of a file's bytes; raises ToolError if anything else changes.
-
-    IPTC texts in another encoding are written anew, because the mark for UTF-8 would garble them.
-    """
+def _write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
     with _opened(data) as image:
         before = _others(image)
         image.modify_exif({EXIF: text})
@@ -142,6 +126,7 @@ def write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
         image.modify_xmp({XMP: {**languages, DEFAULT_LANGUAGE: text}})
         iptc = image.read_iptc(encoding="latin-1")
         if iptc or format in IPTC_FORMATS:
+            # The mark for UTF-8 would garble texts in another encoding: they are written anew.
             utf_8 = iptc.get(IPTC_CHARACTERS) == UTF_8_MARK
             texts = {} if utf_8 else {key: _decode(value) for key, value in iptc.items()}
             again = {key: value for key, value in texts.items() if not str(value).isascii()}
@@ -172,9 +157,6 @@ def _others(image: pyexiv2.ImageData) -> dict[str, Any]:
         "the thumbnail": image.read_thumbnail(),
         "the comment": image.read_comment(encoding="latin-1").rstrip("\0"),
     }
-
-
-# exiftool
 
 
 def find_exiftool() -> str | None:
@@ -208,15 +190,13 @@ def _tags(data: bytes, *tags: str) -> dict[str, str]:
     return {k: html.unescape(str(value)) for k, value in found.items() if k != "SourceFile"}
 
 
-def read_with_exiftool(data: bytes) -> Descriptions:
-    """Read the descriptions of a file's bytes; raises ToolError."""
+def _read_with_exiftool(data: bytes) -> Descriptions:
     tags = _tags(data, "-XMP-dc:Description*", "-IPTC:Caption-Abstract", "-IFD0:ImageDescription")
     iptc, exif = tags.pop("Caption-Abstract", None), tags.pop("ImageDescription", None)
     return Descriptions(tags.get("Description", next(iter(tags.values()), None)), iptc, exif)
 
 
-def write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
-    """Write a description into a copy of a file's bytes; raises ToolError."""
+def _write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
     escaped = html.escape(text).encode("ascii", "xmlcharrefreplace").decode()
     escaped = escaped.replace("\n", "&#10;")
     arguments = [f"-XMP-dc:Description-x-default={escaped}"]
@@ -234,19 +214,18 @@ def write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
 
 # Which formats each writes was found by trying: exiv2 0.28 and exiftool 12.57.
 _BOTH = frozenset({"JPEG", "MPO", "PNG", "WEBP", "TIFF", "JPEG2000"})
+_EXIFTOOL = _BOTH | {"HEIF", "AVIF", "GIF"}
+
+
+def _has_pyexiv2() -> bool:
+    return load_pyexiv2() is not None
+
+
+def _has_exiftool() -> bool:
+    return find_exiftool() is not None
+
+
 TOOLS = (
-    Tool(
-        "pyexiv2",
-        _BOTH,
-        lambda: load_pyexiv2() is not None,
-        read_with_pyexiv2,
-        write_with_pyexiv2,
-    ),
-    Tool(
-        "exiftool",
-        _BOTH | {"HEIF", "AVIF", "GIF"},
-        lambda: find_exiftool() is not None,
-        read_with_exiftool,
-        write_with_exiftool,
-    ),
+    Tool("pyexiv2", _BOTH, _has_pyexiv2, _read_with_pyexiv2, _write_with_pyexiv2),
+    Tool("exiftool", _EXIFTOOL, _has_exiftool, _read_with_exiftool, _write_with_exiftool),
 )

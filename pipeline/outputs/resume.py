@@ -2,9 +2,7 @@
 
 ``.NAME.partial.jsonl`` has a first line with the settings of the search, then a JSON record per
 image (``formats.as_record``) with the image's path, size and modification time. A run with other
-settings starts over; an image that has changed, or could not be read, is captioned again. The
-output is made from these records alone, so an interrupted run ends with the bytes of an
-uninterrupted one.
+settings starts over; an image that has changed, or could not be read, is captioned again.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from pipeline.captioner import Prediction
 from pipeline.outputs.formats import as_record, from_record
-from pipeline.utils.errors import UserError
-from pipeline.utils.files import check_writable
+from pipeline.utils.files import cannot_be_written, check_writable
 
 
 def results_path(target: Path) -> Path:
@@ -44,24 +40,22 @@ class PartialResults:
         self._offsets: dict[str, int] = {}
         check_writable(self.path)
         header = json.dumps(settings, sort_keys=True).encode() + b"\n"
-        complete = self._index(header)
         try:
-            self._handle: IO[bytes] = self.path.open("r+b" if complete else "w+b")
+            self._handle: IO[bytes] = self.path.open("a+b")
+            complete = self._index(header)
             self._handle.truncate(complete)  # a kill may have cut off the last line
             if not complete:
                 self._handle.write(header)
         except OSError as error:
-            raise self._unwritable(error) from error
+            raise cannot_be_written(self.path, error) from error
 
     def _index(self, header: bytes) -> int:
         """Index the usable records; return the number of bytes up to which lines are complete."""
         offset = 0
-        # Whatever else is wrong with a line, those from there on are made again.
-        with (
-            contextlib.suppress(OSError, ValueError, LookupError, TypeError),
-            self.path.open("rb") as handle,
-        ):
-            for line in handle:
+        self._handle.seek(0)
+        # Whatever is wrong with a line, those from there on are made again.
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            for line in self._handle:
                 if not line.endswith(b"\n") or (offset == 0 and line != header):
                     break
                 if offset:
@@ -77,8 +71,7 @@ class PartialResults:
     def __getitem__(self, path: str) -> Prediction:
         """Return the prediction of an image."""
         self._handle.seek(self._offsets[path])
-        record = json.loads(self._handle.readline())
-        return from_record({**record, "image": path})
+        return from_record({**json.loads(self._handle.readline()), "image": path})
 
     def recorded(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Pass predictions on, and add those that are not there yet."""
@@ -100,17 +93,12 @@ class PartialResults:
             self._handle.write(json.dumps(record).encode() + b"\n")
             self._handle.flush()
         except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(f"{self.path}: cannot be written ({error.strerror})")
+            raise cannot_be_written(self.path, error) from error
 
     def __enter__(self) -> PartialResults:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.suppress(OSError):  # of what a full disk did not take
             self._handle.close()
         if kind is None:

@@ -24,7 +24,7 @@ from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, captions_of
 from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig, SearchOptions
-from pipeline.outputs.caption_folder import Destinations, Request, caption_images
+from pipeline.outputs.caption_folder import Destinations, caption_images
 from pipeline.outputs.formats import READERS, WRITERS, decodable, name_in, read_predictions
 from pipeline.utils.errors import InputError, UserError
 from pipeline.utils.terminal import as_json, echo, echo_failure, escape_control
@@ -172,7 +172,7 @@ def test_kept_captions_are_found_again_under_odd_names(layout: str, tmp_path: Pa
     output = tmp_path / "out"
     places = Destinations(layout=layout, output=output, skip_existing=True)
     for _ in range(2):
-        outcome = caption_images(lambda _: captioner, paths, places, Request(SearchOptions()))
+        outcome = caption_images(lambda _: captioner, paths, places, SearchOptions())
     assert asked == paths and outcome.passed_over == len(paths)
     assert [p.path for p in read_predictions(output, layout)] == [name_in(p, layout) for p in paths]
 
