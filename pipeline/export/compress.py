@@ -21,8 +21,7 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
 
     Args:
         runs: run folders or checkpoints, see ``checkpoint.load_ensemble``.
-        target: the file to write.
-        weights: the encoder's weights, where those of the training moved.
+        weights: the encoder's weights, if they moved since the training.
 
     Raises:
         UserError: no such checkpoints, or of different encoders; the encoder's weights are not

@@ -1,24 +1,18 @@
-"""Export a captioner as ONNX files, with a small program that runs them.
-
-    captioner export runs/decoder --output captioner-onnx/
-    python captioner-onnx/run_captioner.py photo.jpg
-
-The folder needs neither PyTorch nor this program, only numpy, Pillow and ONNX Runtime;
-docs/export.md describes its files. Exporting needs the extra ``onnx``.
-"""
+"""Export a captioner as ONNX files, with a small program that runs them; see docs/export.md."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pipeline
 from pipeline.models.pretrained import PRETRAINED
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import atomic_write, temporary_path
+from pipeline.utils.files import atomic_write, cannot_be_written
 
 if TYPE_CHECKING:
     from pipeline.datasets.vocabulary import Vocabulary
@@ -71,7 +65,16 @@ def export_captioner(
             files; models or weights are not found; the disk is full.
     """
     output = output.resolve()
-    check_output(output, force)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output}: is a file; name a folder")
+    names = [*GRAPHS.values(), RUNNER, SETTINGS]
+    # Importing the runner leaves a __pycache__, a killed export its temporary folder.
+    ours = {*names, TEMPORARY, "__pycache__"}
+    if not force and output.is_dir() and any(path.name not in ours for path in output.iterdir()):
+        raise UserError(
+            f"--output {output}: has other files in it; choose another folder, or add --force to "
+            "write beside them"
+        )
     from pipeline.export.onnx_graphs import captioner_graphs, check, check_installed, to_onnx
 
     check_installed()
@@ -80,8 +83,7 @@ def export_captioner(
     checkpoint = load_ensemble(models)
     encoder = encoder_of(checkpoint, weights, "fp32").for_inference()
     decoder = checkpoint.build_decoder()
-    # Inside an existing folder, which may be on another disk than its parent.
-    temporary = output / TEMPORARY if output.is_dir() else temporary_path(output)
+    temporary = output / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left
     try:
         for name, graph in captioner_graphs(encoder, decoder).items():
@@ -89,54 +91,21 @@ def export_captioner(
             check(name, graph, content)
             with atomic_write(temporary / GRAPHS[name], "wb") as handle:
                 handle.write(content)
-        with atomic_write(temporary / RUNNER) as handle:
-            runner = Path(__file__).with_name("onnx_runner.py")
-            handle.write(runner.read_text(encoding="utf-8"))
+        with atomic_write(temporary / RUNNER, "wb") as handle:
+            handle.write(Path(__file__).with_name("onnx_runner.py").read_bytes())
         with atomic_write(temporary / SETTINGS) as handle:
             json.dump(captioner_settings(checkpoint, models, beam_size), handle, indent=1)
             handle.write("\n")
-        return _move(temporary, output)
+        (output / SETTINGS).unlink(missing_ok=True)
+        for name in names:
+            (temporary / name).replace(output / name)
+    except OSError as error:
+        raise cannot_be_written(output, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_output(output: Path, force: bool) -> None:
-    """Raise UserError if ``output`` is a file, or a folder with other files and not ``force``."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
-    if output.is_dir() and not force and not is_export(output):
-        raise UserError(
-            f"--output {output}: has other files in it; choose another folder, or add --force to "
-            "write beside them"
-        )
-
-
-def is_export(folder: Path) -> bool:
-    """True if a folder is an export, a part of one, or empty."""
-    ours = {*GRAPHS.values(), SETTINGS, RUNNER}
-    names = {path.name for path in folder.iterdir()}
-    # Importing the runner leaves a __pycache__, a killed export its temporary folder.
-    if names <= {*ours, TEMPORARY, "__pycache__"}:
-        return True
-    try:
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and settings.get("format") == FORMAT
-
-
-def _move(source: Path, target: Path) -> list[Path]:
-    """Move the files of an export into a folder, the settings last."""
-    names = [*GRAPHS.values(), RUNNER, SETTINGS]
-    try:
-        target.mkdir(exist_ok=True)
-        (target / SETTINGS).unlink(missing_ok=True)
-        for name in names:
-            (source / name).replace(target / name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"--output {target}: cannot be written ({reason})") from error
-    return [target / name for name in names]
+        with contextlib.suppress(OSError):  # the folder has files
+            output.rmdir()
+    return [output / name for name in names]
 
 
 def captioner_settings(
@@ -145,22 +114,22 @@ def captioner_settings(
     """Return the content of captioner.json: what a runner needs beside the networks."""
     from pipeline.datasets.images import IMAGE_SIZE
     from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
-    from pipeline.decoding.options import SearchConfig
+    from pipeline.decoding.options import SearchOptions
+    from pipeline.decoding.reranking import Reranker
     from pipeline.export.onnx_graphs import OPSET
     from pipeline.models.encoder import NAMED_WEIGHTS
 
-    config, encoder, usual = checkpoint.decoder_config, checkpoint.encoder, SearchConfig()
+    config, encoder = checkpoint.decoder_config, checkpoint.encoder
+    options = SearchOptions(beam_size, consensus=0, matching=0)
+    search = options.resolve(checkpoint.vocabulary, Reranker())
+    searched = ("beam_size", "max_length", "min_length", "length_penalty")
     source = encoder.weights_source
-    pretrained = PRETRAINED in (
-        source,
-        *(checkpoint.settings.get("start") or ()),
-        *map(str, models),
-    )
+    origins = [source, *(checkpoint.settings.get("start") or ()), *map(str, models)]
     return {
         "format": FORMAT,
         "format_version": VERSION,
         "program": f"show-and-tell-captioner {pipeline.__version__}",
-        "licence": PRETRAINED_REMARK if pretrained else OWN_REMARK,
+        "licence": PRETRAINED_REMARK if PRETRAINED in origins else OWN_REMARK,
         # Only the ends of paths: the rest concerns nobody else.
         "models": ["/".join(model.parts[-2:]).lstrip("/") for model in models],
         "decoders": config.members,
@@ -177,10 +146,7 @@ def captioner_settings(
         "state_size": config.hidden_size * config.members,
         "vocabulary_size": config.vocabulary_size,
         "search": {
-            "beam_size": usual.beam_size if beam_size is None else beam_size,
-            "max_length": checkpoint.vocabulary.tokenizer.longest,
-            "min_length": usual.min_length,
-            "length_penalty": usual.length_penalty,
+            **{name: getattr(search, name) for name in searched},
             "remark": SEARCH_REMARK,
         },
         "special": {"pad": PAD_ID, "start": START_ID, "end": END_ID, "unknown": UNKNOWN_ID},
@@ -192,8 +158,7 @@ def captioner_settings(
 def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
     """Return the rules by which tokens are joined, as ``detokenize`` joins them.
 
-    ``detokenize`` asks the tokenizer, which a runner does not have. For one vocabulary it comes
-    down to these, except for a lone symbol before three contractions or more:
+    For one vocabulary these are all, except for a lone symbol before three contractions or more:
 
     * ``attached``: tokens that are joined to the one before;
     * ``apart``: tokens to which nothing is joined if they stand alone ("'s" at the beginning);
@@ -213,7 +178,7 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
         return {"attached": [], "apart": [], "pairs": [], "unspaced": unspaced}
 
     numbers = [word for word in words if word[:1].isdecimal()]
-    pairs: Iterable[tuple[str, str]] = [*CONTRACTED, *((s, n) for s in "#$" for n in numbers)]
+    pairs = [*CONTRACTED, *((symbol, number) for symbol in "#$" for number in numbers)]
     return {
         "attached": sorted(ATTACHED.intersection(words)),
         "apart": [word for word in words if not together(word, "'s")],

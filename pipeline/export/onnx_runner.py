@@ -11,8 +11,7 @@ wrong. From Python:
     captioner = Captioner("captioner-onnx")
     print(captioner.caption("photo.jpg").text)
 
-The captions are those of the program that exported it with plain beam search: without the captions
-of similar training images and the image-text matcher, by which it reranks.
+The captions are those of plain beam search in the program that exported it, without reranking.
 """
 
 from __future__ import annotations
@@ -59,10 +58,9 @@ class Captioner:
     def __init__(
         self, folder: str | os.PathLike[str], providers: Sequence[str] = ("CPUExecutionProvider",)
     ) -> None:
-        """Load the files of ``folder`` to run on the first of ONNX Runtime's ``providers``.
+        """Load ``folder``'s files to run on the first of ONNX Runtime's ``providers``.
 
-        Raises:
-            ExportError: files are missing, damaged or of another version.
+        Raises ExportError.
         """
         self.settings = read_settings(Path(folder))
         self._words: list[str] = self.settings["vocabulary"]
@@ -82,14 +80,9 @@ class Captioner:
         return self.captions(path, beam_size)[0]
 
     def captions(self, path: str | os.PathLike[str], beam_size: int | None = None) -> list[Caption]:
-        """Return ``beam_size`` captions of one image, best first.
+        """Return ``beam_size`` captions of one image, best first; by default captioner.json's.
 
-        Args:
-            path: the image.
-            beam_size: hypotheses kept; 1 is greedy search, None the value in captioner.json.
-
-        Raises:
-            ImageError: the image cannot be read.
+        Raises ImageError if the image cannot be read.
         """
         return self.search(self.encode([read_square(path, self.settings["image_size"])]), beam_size)
 
@@ -116,12 +109,11 @@ class Captioner:
             logits, hidden, cell = self._run(
                 "decoder_step", tokens=tokens, hidden=hidden, cell=cell
             )
-            best, following = self._best_tokens(logits, length, beams + 1)
-            totals = (scores[:, None] + best).ravel()
+            totals = (scores[:, None] + self._log_probabilities(logits, length)).ravel()
             alive: list[tuple[int, int, numpy.float32]] = []
             for place, index in enumerate(numpy.argsort(-totals, kind="stable")[: 2 * beams]):
-                total, token = totals[index], int(following.ravel()[index])
-                parent = int(index) // best.shape[1]
+                parent, token = divmod(int(index), logits.shape[1])
+                total = totals[index]
                 if total == -numpy.inf:
                     break
                 if token != self._special["end"]:
@@ -133,10 +125,10 @@ class Captioner:
             alive = alive[:beams]
             if len(found) == beams or not alive:
                 break
+            parents = [parent for parent, _, _ in alive]
             hypotheses = [[*hypotheses[parent], token] for parent, token, _ in alive]
             tokens = numpy.array([token for _, token, _ in alive], numpy.int64)
             scores = numpy.array([total for _, _, total in alive], numpy.float32)
-            parents = [parent for parent, _, _ in alive]
             hidden, cell = hidden[parents], cell[parents]
         return [Caption(self.write(words), total, score) for score, total, words in found]
 
@@ -152,27 +144,19 @@ class Captioner:
                 written.append([word])
         return " ".join("".join(parts) for parts in written)
 
-    def _best_tokens(
-        self, logits: numpy.ndarray, length: int, count: int
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Return log-probabilities and ids of the most likely tokens after ``length`` words.
+    def _log_probabilities(self, logits: numpy.ndarray, length: int) -> numpy.ndarray:
+        """Return log-probabilities (R, V) of the tokens after ``length`` words.
 
-        Both (R, min(count, V)), best first. Tokens that may not follow have -inf: padding, start
-        and unknown always, the end below the minimum length, all others at the maximum.
+        -inf where they may not follow: padding, start and unknown never, the end not below the
+        minimum length, all others not at the maximum.
         """
         config, special = self.settings["search"], self._special
         highest = logits.max(axis=1, keepdims=True)
         normaliser = highest + numpy.log(numpy.exp(logits - highest).sum(axis=1, keepdims=True))
-        allowed = numpy.ones(logits.shape[1], bool)
-        if length >= config["max_length"]:
-            allowed[:] = False
-            allowed[special["end"]] = True
-        else:
-            allowed[[special["pad"], special["start"], special["unknown"]]] = False
-            allowed[special["end"]] = length >= config["min_length"]
-        logits = numpy.where(allowed, logits, -numpy.float32(numpy.inf))
-        tokens = numpy.argsort(-logits, axis=1, kind="stable")[:, :count]
-        return numpy.take_along_axis(logits, tokens, 1) - normaliser, tokens
+        allowed = numpy.full(logits.shape[1], length < config["max_length"])
+        allowed[[special["pad"], special["start"], special["unknown"]]] = False
+        allowed[special["end"]] = length >= min(config["min_length"], config["max_length"])
+        return numpy.where(allowed, logits - normaliser, -numpy.float32(numpy.inf))
 
     def _run(self, name: str, **inputs: numpy.ndarray) -> list[numpy.ndarray]:
         outputs: list[numpy.ndarray] = self._sessions[name].run(None, inputs)
@@ -211,9 +195,7 @@ def read_square(path: str | os.PathLike[str], size: int = 299) -> numpy.ndarray:
 
     As in training: upright by EXIF, transparency over white, 16 bits scaled to 8, of an animation
     the first frame; a large JPEG is decoded at the smallest of its own scales above twice ``size``.
-
-    Raises:
-        ImageError: it cannot be read; the text is the reason.
+    Raises ImageError.
     """
     try:
         with warnings.catch_warnings():
@@ -247,19 +229,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _at_least_one(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Caption the images that the command line names; return the exit code."""
     parser = argparse.ArgumentParser(description="Caption images with an exported captioner.")
     parser.add_argument("images", nargs="+", help="images")
     parser.add_argument(
         "--beam-size",
-        type=_at_least_one,
+        type=int,
         help="hypotheses per image; 1 is fastest and worst (default: that in captioner.json)",
     )
     parser.add_argument(
@@ -269,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder of the exported files (default: that of this program)",
     )
     options = parser.parse_args(arguments)
+    if options.beam_size is not None and options.beam_size < 1:
+        parser.error("--beam-size: at least 1")
     try:
         captioner = Captioner(options.model)
     except ExportError as error:
@@ -276,7 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     failed = 0
     for path in options.images:
-        # Bytes of a path that are not UTF-8 become U+FFFD.
         name = _escape(os.fsencode(path).decode("utf-8", "replace"))
         try:
             text = captioner.caption(path, options.beam_size).text

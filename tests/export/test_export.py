@@ -29,7 +29,7 @@ from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.search import search
 from pipeline.export import onnx as module
 from pipeline.export import onnx_graphs
-from pipeline.export.onnx import RUNNER, SETTINGS, is_export, writing_rules
+from pipeline.export.onnx import RUNNER, SETTINGS, writing_rules
 from pipeline.export.onnx_graphs import Graph, check, to_onnx
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.utils.errors import UserError
@@ -474,8 +474,6 @@ def test_other_things_are_not_written_among_unless_forced(
     result = export(drawn_run.run, "--output", letters, "--force")
     assert result.exit_code == 0, result.output
     assert set(contents(letters)) == {*FILES, "mother.txt"}
-    # An export stays one, whatever is laid beside it.
-    assert is_export(letters)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
