@@ -1,7 +1,6 @@
 """The local page of ``caption.py --serve`` and its endpoint for scripts; see docs/server.md.
 
-It listens on 127.0.0.1 only. Gradio would make such a page in a few lines, but it is heavy, loads
-fonts from other servers and reports its use; this page requests nothing from any other address.
+It listens on 127.0.0.1 only, and the page requests nothing from any other address.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import socket
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +63,7 @@ HEADERS = {
 def caption_uploads(
     captioner: Captioner, images: Sequence[UploadFile], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Caption images as the fields of their form ask for.
-
-    Returns:
-        A JSON record per image: the name that it came with, and captions or an error.
-    """
+    """Return a JSON record per image: the name that it came with, and captions or an error."""
     options = SearchOptions(**fields)
     with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
         paths = []
@@ -86,14 +81,14 @@ def caption_uploads(
     ]
 
 
-def respond(content: Any) -> Response:
+def respond(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return a JSON response that is safe to print on a terminal: no control characters."""
-    return Response(as_json(content), media_type="application/json")
+    return Response(as_json(content), status, headers, "application/json")
 
 
 def fail(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
     """Return the response to a request that fails."""
-    return Response(as_json({"error": reason}), status, headers, "application/json")
+    return respond({"error": reason}, status, headers)
 
 
 class SameOriginOnly:
@@ -146,18 +141,17 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
     async def health(request: Request) -> Response:
         return respond({"status": "ok", "model": model_name, "requests": requests})
 
-    def static(text: str, media_type: str) -> Callable[[Request], Response]:
-        return lambda request: Response(text, media_type=media_type)
+    def static(address: str, text: str, media_type: str) -> Route:
+        return Route(address, lambda _: Response(text, media_type=media_type))
 
+    style, script = ((TEMPLATES / f"serve.{end}").read_text("utf-8") for end in ("css", "js"))
     page = environment().get_template("serve.html")
     text = page.render(model=model_name, ranges=FIELDS, max_file_bytes=MAX_IMAGE_BYTES)
     return Starlette(
         routes=[
-            Route("/", static(text, "text/html")),
-            Route("/page.css", static((TEMPLATES / "serve.css").read_text("utf-8"), "text/css")),
-            Route(
-                "/page.js", static((TEMPLATES / "serve.js").read_text("utf-8"), "text/javascript")
-            ),
+            static("/", text, "text/html"),
+            static("/page.css", style, "text/css"),
+            static("/page.js", script, "text/javascript"),
             Route("/caption", caption, methods=["POST"]),
             Route("/health", health),
         ],
@@ -176,39 +170,31 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
 
 
 def listen(port: int) -> socket.socket:
-    """Listen on a port of 127.0.0.1; 0 for any free one.
-
-    Raises:
-        UserError: the port cannot be used.
-    """
+    """Listen on a port of 127.0.0.1; 0 for any free one. UserError if it cannot be used."""
     try:
         return socket.create_server(("127.0.0.1", port))
     except OSError as error:
-        raise UserError(
-            f"--port {port}: {error.strerror}; choose another, or 0 for any free one"
-        ) from error
+        reason = f"{error.strerror}; choose another, or 0 for any free one"
+        raise UserError(f"--port {port}: {reason}") from error
 
 
 def make_server(captioner: Captioner, model_name: str) -> uvicorn.Server:
     """Return a server of ``make_app``'s application."""
-    config = uvicorn.Config(
-        make_app(captioner, model_name),
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=5,
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(captioner, model_name),
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=5,
+        )
     )
-    return uvicorn.Server(config)
 
 
 def serve(captioner: Captioner, model_name: str, port: int, open_browser: bool) -> None:
-    """Serve the page until Ctrl-C, on a port of 127.0.0.1 (0: any free one).
-
-    Raises:
-        UserError: the port cannot be used.
-    """
+    """Serve the page until Ctrl-C; see ``listen`` for ``port``."""
     with listen(port) as listener:
         address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         echo(f"captioning at {address} for this machine only; Ctrl-C stops it", err=True)

@@ -91,10 +91,9 @@ def parse_form(form: FormData) -> tuple[list[UploadFile], dict[str, Any]]:
             fields[name] = _parse_field(name, value)
     if not images:
         raise HTTPException(400, "image: no image; with curl, write -F image=@photo.jpg")
-    beam_size, num_captions = fields.get("beam_size"), fields.get("num_captions", 1)
-    if beam_size is not None and num_captions > beam_size:
-        reason = f"num_captions: at most beam_size ({beam_size}), not {num_captions}"
-        raise HTTPException(400, reason)
+    count, beam_size = fields.get("num_captions", 1), fields.get("beam_size")
+    if beam_size is not None and count > beam_size:
+        raise HTTPException(400, f"num_captions: at most beam_size ({beam_size}), not {count}")
     return images, fields
 
 
