@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from pipeline.cli import options
-from pipeline.export.compress import save_compressed
 from pipeline.utils.terminal import echo
 
 
@@ -26,5 +25,7 @@ def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
       captioner compress runs/joint --output small.safetensors
       captioner compress old.pt --output new.safetensors
     """
+    from pipeline.export.compress import save_compressed
+
     save_compressed(runs, output, weights)
     echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB", err=True)

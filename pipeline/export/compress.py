@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.models.checkpoint import encoder_of, load_ensemble, save_checkpoint
+from pipeline.models.encoder import Encoder, load_trunk
+from pipeline.models.pretrained import PRETRAINED
+from pipeline.models.quantization import dequantize, quantize
+
 # Paths of the training machine mean nothing elsewhere.
 DEFAULT_PATHS: dict[str, Any] = {
     "data": "data/flickr8k",
@@ -27,11 +32,6 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
         UserError: no such checkpoints, or of different encoders; the encoder's weights are not
             available.
     """
-    from pipeline.models.checkpoint import encoder_of, load_ensemble, save_checkpoint
-    from pipeline.models.encoder import Encoder, load_trunk
-    from pipeline.models.pretrained import PRETRAINED
-    from pipeline.models.quantization import dequantize, quantize
-
     checkpoint = load_ensemble(runs)
     state = encoder_of(checkpoint, weights, "fp32").trunk.state_dict()
     checkpoint.encoder_weights = {

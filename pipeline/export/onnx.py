@@ -7,16 +7,27 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pipeline
+from pipeline.datasets.images import IMAGE_SIZE
+from pipeline.datasets.tokenizers import ATTACHED, CONTRACTED, ENGLISH
+from pipeline.datasets.vocabulary import (
+    END_ID,
+    PAD_ID,
+    SPECIALS,
+    START_ID,
+    UNKNOWN_ID,
+    Vocabulary,
+)
+from pipeline.decoding.options import SearchOptions
+from pipeline.decoding.reranking import Reranker
+from pipeline.export import onnx_graphs
+from pipeline.models.checkpoint import Checkpoint, encoder_of, load_ensemble
+from pipeline.models.encoder import NAMED_WEIGHTS
 from pipeline.models.pretrained import PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write, cannot_be_written
-
-if TYPE_CHECKING:
-    from pipeline.datasets.vocabulary import Vocabulary
-    from pipeline.models.checkpoint import Checkpoint
 
 # The runner has its own copies, because it imports nothing from this package.
 FORMAT, VERSION = "show-and-tell-captioner-onnx", 1
@@ -75,20 +86,16 @@ def export_captioner(
             f"--output {output}: has other files in it; choose another folder, or add --force to "
             "write beside them"
         )
-    from pipeline.export.onnx_graphs import captioner_graphs, check, check_installed, to_onnx
-
-    check_installed()
-    from pipeline.models.checkpoint import encoder_of, load_ensemble
-
+    onnx_graphs.check_installed()
     checkpoint = load_ensemble(models)
     encoder = encoder_of(checkpoint, weights, "fp32").for_inference()
     decoder = checkpoint.build_decoder()
     temporary = output / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left
     try:
-        for name, graph in captioner_graphs(encoder, decoder).items():
-            content = to_onnx(graph)
-            check(name, graph, content)
+        for name, graph in onnx_graphs.captioner_graphs(encoder, decoder).items():
+            content = onnx_graphs.to_onnx(graph)
+            onnx_graphs.check(name, graph, content)
             with atomic_write(temporary / GRAPHS[name], "wb") as handle:
                 handle.write(content)
         with atomic_write(temporary / RUNNER, "wb") as handle:
@@ -112,13 +119,6 @@ def captioner_settings(
     checkpoint: Checkpoint, models: Sequence[Path], beam_size: int | None = None
 ) -> dict[str, Any]:
     """Return the content of captioner.json: what a runner needs beside the networks."""
-    from pipeline.datasets.images import IMAGE_SIZE
-    from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
-    from pipeline.decoding.options import SearchOptions
-    from pipeline.decoding.reranking import Reranker
-    from pipeline.export.onnx_graphs import OPSET
-    from pipeline.models.encoder import NAMED_WEIGHTS
-
     config, encoder = checkpoint.decoder_config, checkpoint.encoder
     options = SearchOptions(beam_size, consensus=0, matching=0)
     search = options.resolve(checkpoint.vocabulary, Reranker())
@@ -140,7 +140,7 @@ def captioner_settings(
             "transform": encoder.transform,
         },
         "files": GRAPHS,
-        "opset": OPSET,
+        "opset": onnx_graphs.OPSET,
         "image_size": IMAGE_SIZE,
         "feature_size": config.feature_size,
         "state_size": config.hidden_size * config.members,
@@ -165,9 +165,6 @@ def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
     * ``pairs``: other tokens that are joined ("can", "not"; "#", "5");
     * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
     """
-    from pipeline.datasets.tokenizers import ATTACHED, CONTRACTED, ENGLISH
-    from pipeline.datasets.vocabulary import SPECIALS
-
     words = vocabulary.words[len(SPECIALS) :]
 
     def together(first: str, second: str) -> bool:

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TypeAlias
 
 from pipeline.datasets import images
 from pipeline.outputs.metadata_tools import (
@@ -41,18 +41,11 @@ FILE_NAME = re.compile(r"\S+\.(jpe?g|tiff?|png|heic|dng)", re.IGNORECASE)
 # Beginnings of descriptions that microscope programs read again: OME, tifffile, ImageJ.
 DATA = ("<", "{", "ImageJ=", "SCIFIO=")
 ORIENTATION = 0x0112
+Appearance: TypeAlias = tuple[list[str], bytes | None, int]
 
 
 class MetadataError(Exception):
     """A description that cannot be written or read; the text is the reason, without the name."""
-
-
-class Appearance(NamedTuple):
-    """How an image looks: a digest of each frame's pixels, colour profile, EXIF orientation."""
-
-    frames: list[str]
-    profile: bytes | None
-    orientation: int
 
 
 def check_available() -> None:
@@ -186,6 +179,7 @@ def _tools(format: str) -> list[Tool]:
 
 
 def _appearance(data: bytes) -> Appearance:
+    """Return how an image looks: a digest of each frame, colour profile, EXIF orientation."""
     with images.opened(io.BytesIO(data)) as image:
         frames = []
         for number in range(getattr(image, "n_frames", 1)):
@@ -197,7 +191,7 @@ def _appearance(data: bytes) -> Appearance:
             frames.append(digest.hexdigest())
         image.seek(0)
         orientation = image.getexif().get(ORIENTATION, 1)
-        return Appearance(frames, image.info.get("icc_profile"), orientation)
+        return frames, image.info.get("icc_profile"), orientation
 
 
 def _check(data: bytes, tool: Tool, format: str, text: str, appearance: Appearance) -> None:

@@ -77,12 +77,17 @@ NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
 # One file
 
 
+@pytest.mark.parametrize("name", ["out.jsonl", "out.txt"])
 def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
-    drawn_run: DrawnRun, album: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    drawn_run: DrawnRun,
+    album: Path,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
-    whole, output = album.parent / "whole.jsonl", album.parent / "out.jsonl"
-    assert caption(drawn_run, album, "--output", whole, "--words").exit_code == 0
-    asked.clear()
+    whole, output = album.parent / f"whole{name}", album.parent / name
+    words = ["--words"] if name == "out.jsonl" else []
+    assert caption(drawn_run, album, "--output", whole, *words).exit_code == 0
     append = PartialResults.append
 
     def interrupted(self: PartialResults, prediction: Prediction) -> None:
@@ -92,18 +97,20 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(PartialResults, "append", interrupted)
-        result = caption(drawn_run, album, "--output", output, "--words")
+        result = caption(drawn_run, album, "--output", output, *words)
     assert result.exit_code == 130
     assert "interrupted; run the same command to resume" in result.stderr
-    assert not output.exists() and results_path(output).exists()
+    assert not output.exists() and results_path(output).read_bytes().count(b"\n") == 4
+    with results_path(output).open("a", encoding="utf-8") as handle:
+        handle.write('{"path": "d.jpg", "sta')  # a line that a kill cut off
 
     asked.clear()
-    result = caption(drawn_run, album, "--output", output, "--words")
+    result = caption(drawn_run, album, "--output", output, *words)
     assert result.exit_code == 0, result.output
     assert "3 were captioned before the interruption" in result.stderr
     assert asked == ["d.jpg", "e.jpg", "f.jpg"]
     assert output.read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in album.parent.iterdir()) == ["album", "out.jsonl", "whole.jsonl"]
+    assert {p.name for p in album.parent.iterdir()} == {"album", output.name, whole.name}
 
 
 def test_an_interruption_promises_to_go_on_only_where_something_is_kept(
@@ -159,34 +166,6 @@ def test_another_search_does_not_go_on_with_the_captions_of_the_first(
     assert asked == NAMES
 
 
-def test_a_line_that_a_kill_cut_off_is_captioned_again(
-    drawn_run: DrawnRun, album: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = album.parent / "out.txt"
-    append = PartialResults.append
-
-    def interrupted(self: PartialResults, prediction: Prediction) -> None:
-        append(self, prediction)
-        if prediction.path.endswith("b.jpg"):
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PartialResults, "append", interrupted)
-        assert caption(drawn_run, album, "--output", output).exit_code == 130
-    records = results_path(output)
-    assert records.read_bytes().count(b"\n") == 3
-    with records.open("a", encoding="utf-8") as handle:
-        handle.write('{"path": "c.jpg", "sta')
-    result = caption(drawn_run, album, "--output", output)
-    assert result.exit_code == 0
-    assert "2 were captioned before the interruption" in result.stderr
-    undisturbed = album.parent / "undisturbed.txt"
-    assert caption(drawn_run, album, "--output", undisturbed).exit_code == 0
-    assert output.read_bytes() == undisturbed.read_bytes()
-    lines = output.read_text(encoding="utf-8").splitlines()
-    assert [Path(line.split("\t")[0]).name for line in lines] == NAMES
-
-
 @pytest.mark.parametrize("layout", list(WRITERS))
 def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     drawn_run: DrawnRun, album: Path, asked: list[str], layout: str
@@ -217,15 +196,6 @@ def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     assert [p.captions[0].text for p in after[:6]] == [p.captions[0].text for p in before]
 
 
-def test_skip_existing_names_a_file_of_another_format(drawn_run: DrawnRun, album: Path) -> None:
-    output = album.parent / "out.csv"
-    output.write_text("photo,text\na,b\n", encoding="utf-8")
-    result = caption(drawn_run, album, "--output", output, "--skip-existing")
-    assert result.exit_code == 2
-    assert "out.csv: not in --format csv" in result.stderr
-    assert output.read_text(encoding="utf-8") == "photo,text\na,b\n"
-
-
 @pytest.mark.parametrize("layout", list(WRITERS))
 def test_every_format_can_be_read_again(tmp_path: Path, layout: str) -> None:
     words = (Word("a", 0.5), Word('"b"', 0.25))
@@ -254,6 +224,11 @@ def test_the_format_follows_the_name_of_the_output(drawn_run: DrawnRun, album: P
         output = album.parent / name
         assert caption(drawn_run, album / "a.jpg", "--output", output).exit_code == 0
         assert len(read_predictions(output, layout)) == 1
+    foreign = album.parent / "foreign.csv"
+    foreign.write_text("photo,text\na,b\n", encoding="utf-8")
+    result = caption(drawn_run, album, "--output", foreign, "--skip-existing")
+    assert result.exit_code == 2 and "foreign.csv: not in --format csv" in result.stderr
+    assert foreign.read_text(encoding="utf-8") == "photo,text\na,b\n"
 
 
 # Text files and metadata
@@ -287,22 +262,17 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     assert len((album / "b.txt").read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_two_images_do_not_share_a_sidecar(drawn_run: DrawnRun, album: Path) -> None:
-    shutil.copy(album / "a.jpg", album / "a.png")
-    result = caption(drawn_run, album, "--sidecar")
-    assert result.exit_code == 1
-    assert f"failed: {album / 'a.png'}: a.txt belongs to a.jpg" in result.stderr
-    assert len(result.stdout.splitlines()) == 7
-
-
 def test_a_sidecar_that_cannot_be_written_is_named_and_the_rest_goes_on(
     drawn_run: DrawnRun, album: Path
 ) -> None:
+    shutil.copy(album / "a.jpg", album / "a.png")
     (album / "b.txt").mkdir()
     result = caption(drawn_run, album, "--sidecar", "--overwrite")
     assert result.exit_code == 1
+    assert f"failed: {album / 'a.png'}: a.txt belongs to a.jpg" in result.stderr
     assert f"failed: {album / 'b.jpg'}: " in result.stderr and "is a folder" in result.stderr
-    assert len(list(album.rglob("*.txt"))) == 6
+    assert len(result.stdout.splitlines()) == 7
+    assert len([path for path in album.rglob("*.txt") if path.is_file()]) == 5
 
 
 def test_metadata_get_the_caption_once(drawn_run: DrawnRun, album: Path, asked: list[str]) -> None:
@@ -381,16 +351,6 @@ def test_paths_are_read_from_standard_input(
     assert f"failed: {album / 'missing.jpg'}: no such file" in result.stderr
 
 
-def test_symbolic_link_loops_end(drawn_run: DrawnRun, album: Path) -> None:
-    try:
-        (album / "sub" / "up").symlink_to(album, target_is_directory=True)
-    except OSError:
-        pytest.skip("no symbolic links here")
-    result = caption(drawn_run, album)
-    assert result.exit_code == 0
-    assert len(result.stdout.splitlines()) == 6
-
-
 # What captions
 
 
@@ -414,13 +374,13 @@ def test_prefix_lengths_and_draws(drawn_run: DrawnRun, album: Path) -> None:
 def test_words_have_probabilities_that_make_up_the_caption(
     drawn_run: DrawnRun, album: Path
 ) -> None:
-    result = caption(drawn_run, album, "--words", "--format", "json", "--num-captions", 2)
-    for record in json.loads(result.stdout):
+    options = ("--format", "json", "--num-captions", 2)
+    detailed, plain = (caption(drawn_run, album, *options, *w).stdout for w in (["--words"], []))
+    for record in json.loads(detailed):
         for found in record["captions"]:
             assert " ".join(word["text"] for word in found["words"]) == found["caption"]
-            assert all(0 <= word["probability"] <= 1 for word in found["words"])
-    plain = caption(drawn_run, album, "--format", "json", "--num-captions", 2)
-    assert '"words":' in result.stdout and '"words":' not in plain.stdout
+    assert '"words":' not in plain
+    assert all(0 <= p <= 1 for p in map(float, re.findall(r'"probability": ([\d.]+)', detailed)))
 
 
 def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
@@ -452,7 +412,6 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
 
 def test_records_that_cannot_be_used_are_made_again(tmp_path: Path) -> None:
     target, image = tmp_path / "x.csv", tmp_path / "p.jpg"
-    gone = str(tmp_path / "gone.jpg")
     image.write_bytes(b"1")
     made = Prediction(str(image), [Caption("a", -1.0, (Word("a", 0.5),))])
     results_path(target).write_bytes(b"\xff\xfe garbage\n[1, 2")
@@ -460,15 +419,11 @@ def test_records_that_cannot_be_used_are_made_again(tmp_path: Path) -> None:
     assert str(image) not in results
     results.append(made)
     results.append(Prediction("broken.jpg", [], "not an image"))
-    results.append(Prediction(gone, [Caption("b", -1.0)]))
     assert results[str(image)] == made and results["broken.jpg"].error == "not an image"
-    with results_path(target).open("ab") as handle:
-        handle.write(b'{"path": "c.jpg", "sta')  # cut off by a kill
     again = PartialResults(target, {"a": 1})
     assert again[str(image)] == made and "broken.jpg" not in again
     image.write_bytes(b"12")
     assert str(image) not in PartialResults(target, {"a": 1})
-    assert gone not in PartialResults(target, {"a": 2})
     results_path(target).unlink()
     results_path(target).mkdir()
     with pytest.raises(UserError, match="is a folder"):

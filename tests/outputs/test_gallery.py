@@ -102,17 +102,16 @@ def written(tmp_path: Path, *items: GalleryItem, **options: Any) -> Parsed:
 
 
 def test_thumbnails_inside_the_page_are_small_images(tmp_path: Path) -> None:
-    wide = draw(tmp_path / "wide.jpg", size=(1600, 400))
-    thin = draw(tmp_path / "thin.png", size=(3, 2000))
-    small = draw(tmp_path / "small.png", size=(64, 48))
-    records = written(tmp_path, item(wide), item(thin), item(small)).records
-    assert [(r["width"], r["height"]) for r in records] == [(320, 80), (1, 320), (64, 48)]
-    for record in records:
+    sizes = {(1600, 400): (320, 80), (3, 2000): (1, 320), (64, 48): (64, 48)}
+    paths = [draw(tmp_path / f"{n}.png", size=size) for n, size in enumerate(sizes)]
+    records = written(tmp_path, *map(item, paths)).records
+    for record, size in zip(records, sizes.values(), strict=True):
         head, content = record["thumbnail"].split(",")
         assert head == "data:image/webp;base64"
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
             image.load()
-            assert image.format == "WEBP" and image.size == (record["width"], record["height"])
+            assert image.format == "WEBP" and image.size == size
+        assert (record["width"], record["height"]) == size
     assert not (tmp_path / "page_files").exists()
 
 
@@ -186,9 +185,8 @@ def test_items_are_taken_as_they_are_written(
 
 
 def test_images_that_cannot_be_read_keep_their_captions_or_their_reason(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jpg"
+    broken, good = tmp_path / "broken.jpg", draw(tmp_path / "good.png")
     broken.write_bytes(b"\xff\xd8 no image")
-    good = draw(tmp_path / "good.png")
     records = written(
         tmp_path,
         item(tmp_path / "gone.jpg"),
@@ -196,28 +194,24 @@ def test_images_that_cannot_be_read_keep_their_captions_or_their_reason(tmp_path
         item(good, captions=[], error="not an image"),
         item(good, captions=[]),
     ).records
-    assert [r["missing"] for r in records] == [
-        "no such file",
-        "not an image that Pillow reads",
-        None,
-        None,
+    names = ("missing", "error", "original")
+    assert [tuple(record[name] for name in names) for record in records] == [
+        ("no such file", None, None),
+        ("not an image that Pillow reads", None, None),
+        (None, "not an image", None),
+        (None, None, "good.png"),
     ]
     assert [r["thumbnail"] is None for r in records] == [True, True, True, False]
-    assert [r["original"] is None for r in records] == [True, True, True, False]
-    assert records[2]["error"] == "not an image" and records[0]["error"] is None
     assert [len(r["captions"]) for r in records] == [2, 2, 0, 0]
 
 
 def test_the_original_is_shown_where_browsers_know_its_format(tmp_path: Path) -> None:
-    tiff, png = draw(tmp_path / "a.tif"), draw(tmp_path / "b.png")
+    tiff, png = draw(tmp_path / "a.tif"), draw(tmp_path / "a b" / "b.png")
     disguised = Path(shutil.copy(png, tmp_path / "c.tif"))
-    items = [item(path) for path in (tiff, png, disguised)]
-    originals = [record["original"] for record in written(tmp_path, *items).records]
-    assert originals == [None, "b.png", "c.tif"]
-    above = draw(tmp_path / "a b" / "d.png")
     page = tmp_path / "pages" / "page.html"
-    write_gallery([item(above)], page, "t", {})
-    assert Parsed(page).records[0]["original"] == "../a%20b/d.png"
+    write_gallery(map(item, (tiff, png, disguised)), page, "t", {})
+    originals = [record["original"] for record in Parsed(page).records]
+    assert originals == [None, "../a%20b/b.png", "../c.tif"]
 
 
 def odd_images(folder: Path) -> list[Path]:
@@ -342,7 +336,8 @@ def test_evaluate_needs_no_image_files(drawn_run: DrawnRun, tmp_path: Path) -> N
 
 def test_images_that_evaluate_left_out_are_named(tmp_path: Path) -> None:
     facts = {
-        **{"split": "val", "split_sha256": "0", "images": 0, "references": 0, "features": "f"},
+        **dict.fromkeys(("split", "split_sha256", "features"), "x"),
+        **dict.fromkeys(("images", "references"), 0),
         "search": {"beam_size": 1, "consensus": 0, "matching": 0},
     }
     left_out = {Path("x/broken.jpg"): "empty file"}
@@ -403,15 +398,14 @@ def test_hostile_text_is_shown_as_text_and_odd_files_open(tmp_path: Path) -> Non
 def test_search_and_sort(tmp_path: Path) -> None:
     image = draw(tmp_path / "a.png")
     rows = [
-        ("10.png", "a red dog", 30.0, -8.0),
-        ("9.png", "a blue dog", 10.0, -1.0),
-        ("Éva.png", "two red cars", 20.0, -4.0),
+        ("10.png", "a red dog", 30.0, -8.0, "seen"),
+        ("9.png", "a blue dog", 10.0, -1.0, "seen"),
+        ("Éva.png", "two red cars", 20.0, -4.0, "ONE"),
     ]
     items = [
-        item(image, name=name, captions=[Caption(text, p)], references=["seen"], score=score)
-        for name, text, score, p in rows
+        item(image, name=name, captions=[Caption(text, p)], references=[seen], score=score)
+        for name, text, score, p, seen in rows
     ]
-    items[2] = GalleryItem(image, "Éva.png", [Caption("two red cars", -4.0)], None, ["ONE"], 20.0)
     target = tmp_path / "page.html"
     write_gallery(items, target, "t", {})
     with browser_page(own=target.as_uri()) as (page, problems):

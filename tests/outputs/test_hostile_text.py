@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
-import click
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY, draw
@@ -66,25 +65,17 @@ def test_letters_of_all_scripts_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-@pytest.mark.parametrize("err", [False, True])
-def test_what_is_said_moves_no_cursor(
-    text: str, err: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    echo(f"page: {text}", err=err)
+def test_what_is_said_moves_no_cursor(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    escaped, error = escape_control(text), io.StringIO()
+    for err in (False, True):
+        echo(f"page: {text}", err=err)
     echo_failure(text, text)
     output = capsys.readouterr()
     assert UNSEEN.search(output.out + output.err) is None
-    assert output.err.splitlines()[-1] == f"failed: {escape_control(text)}: {escape_control(text)}"
-
-
-@pytest.mark.parametrize("kind", [UserError, InputError])
-@pytest.mark.parametrize("text", HOSTILE)
-def test_an_error_is_one_line_whatever_it_names(
-    kind: type[click.ClickException], text: str
-) -> None:
-    shown = io.StringIO()
-    kind(f"{text}: cannot be read").show(shown)
-    assert shown.getvalue() == f"Error: {escape_control(text)}: cannot be read\n"
+    assert output.err.splitlines()[-1] == f"failed: {escaped}: {escaped}"
+    for kind in (UserError, InputError):
+        kind(f"{text}: cannot be read").show(error)
+    assert error.getvalue() == 2 * f"Error: {escaped}: cannot be read\n"
 
 
 def test_a_wrong_command_does_not_obey_its_words() -> None:
