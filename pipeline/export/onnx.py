@@ -103,16 +103,22 @@ def export_captioner(
         with atomic_write(temporary / SETTINGS) as handle:
             json.dump(captioner_settings(checkpoint, models, beam_size), handle, indent=1)
             handle.write("\n")
-        (output / SETTINGS).unlink(missing_ok=True)
-        for name in names:
-            (temporary / name).replace(output / name)
-    except OSError as error:
-        raise cannot_be_written(output, error) from error
+        _move(temporary, output, names)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         with contextlib.suppress(OSError):  # the folder has files
             output.rmdir()
     return [output / name for name in names]
+
+
+def _move(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Replace the files of an earlier export, the settings first and last."""
+    try:
+        (target / SETTINGS).unlink(missing_ok=True)
+        for name in names:
+            (source / name).replace(target / name)
+    except OSError as error:
+        raise cannot_be_written(target, error) from error
 
 
 def captioner_settings(
