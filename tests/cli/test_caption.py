@@ -206,3 +206,13 @@ def test_the_encoder_must_be_that_of_the_training(drawn_run: DrawnRun, tmp_path:
     with pytest.raises(UserError, match=r"/nowhere/x\.pth.*--weights FILE"):
         Captioner.load(tmp_path / "best.safetensors", device="cpu")
     Captioner.load(tmp_path / "best.safetensors", device="cpu", weights=str(moved))
+
+
+def test_the_page_is_served_with_the_models_that_were_named(
+    drawn_run: DrawnRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[object] = []
+    monkeypatch.setattr("pipeline.serve.app.serve", lambda *given, **more: served.extend(given))
+    result = caption(drawn_run.run, "--serve", "--port", 0)
+    assert result.exit_code == 0, result.output
+    assert isinstance(served[0], Captioner) and served[1:] == [str(drawn_run.run), 0]

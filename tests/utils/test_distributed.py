@@ -139,7 +139,7 @@ def test_validation_in_shares_is_that_of_one_process(
 
 
 @pytest.fixture(scope="module")
-def joint_stage(tmp_path_factory: pytest.TempPathFactory) -> JointStage:
+def joint_stage(tiny_inception: None, tmp_path_factory: pytest.TempPathFactory) -> JointStage:
     """Twelve images, two of which cannot be read, in batches of 5 (and readable ones 5 and 5)."""
     folder = tmp_path_factory.mktemp("images")
     images = [TrainingImage(draw(folder / f"{n:02}.png", n), flip=True) for n in range(12)]
