@@ -1,37 +1,27 @@
-"""A checkpoint: one file that captions by itself.
+"""A checkpoint: one file that captions by itself. docs/file-formats.md describes its content.
 
-It holds the decoder's weights and sizes, the vocabulary, the rerankers, the identity of the encoder
-(after stage 3 its weights too), the settings of the run, its epoch and scores. A run folder has
-``best.safetensors`` and ``last.safetensors``; ``checkpoint_file`` defines the format.
+A run folder has ``best.safetensors`` and ``last.safetensors``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint_file import (
     check_state,
     group_of,
     read_checkpoint_file,
-    shapes_of,
     write_tensors,
 )
-from pipeline.models.decoder import Decoder, DecoderConfig
-from pipeline.models.encoder import (
-    NAMED_WEIGHTS,
-    Encoder,
-    load_encoder,
-    load_trunk,
-    trunk_shapes,
-    trunk_state,
-)
+from pipeline.models.decoder import DecoderConfig
+from pipeline.models.encoder import NAMED_WEIGHTS, Encoder, load_encoder, load_trunk
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
@@ -43,7 +33,7 @@ from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
 
 SCHEMA_VERSION = 2
-# A decoder is built only after its sizes are known to be possible.
+# A network is built only after its sizes are known to be possible.
 LARGEST_SIZE = 1 << 20
 
 Sizes = TypeVar("Sizes", DecoderConfig, MatcherConfig)
@@ -96,32 +86,23 @@ class Checkpoint:
 def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) -> None:
     """Write a checkpoint to a temporary file and move it to ``path``.
 
-    Args:
-        path: the file.
-        checkpoint: what to write.
-        compress: store the encoder's filters in 8 bits and all other networks in 16.
+    ``compress`` stores the encoder's filters in 8 bits and all other networks in 16.
 
     Raises:
         UserError: the file cannot be written.
     """
     matcher, neighbours = checkpoint.matcher, checkpoint.neighbours
-    encoder = checkpoint.encoder_weights or {}
-    scales: dict[str, Tensor] = {}
-    decoder = checkpoint.decoder_weights
-    matcher_weights = dict(matcher.state_dict()) if matcher else {}
-    if compress:
-        encoder, scales = quantize(encoder)
-        decoder, matcher_weights = (
-            cast(decoder, torch.float16),
-            cast(matcher_weights, torch.float16),
-        )
     groups = {
-        "decoder": decoder,
-        "encoder": encoder,
-        "encoder_scales": scales,
-        "matcher": matcher_weights,
+        "decoder": checkpoint.decoder_weights,
+        "encoder": checkpoint.encoder_weights or {},
+        "encoder_scales": {},
+        "matcher": matcher.state_dict() if matcher else {},
         "neighbours": neighbours.to_tensors() if neighbours else {},
     }
+    if compress:
+        groups["encoder"], groups["encoder_scales"] = quantize(groups["encoder"])
+        for name in ("decoder", "matcher"):
+            groups[name] = cast(groups[name], torch.float16)
     document = {
         "schema_version": SCHEMA_VERSION,
         "decoder_config": asdict(checkpoint.decoder_config),
@@ -161,27 +142,20 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         return _checkpoint(tensors, document)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
-        reason = error.message if isinstance(error, UserError) else str(error)
-        raise UserError(f"{path}: the checkpoint is damaged ({reason})") from error
+        raise UserError(f"{path}: the checkpoint is damaged ({error})") from error
 
 
 def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Checkpoint:
-    """Build a checkpoint of a file's content, after checking that it fits together.
-
-    Raises:
-        LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError: it does not.
-    """
+    """Build a checkpoint of a file's content; raise many kinds of errors if it does not fit."""
     config = _sizes(DecoderConfig, document["decoder_config"])
     vocabulary = Vocabulary(document["vocabulary"], document["tokenizer"])
     if len(vocabulary) != config.vocabulary_size:
         raise ValueError("vocabulary and decoder differ in size")
     decoder_weights = group_of(tensors, "decoder")
-    check_state(decoder_weights, _decoder_shapes(config, len(decoder_weights)), "decoder")
-    encoder_weights = None
-    if stored := group_of(tensors, "encoder"):
-        encoder_weights = trunk_state(
-            dequantize(stored, group_of(tensors, "encoder_scales")), trunk_shapes()
-        )
+    if config.members > len(decoder_weights):
+        raise ValueError("there are not as many weights as the ensemble has")
+    check_state(decoder_weights, _shapes(lambda: make_decoder(config)), "decoder")
+    encoder_weights = dequantize(group_of(tensors, "encoder"), group_of(tensors, "encoder_scales"))
     neighbours = None
     if stored := group_of(tensors, "neighbours"):
         neighbours = Neighbours.from_tensors(stored)
@@ -194,13 +168,12 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
     for name, kind in (("epoch", int), ("scores", dict), ("settings", dict)):
         if not isinstance(document[name], kind):
             raise ValueError(f"{name} is not of the type {kind.__name__}")
-    identity = {name: str(value) for name, value in document["encoder"].items()}
     return Checkpoint(
         decoder_config=config,
         decoder_weights=cast(decoder_weights, torch.float32),
         vocabulary=vocabulary,
-        encoder=EncoderIdentity(**identity),
-        encoder_weights=encoder_weights,
+        encoder=EncoderIdentity(**{k: str(value) for k, value in document["encoder"].items()}),
+        encoder_weights=encoder_weights or None,
         neighbours=neighbours,
         matcher=matcher,
         epoch=document["epoch"],
@@ -210,11 +183,7 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
 
 
 def _sizes(kind: type[Sizes], given: Mapping[str, Any]) -> Sizes:
-    """Build a network's configuration from JSON, with sizes that a network can have.
-
-    Raises:
-        ValueError: a value is out of range. TypeError: a name is unknown or missing.
-    """
+    """Build a network's configuration from JSON, with sizes that a network can have."""
     config = kind(**given)
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -228,39 +197,19 @@ def _sizes(kind: type[Sizes], given: Mapping[str, Any]) -> Sizes:
     return config
 
 
-def _decoder_shapes(config: DecoderConfig, given: int) -> dict[str, torch.Size]:
-    """Return the shapes of the weights of a decoder or ensemble, by name.
-
-    Raises:
-        ValueError: ``given`` weights are not as many.
-    """
-    with torch.device("meta"):  # without memory
-        shapes = shapes_of(Decoder(config))
-    if config.members == 1:
-        return shapes
-    if given != config.members * len(shapes):
-        raise ValueError("there are not as many weights as the ensemble has")
-    return {
-        f"members.{number}.{name}": shape
-        for number in range(config.members)
-        for name, shape in shapes.items()
-    }
+def _shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
+    """Return the shapes of a network's state dict without allocating its weights."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in build().state_dict().items()}
 
 
 def _matcher(
     given: Mapping[str, Any], weights: Mapping[str, Tensor], config: DecoderConfig
 ) -> Matcher:
-    """Build the image-text matcher of a checkpoint.
-
-    Raises:
-        ValueError, TypeError: its sizes and weights do not fit together, or not the decoder.
-    """
     sizes = _sizes(MatcherConfig, given)
     if (sizes.vocabulary_size, sizes.feature_size) != (config.vocabulary_size, config.feature_size):
         raise ValueError("matcher and decoder differ in size")
-    with torch.device("meta"):
-        shapes = shapes_of(Matcher(sizes))
-    check_state(weights, shapes, "matcher")
+    check_state(weights, _shapes(lambda: Matcher(sizes)), "matcher")
     matcher = Matcher(sizes)
     matcher.load_state_dict(weights)  # converts to float32
     return matcher.eval()
@@ -294,7 +243,6 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
         if replace(other.decoder_config, members=1) != replace(first.decoder_config, members=1):
             raise UserError(f"{path}: its decoder has other sizes than that of {paths[0]}")
     members = [part for checkpoint in checkpoints for part in _members(checkpoint)]
-    neighbours = [checkpoint.neighbours for checkpoint in checkpoints]
     return replace(
         first,
         decoder_config=replace(first.decoder_config, members=len(members)),
@@ -303,9 +251,7 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
             for number, part in enumerate(members)
             for name, tensor in part.items()
         },
-        neighbours=merge_neighbours([n for n in neighbours if n is not None])
-        if None not in neighbours
-        else None,
+        neighbours=merge_neighbours([checkpoint.neighbours for checkpoint in checkpoints]),
         settings={**first.settings, "seeds": [c.settings.get("seed") for c in checkpoints]},
         matcher=next((c.matcher for c in checkpoints if c.matcher is not None), None),
     )
@@ -313,24 +259,17 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
 
 def _members(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     """Return the weights of each of a checkpoint's decoders."""
-    count = checkpoint.decoder_config.members
+    weights, count = checkpoint.decoder_weights, checkpoint.decoder_config.members
     if count == 1:
-        return [checkpoint.decoder_weights]
-    return [
-        {
-            name.removeprefix(prefix): tensor
-            for name, tensor in checkpoint.decoder_weights.items()
-            if name.startswith(prefix)
-        }
-        for prefix in (f"members.{number}." for number in range(count))
-    ]
+        return [weights]
+    return [group_of(weights, f"members.{number}") for number in range(count)]
 
 
 def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> Encoder:
     """Build the encoder that a checkpoint's decoder was trained on.
 
     Raises:
-        UserError: its weights cannot be had, or are others than those of the training; the
+        UserError: its weights are not available or differ from those of the training; or the
             decoder reads features of another width.
     """
     checkpoint.refuse_other_features()

@@ -6,9 +6,7 @@ Equations (10) to (12) of Vinyals et al. (arXiv 1411.4555):
     x_t  = W_embed S_t               then every word of the caption, from <start>
     p_t+1 = softmax(W_project LSTM(x_t))
 
-Features are standardized by the mean and deviation of the training images, which are stored with
-the weights, so that the scale of the encoder does not matter. Dropout is on the inputs and outputs
-of the LSTM, not on its state, as in the paper (Zaremba et al., arXiv 1409.2329).
+Dropout is on the LSTM's inputs and outputs, not on its state (Zaremba et al., arXiv 1409.2329).
 
 Options beyond the paper: the image also sets the LSTM's initial state (Tanti et al., arXiv
 1703.09137, "init-inject"); input and output word embeddings are tied (Press and Wolf, arXiv
@@ -26,9 +24,8 @@ from torch import Tensor, nn
 from pipeline.datasets.vocabulary import PAD_ID
 from pipeline.models.encoder_identity import FEATURE_SIZE
 
-# The projection runs over a multiple of this many tokens. oneDNN keeps kernels for every number of
-# rows: with exact numbers, memory grew by 7 MB per step, to nearly 10 GB in 50 epochs of Flickr8k,
-# and a step took a quarter longer.
+# The projection runs over a multiple of this many tokens: oneDNN keeps kernels for every number of
+# rows, which otherwise take 7 MB more per step.
 TOKENS_ROUNDED_TO = 64
 
 # Hidden and cell state of the LSTM, each (B, H).
@@ -65,9 +62,8 @@ class DecoderConfig:
 def dropout(values: Tensor, probability: float) -> Tensor:
     """Zero values at random and scale up the others, as ``F.dropout`` does.
 
-    On a CPU that draws one random number a value, one after the other, which was a tenth of an
-    fp32 training step. Here 64 random bits serve eight values, for
-    which the probability is rounded to a multiple of 1/256.
+    That draws one random number per value, a tenth of a training step on a CPU. Here 64 random
+    bits serve eight values, and the probability is rounded to a multiple of 1/256.
     """
     if not probability:
         return values
@@ -104,27 +100,23 @@ class Decoder(nn.Module):
         if config.init_state_from_image:
             self.init_state_from_image = nn.Linear(config.embed_size, 2 * config.hidden_size)
         self._gates: tuple[object, Tensor] | None = None
-        self._initialise()
-
-    def _initialise(self) -> None:
         # Word and image embeddings of similar norm, so that neither dominates; with tied
         # embeddings, logits of about the size of the LSTM's output.
-        deviation = self.config.embed_size**-0.5 if self.config.tie_embeddings else 0.1
+        deviation = config.embed_size**-0.5 if config.tie_embeddings else 0.1
         nn.init.normal_(self.word_embedding.weight, std=deviation)
-        nn.init.normal_(self.image_embedding.weight, std=deviation / self.config.feature_size**0.5)
+        nn.init.normal_(self.image_embedding.weight, std=deviation / config.feature_size**0.5)
         nn.init.zeros_(self.image_embedding.bias)
         nn.init.zeros_(self.projection.bias)
         with torch.no_grad():
             self.word_embedding.weight[PAD_ID].zero_()
             # An open forget gate at the start (Jozefowicz et al., 2015): order i, f, g, o.
-            hidden = self.config.hidden_size
-            dict(self.lstm.named_parameters())["bias_ih_l0"][hidden : 2 * hidden].fill_(1.0)
+            forget = slice(config.hidden_size, 2 * config.hidden_size)
+            self.lstm.get_parameter("bias_ih_l0")[forget] = 1.0
 
     def set_feature_statistics(self, mean: Tensor, deviation: Tensor) -> None:
-        """Store the mean and deviation (2048,) of the training features.
+        """Store the mean and deviation (2048,) of the training features, to standardize with.
 
-        The deviation has a floor of a tenth of its average, so that nearly constant dimensions
-        are not amplified.
+        The deviation has a floor, so that nearly constant dimensions are not amplified.
         """
         floor = 0.1 * deviation.mean().clamp_min(1e-6)
         self.feature_mean.copy_(mean)
@@ -152,8 +144,7 @@ class Decoder(nn.Module):
             tokens: int64 (B, T), each row from <start> on.
 
         Returns:
-            Outputs of the LSTM after every token, dropout applied: (B, T, H). Position t
-            predicts token t + 1. The output after the image itself is not used.
+            Outputs of the LSTM after every token, dropout applied: (B, T, H).
         """
         image, (hidden, cell) = self.embed_image(features)
         inputs = torch.cat([image, self.word_embedding(tokens)], dim=1)
@@ -176,13 +167,13 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum the cross-entropy over the real tokens; padding is never projected.
+        """Sum the cross-entropy over all tokens but padding.
 
         Args:
             features: float (B, 2048).
             captions: int64 (B, T), <start> words <end> and then padding.
             label_smoothing: share of the target spread evenly over the vocabulary.
-            weights: float (B,), the weight of each caption's loss; by default 1.
+            weights: float (B,), of each caption's loss; by default 1.
 
         Returns:
             The summed loss in nats, and the number of tokens that it runs over.
@@ -218,8 +209,8 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed one token per sequence, int64 (B,).
 
-        The LSTM's equations (arXiv 1411.4555, (4) to (9)) are written out: for a single step the
-        library's layer spends more time on rearranging its weights than on multiplying.
+        The LSTM's equations, (4) to (9), are written out: for a single step ``nn.LSTM`` spends more
+        time on rearranging its weights than on multiplying.
 
         Returns:
             Logits of the next token, float32 (B, V), and the new state.
@@ -242,8 +233,7 @@ class Decoder(nn.Module):
     def _word_gates(self) -> Tensor:
         """Return every word's contribution to the four gates, (V, 4H).
 
-        Without dropout a word's input is always the same, so a third of a step's multiplications
-        can be done once. The result is kept until the weights are loaded, moved or trained.
+        It is kept until the weights are loaded, moved or trained.
         """
         sources = [
             self.word_embedding.weight,

@@ -1,10 +1,8 @@
 """InceptionV3 as an image encoder: weights, transform and precision as one object.
 
-``load_encoder("imagenet")`` returns an ``Encoder`` that maps 299 x 299 images to the 2048
-features that InceptionV3 pools before its classifier (Szegedy et al., arXiv 1512.00567;
-torchvision's ``inception_v3``). An encoder's ``identity`` (network, SHA-256 of its weights,
-transform) is stored in every feature cache and every checkpoint, so features of one encoder
-never reach a decoder of another.
+Features are the 2048 numbers that InceptionV3 (Szegedy et al., arXiv 1512.00567) pools before its
+classifier. An encoder's ``identity`` is stored in every feature cache and checkpoint, so features
+of one encoder never reach a decoder of another.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ from pipeline.models.checkpoint_file import (
     is_safetensors,
     read_tensors,
     read_torch_file,
-    shapes_of,
 )
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.pretrained import PRETRAINED, pretrained_path
@@ -44,8 +41,7 @@ from pipeline.utils.files import atomic_write
 from pipeline.utils.progress import progress_bar
 from pipeline.utils.terminal import echo
 
-# torchvision's Inception3 from its first layer to its pooling, in the order of its forward pass,
-# which is sequential: training may start at any of them.
+# The layers of torchvision's Inception3 up to its pooling, in their order, which is sequential.
 TRUNK_LAYERS = (
     "Conv2d_1a_3x3",
     "Conv2d_2a_3x3",
@@ -103,7 +99,7 @@ class Encoder(nn.Module):
 
     @property
     def identity(self) -> EncoderIdentity:
-        """The identity of this encoder, for caches and checkpoints."""
+        """Network, weights' hash, transform and precision; the hash is computed once."""
         if self._weights_sha256 is None:
             self._weights_sha256 = weights_sha256(self.trunk.state_dict())
         return EncoderIdentity(
@@ -123,9 +119,7 @@ class Encoder(nn.Module):
     def normalize(self, pixels: Tensor) -> Tensor:
         """Convert uint8 (B, 299, 299, 3) to floats in [-1, 1], (B, 3, 299, 299) channels-last.
 
-        torchvision normalizes with ImageNet's mean and deviation; its network, with
-        ``transform_input=True``, maps the result to the [-1, 1] of Google's training. Together
-        they are exactly ``pixel / 127.5 - 1``.
+        This is torchvision's normalization followed by its network's ``transform_input``.
         """
         # Permuting (B, H, W, C) is a channels-last tensor, without a copy.
         return pixels.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1.0)
@@ -138,10 +132,7 @@ class Encoder(nn.Module):
     def for_inference(self, engine: str = "torch") -> Encoder:
         """Fold every BatchNorm into its convolution; afterwards the encoder only encodes.
 
-        The identity is taken first, as folding changes the tensors but not the function.
-
-        Args:
-            engine: ``torch``, or ``openvino`` (see ``openvino``).
+        The identity stays that of the weights before.
         """
         self._weights_sha256 = self.identity.weights_sha256
         self.engine = engine
@@ -154,10 +145,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
-        """Encode squares of ``images.to_square``: float32 (len(images), 2048).
-
-        Safe to call from several threads.
-        """
+        """Encode uint8 squares (299, 299, 3): float32 (len(images), 2048). Thread-safe."""
         squares = numpy.stack(images)
         if self._compiled is not None:
             return self._compiled(squares)
@@ -175,7 +163,7 @@ class Encoder(nn.Module):
 def fold_for_inference(layers: nn.Module, precision: str) -> None:
     """Fold BatchNorm into convolutions, round weights to ``precision``, order channels last.
 
-    Rounding once here saves autocast from rounding in every batch.
+    Autocast would round in every batch.
     """
     for module in layers.modules():
         if isinstance(module, BasicConv2d) and isinstance(module.bn, nn.BatchNorm2d):
@@ -191,10 +179,9 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
 
     Args:
         weights: ``imagenet`` (torchvision's, downloaded once), ``pretrained`` (those of the
-            pretrained model), ``auto`` (the first of these that is available, with a warning for
-            the second), ``random`` (seeded and untrained, for tests), or a file: a torchvision
-            ``inception_v3`` state dict, full or trunk only, or a checkpoint of
-            ``finetune_joint.py``.
+            pretrained model), ``auto`` (the first of these that is available), ``random`` (seeded
+            and untrained, for tests), or a file: a torchvision ``inception_v3`` state dict, full
+            or trunk only, or a checkpoint with an encoder.
         precision: ``fp32``, ``bf16`` or ``fp16``.
 
     Raises:
@@ -213,28 +200,32 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
     named = weights in NAMED_WEIGHTS
     encoder = Encoder(weights if named else str(Path(weights).resolve()), precision)
     if weights == "random":
-        initialise_untrained(encoder)
-        return encoder
-    if state is None and weights == "imagenet":
-        state = _imagenet_state()
-    elif state is None:
-        state = _read_state(pretrained_path() if weights == PRETRAINED else Path(weights))
-    load_trunk(encoder, state, encoder.source)
+        _initialise_untrained(encoder)
+    else:
+        load_trunk(encoder, state or _read_state(weights), encoder.source)
     return encoder
 
 
-def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
+def load_trunk(encoder: Encoder, state: Mapping[str, Any], source: str) -> None:
     """Load a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
 
-    The classifier and the auxiliary head are ignored, and so is the ``module.`` prefix of
-    DataParallel.
+    The classifier and the auxiliary head are ignored, and so are the prefixes of DataParallel
+    and of ``Encoder``.
 
     Raises:
-        UserError: see ``trunk_state``.
+        UserError: a tensor is missing, unknown, of another shape or not of finite floats.
     """
     wanted = encoder.trunk.state_dict()
+    # Counters of BatchNorm belong to a training that is over.
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    shapes = {name: tensor.shape for name, tensor in wanted.items() if name not in counters}
+    given = {}
+    for key, value in state.items():
+        name = key.removeprefix("module.").removeprefix("trunk.")
+        if name not in counters and not name.startswith(("fc.", "AuxLogits.")):
+            given[name] = value
     try:
-        given = trunk_state(state, {name: tensor.shape for name, tensor in wanted.items()})
+        check_state(given, shapes, "InceptionV3 state dict")
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
     encoder.trunk.load_state_dict({**wanted, **given})
@@ -242,35 +233,8 @@ def load_trunk(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
     encoder.forget_identity()
 
 
-def trunk_shapes() -> dict[str, torch.Size]:
-    """Return the shapes of the trunk's state dict, by name."""
-    with torch.device("meta"):  # without memory
-        return shapes_of(Encoder().trunk)
-
-
-def trunk_state(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Return the trunk's tensors of an ``inception_v3`` state dict, see ``load_trunk``.
-
-    Raises:
-        ValueError: a tensor is missing, unknown, of another shape or not of finite floats.
-    """
-    given = {}
-    for key, value in state.items():
-        key = key.removeprefix("module.").removeprefix("trunk.")
-        # Counters of BatchNorm belong to a training that is over.
-        if not key.startswith(("fc.", "AuxLogits.")) and not key.endswith("num_batches_tracked"):
-            given[key] = value
-    wanted = {n: shape for n, shape in shapes.items() if not n.endswith("num_batches_tracked")}
-    check_state(given, wanted, "InceptionV3 state dict")
-    return given
-
-
 def _imagenet_state() -> dict[str, Tensor]:
-    """Return torchvision's ImageNet weights from its cache or, once, from the network.
-
-    Raises:
-        UserError: they cannot be downloaded, or the file in torchvision's cache is damaged.
-    """
+    """Return torchvision's ImageNet weights from its cache or, once, from the network."""
     url = torchvision.models.Inception_V3_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.is_file():
@@ -285,12 +249,7 @@ def _imagenet_state() -> dict[str, Tensor]:
 
 
 def _download(url: str, target: Path) -> None:
-    """Download a file of torchvision, as ``torch.hub`` does, but give up on a silent server.
-
-    Raises:
-        OSError, HTTPException: no network, a broken connection, a wrong checksum.
-        UserError: the file cannot be written.
-    """
+    """Download a file of torchvision, as ``torch.hub`` does, but give up on a silent server."""
     digest = hashlib.sha256()
     with (
         urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,
@@ -305,21 +264,20 @@ def _download(url: str, target: Path) -> None:
             raise HTTPException("wrong checksum")
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict, or the encoder inside a checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
+def _read_state(weights: str) -> dict[str, Tensor]:
+    """Read a state dict, or the encoder inside a checkpoint; see ``load_encoder``."""
+    if weights == "imagenet":
+        return _imagenet_state()
+    path = pretrained_path() if weights == PRETRAINED else Path(weights)
     if not path.is_file():
         raise UserError(
             f"--weights {path}: no such file (use imagenet, pretrained or a file's path)"
         )
     scales: dict[str, Tensor] = {}
+    state: Any
     if path.suffix == ".safetensors" or is_safetensors(path):
         tensors, _ = read_tensors(path)
-        state: Any = group_of(tensors, "encoder")
-        scales = group_of(tensors, "encoder_scales")
+        state, scales = group_of(tensors, "encoder"), group_of(tensors, "encoder_scales")
     else:
         state = read_torch_file(path)
         if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
@@ -346,19 +304,16 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def initialise_untrained(encoder: Encoder, seed: int = 0) -> None:
+def _initialise_untrained(encoder: Encoder) -> None:
     """Fill the trunk with seeded random weights whose features still differ between images.
 
-    He initialisation (arXiv 1502.01852) keeps the variance from layer to layer, as
-    BatchNorm's statistics stay at 0 and 1. Every filter is centred (as in arXiv 1903.10520):
-    the common part of positive inputs would otherwise grow with depth and drown differences.
+    He initialisation (arXiv 1502.01852) keeps the variance from layer to layer. Every filter is
+    centred (arXiv 1903.10520): the mean of positive inputs would otherwise drown differences.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for module in encoder.trunk.modules():
             if isinstance(module, nn.Conv2d):
                 weight = torch.randn(module.weight.shape, generator=generator, dtype=torch.float64)
                 weight -= weight.mean(dim=(1, 2, 3), keepdim=True)
                 module.weight.copy_(weight * math.sqrt(2.0 / weight[0].numel()))
-    encoder.source = "random"
-    encoder.forget_identity()

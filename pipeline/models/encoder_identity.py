@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Which encoder made features. Its fields are attributes of a cache, and in checkpoints.
+    """Which encoder made features; its fields are stored in caches and checkpoints.
 
     Attributes:
         encoder: the network's name.

@@ -1,11 +1,8 @@
 """An ensemble of decoders (Vinyals et al., arXiv 1609.06647, section 5).
 
 At every word the members' logits are averaged: the normalized geometric mean of their
-probabilities. The members differ in their seed. All read the same features, so an image goes
-through the encoder once, however many decoders there are.
-
-An ensemble has the interface of a ``Decoder`` that search, consensus and joint training use. Its
-image embedding and its state are those of its members, concatenated.
+probabilities. All members read the same features. An ensemble has the interface of a ``Decoder``;
+its image embedding and state are those of its members, concatenated.
 """
 
 from __future__ import annotations
@@ -29,12 +26,12 @@ class Ensemble(nn.Module):
 
     @property
     def feature_mean(self) -> Tensor:
-        """The first member's mean of the features, (2048,)."""
+        """The mean of the features, (2048,): all members were trained on the same images."""
         return self._decoders[0].feature_mean
 
     @property
     def feature_scale(self) -> Tensor:
-        """The first member's scale of the features, (2048,)."""
+        """The scale of the features, (2048,)."""
         return self._decoders[0].feature_scale
 
     def embed_image(self, features: Tensor) -> tuple[Tensor, State]:

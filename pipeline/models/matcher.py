@@ -2,11 +2,8 @@
 
 Images and captions are embedded in one space, in which a caption is nearer to its own image than
 to others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv 2103.00020).
-The decoder prefers likely captions, which often fit many images; the matcher rewards what
-distinguishes this image from others. A caption is the weighted mean of its word vectors: word
-order is left to the decoder.
-
-It trains on the cached features in a minute or two, at the end of stages 2 and 3.
+A caption is the weighted mean of its word vectors: word order is left to the decoder. The matcher
+rewards what distinguishes this image from others; the decoder prefers captions that fit many.
 """
 
 from __future__ import annotations
@@ -87,21 +84,16 @@ class Matcher(nn.Module):
 
     @torch.inference_mode()
     def fit(self, features: Tensor, candidates: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
-        """Score how well captions fit their images.
+        """Return, per image, the cosines (C,), -1 to 1, of its captions with it: float32, CPU.
 
         Args:
             features: float (B, 2048).
             candidates: for each image its captions, as word ids.
-
-        Returns:
-            For each image the cosines, -1 to 1, of its captions: float32 (their number,).
         """
-        images = self.embed_images(features)
-        longest = max(len(words) for group in candidates for words in group)
-        padded = [
-            [*words, *[PAD_ID] * (longest - len(words))] for group in candidates for words in group
+        rows = [
+            torch.tensor([*words], dtype=torch.int64) for group in candidates for words in group
         ]
-        texts = self.embed_captions(torch.tensor(padded, device=images.device))
-        sizes = [len(group) for group in candidates]
-        groups = texts.split(sizes)
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        images = self.embed_images(features)
+        groups = self.embed_captions(padded.to(images.device)).split([len(g) for g in candidates])
         return [(group @ image).cpu() for group, image in zip(groups, images, strict=True)]

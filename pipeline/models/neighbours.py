@@ -12,8 +12,7 @@ from torch import Tensor
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.models.ensemble import CaptionDecoder
 
-# Of more training images, an evenly spaced sample is kept. Flickr8k's 6,000 add 4 MB to a
-# checkpoint.
+# Of more training images, an evenly spaced sample is kept.
 MOST_IMAGES = 10_000
 
 
@@ -32,7 +31,7 @@ class Neighbours:
     captions: EncodedCaptions
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return all as tensors, by name."""
+        """Return all as tensors, for ``from_tensors``."""
         return {
             "mean": self.mean,
             "directions": self.directions,
@@ -43,11 +42,7 @@ class Neighbours:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Neighbours:
-        """Rebuild neighbours from the result of ``to_tensors``.
-
-        Raises:
-            KeyError, ValueError: the tensors are not of one such object.
-        """
+        """Rebuild neighbours; raise KeyError or ValueError for tensors of nothing such."""
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         images, offsets = tensors["images"], tensors["offsets"]
         count, width = shapes["directions"]
@@ -82,7 +77,7 @@ def choose_neighbours(
 
     Args:
         decoder: in eval mode.
-        images: int64 (P,): their numbers, ascending.
+        images: int64 (N,): their numbers, ascending.
         features: of these images, in batches (B, 2048).
         captions: of all training images.
     """
@@ -99,21 +94,24 @@ def choose_neighbours(
     )
 
 
-def merge_neighbours(neighbours: Sequence[Neighbours]) -> Neighbours | None:
+def merge_neighbours(members: Sequence[Neighbours | None]) -> Neighbours | None:
     """Combine the neighbours of an ensemble's members: near means near to all of them.
 
     Returns:
-        None if the members keep different training images or captions.
+        None if a member has none, or if members keep different training images or captions.
     """
-    first, *others = neighbours
-    for other in others:
-        mine, theirs = first.captions, other.captions
-        if not (
-            torch.equal(mine.images, theirs.images) and torch.equal(mine.tokens, theirs.tokens)
-        ):
-            return None
+    neighbours = [member for member in members if member is not None]
+    captions = [member.captions for member in neighbours]
+    alike = len(neighbours) == len(members) and all(
+        torch.equal(other.images, captions[0].images)
+        and torch.equal(other.tokens, captions[0].tokens)
+        for other in captions
+    )
+    if not alike:
+        return None
+    directions = torch.cat([member.directions.float() for member in neighbours], dim=1)
     return Neighbours(
         torch.cat([member.mean for member in neighbours]),
-        F.normalize(torch.cat([m.directions.float() for m in neighbours], dim=1), dim=1).half(),
-        first.captions,
+        F.normalize(directions, dim=1).half(),
+        captions[0],
     )

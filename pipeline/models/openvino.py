@@ -1,8 +1,4 @@
-"""The encoder under OpenVINO, which fuses and lays out networks for Intel CPUs.
-
-An extra (``pip install -e '.[openvino]'``); where it is installed, extraction on a CPU uses it by
-default. ``make benchmark`` measures the gain, which is largest in bf16 with AMX.
-"""
+"""The encoder under OpenVINO, which compiles networks for Intel CPUs; an optional dependency."""
 
 from __future__ import annotations
 
@@ -18,7 +14,6 @@ from torch import Tensor, nn
 from pipeline.utils.devices import default_workers
 from pipeline.utils.errors import UserError
 
-# OpenVINO's names of precisions.
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # For fewer images than this, PyTorch finishes before OpenVINO has compiled.
 WORTH_COMPILING = 200
@@ -46,8 +41,7 @@ class _FromPixels(nn.Module):
 
     def __init__(self, normalize: Callable[[Tensor], Tensor], trunk: nn.Module) -> None:
         super().__init__()
-        self.normalize = normalize
-        self.trunk = trunk
+        self.normalize, self.trunk = normalize, trunk
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.trunk(self.normalize(pixels)).flatten(1)

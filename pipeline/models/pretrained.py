@@ -1,8 +1,4 @@
-"""Where the pretrained model is: the checkpoint that comes with the program.
-
-``captioner compress`` makes such a file, with the encoder inside; data/pretrained/MODEL_CARD.md
-documents how it was trained.
-"""
+"""Where the pretrained model is: the checkpoint that comes with the program (without torch)."""
 
 from __future__ import annotations
 
@@ -18,11 +14,7 @@ BEST, LAST = "best.safetensors", "last.safetensors"
 
 
 def pretrained_path() -> Path:
-    """Return the model's file: in data/pretrained of the repository, or in the installed package.
-
-    Raises:
-        UserError: it is not there.
-    """
+    """Return the model's file, in the repository or the installed package, or raise UserError."""
     package = Path(__file__).resolve().parents[1]
     folders = (package.parent / "data" / "pretrained", package / "pretrained_model")
     for folder in folders:

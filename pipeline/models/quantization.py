@@ -1,7 +1,6 @@
-"""Weights in fewer bits: filters in 8, a quarter of their size in a file.
+"""Weights in fewer bits, in files only: computation uses float32 again.
 
-Symmetric, one scale per filter (Krishnamoorthi, arXiv 1806.08342, section 3.1). Computation uses
-float32 again, so results are the same on every machine.
+Symmetric, one scale per filter (Krishnamoorthi, arXiv 1806.08342, section 3.1).
 """
 
 from __future__ import annotations
@@ -15,11 +14,7 @@ LARGEST = 127  # -128 is unused: the scale is the same on both sides of zero
 
 
 def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Round the filters of a state dict to 8 bits.
-
-    Args:
-        weights: float tensors; those with four dimensions (O, I, H, W) are filters. The others,
-            such as BatchNorm's parameters, are few and sensitive: they are kept.
+    """Round the filters of a state dict, its tensors (O, I, H, W), to 8 bits.
 
     Returns:
         The state dict with int8 filters, and the scales of each filter, float32 (O,), by name.
@@ -35,11 +30,7 @@ def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def dequantize(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the result of ``quantize`` back to float32.
-
-    Raises:
-        LookupError, RuntimeError: names or shapes of the two do not belong together.
-    """
+    """Bring the result of ``quantize`` back; LookupError or RuntimeError if they do not fit."""
     whole = dict(weights)
     for name, scale in scales.items():
         whole[name] = weights[name].float().mul_(scale[:, None, None, None])
