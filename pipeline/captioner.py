@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,14 +21,9 @@ import numpy
 import torch
 
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.decoding.captions import Caption, captions_of, detailed_captions
+from pipeline.decoding.captions import Caption, caption_features
 from pipeline.decoding.options import SearchConfig, SearchOptions
-from pipeline.decoding.reranking import (
-    Reranker,
-    best_captions,
-    diverse_captions,
-    reranker_of,
-)
+from pipeline.decoding.reranking import Reranker, reranker_of
 from pipeline.features.encode_images import EncodedBatch, encode_batches
 from pipeline.models.checkpoint import encoder_of, load_ensemble
 from pipeline.models.encoder import Encoder
@@ -43,8 +39,8 @@ from pipeline.utils.devices import (
 from pipeline.utils.errors import InputError
 
 StrPath = str | os.PathLike[str]
-# The encoder is fastest with small batches, the decoder, whose weights pass through the CPU's cache
-# for every token, with large ones: this many images are collected for one search.
+# The encoder is fastest with small batches, the decoder with large ones: this many images are
+# collected for one search.
 SEARCHED_AT_ONCE = 32
 
 
@@ -100,11 +96,10 @@ class Captioner:
             model: a run folder or a checkpoint; by default the pretrained model. Several, with the
                 same encoder, vocabulary and recipe, become an ensemble.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-            weights: the encoder's weights, if they were moved since training; a checkpoint of
-                stage 3 contains them.
+            weights: the encoder's weights, if they were moved since training.
             precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-            engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which takes some
-                seconds to start and pays off for hundreds of images.
+            engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which pays off
+                for hundreds of images.
 
         Raises:
             UserError: no such checkpoint, or the encoder's weights are not those that the
@@ -123,12 +118,7 @@ class Captioner:
         )
 
     def search_config(self, options: SearchOptions | None = None) -> SearchConfig:
-        """Return how this model searches captions with these options.
-
-        Raises:
-            UserError: the model lacks a reranker that is asked for, or does not know a word of the
-                prefix.
-        """
+        """Return how this model searches captions; see ``SearchOptions.resolve``."""
         options = options or SearchOptions()
         return options.resolve(self.vocabulary, self.reranker, self.decoder.config.members)
 
@@ -202,24 +192,25 @@ class Captioner:
         paths: dict[int, str] = {}
 
         def batches() -> Iterator[list[tuple[int, Path]]]:
-            batch: list[tuple[int, Path]] = []
-            for key, image in enumerate(images):
-                paths[key] = os.fspath(image)
-                batch.append((key, Path(image)))
-                if len(batch) == batch_size:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
+            numbered = enumerate(images)
+            while batch := list(islice(numbered, batch_size)):
+                paths.update((key, os.fspath(image)) for key, image in batch)
+                yield [(key, Path(image)) for key, image in batch]
 
         def predictions(group: Sequence[EncodedBatch]) -> Iterator[Prediction]:
             found: dict[int, list[Caption]] = {}
             keys = [key for encoded in group for key in encoded.keys]
             if keys:
                 features = numpy.concatenate([encoded.features for encoded in group])
-                names = [Path(paths[key]).name for key in keys]
-                captions = self._caption_features(
-                    torch.from_numpy(features).to(device), names, config, details
+                captions = caption_features(
+                    self.decoder,
+                    torch.from_numpy(features).to(device),
+                    config,
+                    self.reranker,
+                    self.vocabulary,
+                    most=config.num_captions,
+                    details=details,
+                    keys=[zlib.crc32(os.fsencode(Path(paths[key]).name)) for key in keys],
                 )
                 found = dict(zip(keys, captions, strict=True))
             failures = {key: why for encoded in group for key, why in encoded.failures.items()}
@@ -233,21 +224,3 @@ class Captioner:
                 yield from predictions(group)
                 group = []
         yield from predictions(group)
-
-    def _caption_features(
-        self,
-        features: torch.Tensor,
-        names: Sequence[str],
-        config: SearchConfig,
-        details: bool,
-    ) -> list[list[Caption]]:
-        """Caption features (B, 2048) of images with these file names."""
-        if config.diversity:
-            found = diverse_captions(self.decoder, features, config, self.reranker)
-        else:
-            keys = [zlib.crc32(os.fsencode(name)) for name in names]
-            found = best_captions(self.decoder, features, config, self.reranker, keys)
-        best = [hypotheses[: config.num_captions] for hypotheses in found]
-        if details:
-            return detailed_captions(self.decoder, features, best, self.vocabulary)
-        return [captions_of(hypotheses, self.vocabulary) for hypotheses in best]

@@ -22,9 +22,9 @@ from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.images import unreadable_images
 from pipeline.datasets.tar_shards import is_remote
 from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.decoding.captions import Caption, captions_of, detailed_captions
+from pipeline.decoding.captions import Caption, caption_features
 from pipeline.decoding.options import SearchOptions, option_words
-from pipeline.decoding.reranking import best_captions, reranker_of
+from pipeline.decoding.reranking import reranker_of
 from pipeline.features.cache import DONE, FeatureCache, default_cache_path
 from pipeline.features.encode_images import encode_images
 from pipeline.features.feature_set import rows_of
@@ -236,12 +236,15 @@ def evaluate(
 
     def captioned() -> Iterator[list[Caption]]:
         for batch in split_data.features:
-            batch = batch.to(device)
-            found = [h[:KEPT_CAPTIONS] for h in best_captions(decoder, batch, config, reranker)]
-            if options.words:
-                yield from detailed_captions(decoder, batch, found, vocabulary)
-            else:
-                yield from (captions_of(hypotheses, vocabulary) for hypotheses in found)
+            yield from caption_features(
+                decoder,
+                batch.to(device),
+                config,
+                reranker,
+                vocabulary,
+                most=KEPT_CAPTIONS,
+                details=options.words,
+            )
 
     bar = progress_bar(captioned(), total=len(references), unit="image", desc="captioning")
     captions = dict(zip(references, bar, strict=True))

@@ -1,4 +1,4 @@
-"""Hypotheses as text, with the probability of each word."""
+"""Features to captions as text, with the probability of each word."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.decoding.hypothesis import Hypothesis
+from pipeline.decoding.options import SearchConfig
+from pipeline.decoding.reranking import Reranker, best_captions, diverse_captions
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.terminal import escape_control
 
@@ -38,6 +40,40 @@ class Caption:
     words: tuple[Word, ...] = ()
 
 
+def caption_features(
+    decoder: CaptionDecoder,
+    features: Tensor,
+    config: SearchConfig,
+    reranker: Reranker,
+    vocabulary: Vocabulary,
+    *,
+    most: int,
+    details: bool = False,
+    keys: Sequence[int] | None = None,
+) -> list[list[Caption]]:
+    """Caption features (B, 2048): for each image at most ``most`` captions, best first.
+
+    ``details`` adds the probability of each word. ``keys`` are those of ``search.search``.
+    """
+    if config.diversity:
+        found = diverse_captions(decoder, features, config, reranker)
+    else:
+        found = best_captions(decoder, features, config, reranker, keys)
+    best = [hypotheses[:most] for hypotheses in found]
+    captions = [captions_of(hypotheses, vocabulary) for hypotheses in best]
+    if not details:
+        return captions
+    tokens = [[h.tokens for h in group] for group in best]
+    probabilities = token_log_probabilities(decoder, features, tokens)
+    for group, of_group, values in zip(captions, tokens, probabilities, strict=True):
+        for place, (ids, nats) in enumerate(zip(of_group, values, strict=True)):
+            words = map(escape_control, vocabulary.decode(ids))
+            # The last number is that of <end>.
+            chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
+            group[place] = replace(group[place], words=chances)
+    return captions
+
+
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:
     """Return hypotheses as text; control characters in a model's vocabulary are escaped."""
     return [
@@ -45,33 +81,6 @@ def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> lis
             escape_control(vocabulary.detokenize(vocabulary.decode(h.tokens))), h.log_probability
         )
         for h in hypotheses
-    ]
-
-
-def detailed_captions(
-    decoder: CaptionDecoder,
-    features: Tensor,
-    found: Sequence[Sequence[Hypothesis]],
-    vocabulary: Vocabulary,
-) -> list[list[Caption]]:
-    """Return the hypotheses of features (B, 2048) as text, with each word's probability."""
-    log_probabilities = token_log_probabilities(
-        decoder, features, [[h.tokens for h in g] for g in found]
-    )
-    return [
-        [
-            replace(
-                caption,
-                words=tuple(
-                    Word(escape_control(word), math.exp(value))
-                    for word, value in zip(vocabulary.decode(h.tokens), each, strict=False)
-                ),
-            )
-            for caption, h, each in zip(
-                captions_of(group, vocabulary), group, of_group, strict=True
-            )
-        ]
-        for group, of_group in zip(found, log_probabilities, strict=True)
     ]
 
 

@@ -1,19 +1,17 @@
-"""Hypotheses, and the rules that every search keeps.
-
-``<unk>``, ``<pad>`` and ``<start>`` are never chosen, and a caption that reaches the longest
-length is closed with ``<end>``, so that every search returns captions whatever the model's
-probabilities are.
-"""
+"""Hypotheses, and what all searches share: the tokens that may follow, and the loop over them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, UNKNOWN_ID
 from pipeline.decoding.options import SearchConfig
+from pipeline.models.decoder import State
+from pipeline.models.ensemble import CaptionDecoder
 
 FORBIDDEN = (PAD_ID, START_ID, UNKNOWN_ID)
 
@@ -38,16 +36,22 @@ def make_hypothesis(tokens: list[int], total: float, config: SearchConfig) -> Hy
     return Hypothesis(tokens, total, total / (len(tokens) + 1) ** config.length_penalty)
 
 
-def make_hypotheses(steps: list[Tensor], totals: Tensor, config: SearchConfig) -> list[Hypothesis]:
-    """Return a hypothesis per row of the tokens (R,) of every step; each row has an <end>."""
-    return [
-        make_hypothesis(row[: row.index(END_ID)], total, config)
-        for row, total in zip(torch.stack(steps, 1).tolist(), totals.tolist(), strict=True)
-    ]
+def best_first(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
+    """Sort hypotheses by their scores."""
+    return sorted(hypotheses, key=lambda hypothesis: hypothesis.score, reverse=True)
+
+
+def add_scores(group: Sequence[Hypothesis], scores: Sequence[float]) -> list[Hypothesis]:
+    """Return hypotheses with these numbers added to their scores, best first."""
+    return best_first(replace(h, score=h.score + s) for h, s in zip(group, scores, strict=True))
 
 
 def forbid_tokens(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
-    """Set the logits (R, V) of tokens that must not follow ``length`` words to -inf, in place."""
+    """Set the logits (R, V) of tokens that must not follow ``length`` words to -inf, in place.
+
+    At the longest length only <end> may follow, so every search returns captions whatever the
+    model's probabilities are.
+    """
     forced = length < len(config.prefix)
     if forced or length >= config.max_length:
         only = config.prefix[length] if forced else END_ID
@@ -59,3 +63,37 @@ def forbid_tokens(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
         if length < config.min_length:
             logits[:, END_ID] = -torch.inf
     return logits
+
+
+@torch.inference_mode()
+def generate(
+    decoder: CaptionDecoder,
+    state: State,
+    config: SearchConfig,
+    choose: Callable[[Tensor, int], tuple[Tensor, Tensor]],
+) -> list[Hypothesis]:
+    """Generate one caption for each row of a state, token by token.
+
+    ``choose`` takes logits (R, V) and the number of words so far, and returns the chosen tokens'
+    log-probabilities and the tokens, each (R, 1).
+    """
+    rows, device = len(state[0]), state[0].device
+    token = torch.full((rows,), START_ID, device=device)
+    total = torch.zeros(rows, device=device)
+    finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    steps: list[Tensor] = []
+    for length in range(config.max_length + 1):
+        logits, state = decoder.step(token, state)
+        log_probability, chosen = choose(logits, length)
+        total += log_probability[:, 0].masked_fill(finished, 0.0)
+        token = chosen[:, 0].masked_fill(finished, PAD_ID)
+        steps.append(token)
+        finished |= token == END_ID
+        if bool(finished.all()):
+            break
+    return [
+        make_hypothesis(tokens[: tokens.index(END_ID)], log_probability, config)
+        for tokens, log_probability in zip(
+            torch.stack(steps, 1).tolist(), total.tolist(), strict=True
+        )
+    ]

@@ -1,8 +1,7 @@
-"""Search options: what users choose, and what a search of one model makes of it.
+"""Search options: what users choose, and what a search with one model makes of it.
 
-``SearchOptions`` is the one place of an option: its field is a click option of the commands, a
-keyword of the Python API and, with its help, documentation. ``SearchOptions.resolve`` fills in
-what depends on the model.
+A field of ``SearchOptions`` is an option of the commands and a keyword of the Python API;
+``SearchOptions.resolve`` fills in what depends on the model.
 """
 
 from __future__ import annotations
@@ -18,10 +17,8 @@ if TYPE_CHECKING:  # the commands need no torch for their help
     from pipeline.datasets.vocabulary import Vocabulary
     from pipeline.decoding.reranking import Reranker
 
-# Defaults with reranking: more candidates than the decoder alone needs, and more yet of an
-# ensemble, whose lower ranks are better; the weights of a consensus of 1 (of 10) and of a cosine
-# of 1 against a log-probability of 1. With several passes other weights are best. Chosen on
-# Flickr8k's val.
+# Defaults with reranking, chosen on Flickr8k's val: beams of a decoder and of an ensemble, whose
+# lower ranks are better; weights, and weights with several passes.
 RERANKED_BEAM, RERANKED_BEAM_OF_ENSEMBLE = 10, 20
 CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
 PASSES_CONSENSUS, PASSES_MATCHING = 3.0, 4.0
@@ -31,25 +28,17 @@ SEARCH, CAPTIONS = "Search", "Captions"
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How one model's captions are searched.
+    """How one model's captions are searched; see the help of ``SearchOptions``.
 
     Attributes:
         beam_size: hypotheses per image; 1 is greedy search; the number of draws with ``sampling``.
-        max_length, min_length: most and fewest words of a caption.
-        length_penalty: the exponent a in score = log p / (words + 1)^a. 0 prefers short
-            captions, as the sum of log-probabilities does; 1 compares means.
-        consensus: weight of the agreement with similar images' captions, see ``reranking``.
-        matching: weight of the image-text matcher; with both 0 the decoder alone chooses.
-        search_passes: number of searches whose candidates are pooled, see ``reranking``.
+        length_penalty: the exponent a in score = log p / (words + 1)^a.
+        consensus, matching: weights of the rerankers; with both 0 the decoder alone chooses.
         prefix: token ids that every caption begins with.
         diversity: Hamming penalty, in nats, per token shared with an earlier caption of the image
             at the same position, see ``reranking.diverse_captions``; 0: captions of one search.
         sampling: draw captions instead of searching for the likeliest.
-        temperature: of the draws; below 1 likelier words are drawn more often, above 1 less often.
-        top_p: nucleus sampling (arXiv 1904.09751): draw from the likeliest words that together
-            have this probability; 1: from all.
-        seed: of the draws.
-        num_captions: captions per image.
+        top_p: nucleus sampling (arXiv 1904.09751); 1: draw from all words.
     """
 
     beam_size: int = 3
@@ -196,12 +185,7 @@ class SearchOptions:
     def resolve(
         self, vocabulary: Vocabulary, reranker: Reranker, decoders: int = 1
     ) -> SearchConfig:
-        """Return how to search with a model: by default with every reranker that it has.
-
-        Args:
-            vocabulary: the model's.
-            reranker: the model's rerankers.
-            decoders: number of decoders in the ensemble.
+        """Return how to search with a model of ``decoders``; by default with all its rerankers.
 
         Raises:
             UserError: the model lacks a reranker that is asked for, does not know a word of the
@@ -210,16 +194,10 @@ class SearchOptions:
         max_length = self.max_length or vocabulary.tokenizer.longest
         self._check_min_length(max_length)
         several = self.search_passes > 1
-        consensus = self._weight(
-            "consensus",
-            reranker.consensus is not None,
-            PASSES_CONSENSUS if several else CONSENSUS_WEIGHT,
-        )
-        matching = self._weight(
-            "matching",
-            reranker.matcher is not None,
-            PASSES_MATCHING if several else MATCHING_WEIGHT,
-        )
+        usual_consensus = PASSES_CONSENSUS if several else CONSENSUS_WEIGHT
+        usual_matching = PASSES_MATCHING if several else MATCHING_WEIGHT
+        consensus = self._weight("consensus", reranker.consensus is not None, usual_consensus)
+        matching = self._weight("matching", reranker.matcher is not None, usual_matching)
         count = self.num_captions or 1
         usual = SearchConfig.beam_size
         if self.sampling:

@@ -2,8 +2,7 @@
 
 A caption's score is its length-normalised log-probability, plus a weight times its agreement with
 the captions of similar training images (``consensus``), plus a weight times its image-text
-matching score (``models.matcher``). On Flickr8k each adds to the other: consensus prefers what
-people write about such images, matching what distinguishes this one from others.
+matching score (``models.matcher``).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.consensus import Consensus
-from pipeline.decoding.hypothesis import Hypothesis
+from pipeline.decoding.hypothesis import Hypothesis, add_scores, best_first
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.search import beam_search, search
 from pipeline.models.checkpoint import Checkpoint
@@ -44,6 +43,26 @@ class Reranker:
         """Return the rerankers with the matcher on ``device``; consensus runs on the CPU."""
         return replace(self, matcher=self.matcher.to(device) if self.matcher else None)
 
+    def rank(
+        self,
+        decoder: CaptionDecoder,
+        features: Tensor,
+        found: list[list[Hypothesis]],
+        config: SearchConfig,
+    ) -> list[list[Hypothesis]]:
+        """Rank the hypotheses of each of features (B, 2048) by the decoder and all rerankers."""
+        if self.matcher is not None and config.matching:
+            cosines = self.matcher.fit(features, [[h.tokens for h in group] for group in found])
+            found = [
+                add_scores(group, [config.matching * value for value in values.tolist()])
+                for group, values in zip(found, cosines, strict=True)
+            ]
+        if self.consensus is not None and config.consensus:
+            with torch.inference_mode():
+                images = decoder.embed_image(features)[0][:, 0]
+            found = self.consensus.rank(images, found, config.consensus)
+        return found
+
 
 def best_captions(
     decoder: CaptionDecoder,
@@ -59,17 +78,14 @@ def best_captions(
     ``search``.
     """
     found = search(decoder, features, config, keys)
-    ranked = _ranked(decoder, features, found, config, reranker)
+    ranked = reranker.rank(decoder, features, found, config)
     if config.search_passes == 1:
         return ranked
     later = _later_passes(decoder, features, config, reranker, ranked, PASSES_DIVERSITY)
     for searched, _ in itertools.islice(later, config.search_passes - 1):
         for group, more in zip(found, searched, strict=True):
-            known = {tuple(hypothesis.tokens) for hypothesis in group}
-            group += [h for h in more if tuple(h.tokens) not in known]
-    for group in found:
-        group.sort(key=lambda hypothesis: hypothesis.score, reverse=True)
-    return _ranked(decoder, features, found, config, reranker)
+            group += _others(more, group)
+    return reranker.rank(decoder, features, [best_first(group) for group in found], config)
 
 
 def diverse_captions(
@@ -81,22 +97,21 @@ def diverse_captions(
     """Find ``config.num_captions`` different captions for each of features (B, 2048).
 
     The first caption is that of ``best_captions``; each other one is the best of a later pass,
-    and they follow by their scores.
-
-    Returns:
-        For each image its captions; fewer where no other could be found.
+    and they follow by their scores. There are fewer where no other could be found.
     """
     best = best_captions(decoder, features, config, reranker)
     found = [group[:1] for group in best]
     later = _later_passes(decoder, features, config, reranker, best, config.diversity)
     for _, ranked in itertools.islice(later, config.num_captions - 1):
         for group, more in zip(found, ranked, strict=True):
-            known = {tuple(hypothesis.tokens) for hypothesis in group}
-            group += [h for h in more if tuple(h.tokens) not in known][:1]
-    return [
-        [first, *sorted(others, key=lambda hypothesis: hypothesis.score, reverse=True)]
-        for first, *others in found
-    ]
+            group += _others(more, group)[:1]
+    return [[first, *best_first(others)] for first, *others in found]
+
+
+def _others(hypotheses: list[Hypothesis], known: list[Hypothesis]) -> list[Hypothesis]:
+    """Return the hypotheses whose tokens no known one has."""
+    tokens = [hypothesis.tokens for hypothesis in known]
+    return [hypothesis for hypothesis in hypotheses if hypothesis.tokens not in tokens]
 
 
 def _later_passes(
@@ -107,7 +122,7 @@ def _later_passes(
     ranked: list[list[Hypothesis]],
     diversity: float,
 ) -> Iterator[tuple[list[list[Hypothesis]], list[list[Hypothesis]]]]:
-    """Search again and again, each time for other captions.
+    """Search again and again, each time for other captions than the best of earlier passes.
 
     A token is penalised by ``diversity`` for each earlier pass whose best caption has it at the
     same position: diverse beam search (Vijayakumar et al., arXiv 1610.02424, Hamming distance), one
@@ -124,36 +139,8 @@ def _later_passes(
             words = group[0].tokens
             penalty[image, range(len(words)), words] += diversity
         searched = beam_search(decoder, features, config, penalty)
-        ranked = _ranked(decoder, features, searched, config, reranker)
+        ranked = reranker.rank(decoder, features, searched, config)
         yield searched, ranked
-
-
-def _ranked(
-    decoder: CaptionDecoder,
-    features: Tensor,
-    found: list[list[Hypothesis]],
-    config: SearchConfig,
-    reranker: Reranker,
-) -> list[list[Hypothesis]]:
-    """Rank the hypotheses of each of features (B, 2048) by the decoder and all rerankers."""
-    if reranker.matcher is not None and config.matching:
-        cosines = reranker.matcher.fit(features, [[h.tokens for h in group] for group in found])
-        found = [
-            sorted(
-                (
-                    replace(hypothesis, score=hypothesis.score + config.matching * cosine)
-                    for hypothesis, cosine in zip(group, values.tolist(), strict=True)
-                ),
-                key=lambda hypothesis: hypothesis.score,
-                reverse=True,
-            )
-            for group, values in zip(found, cosines, strict=True)
-        ]
-    if reranker.consensus is not None and config.consensus:
-        with torch.inference_mode():
-            images = decoder.embed_image(features)[0][:, 0]
-        found = reranker.consensus.rank(images, found, config.consensus)
-    return found
 
 
 def reranker_of(checkpoint: Checkpoint) -> Reranker:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
-from pipeline.decoding.hypothesis import Hypothesis, forbid_tokens, make_hypotheses
+from pipeline.decoding.hypothesis import Hypothesis, best_first, forbid_tokens, generate
 from pipeline.decoding.options import SearchConfig
 from pipeline.models.ensemble import CaptionDecoder
 
@@ -25,8 +24,7 @@ def draw_captions(
     size = config.beam_size, config.max_length + 1
     uniform = torch.stack([_uniform(config.seed, key, size) for key in keys])
     drawn = sample(decoder, features, config.beam_size, config, uniform.to(features.device))
-    distinct = ({tuple(h.tokens): h for h in group}.values() for group in drawn)
-    return [sorted(group, key=lambda h: h.score, reverse=True) for group in distinct]
+    return [best_first({tuple(h.tokens): h for h in group}.values()) for group in drawn]
 
 
 def _uniform(seed: int, key: int, size: tuple[int, ...]) -> Tensor:
@@ -46,38 +44,26 @@ def sample(
 ) -> list[list[Hypothesis]]:
     """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
 
-    Args:
-        decoder: on the device of ``features``.
-        features: of the images.
-        count: captions per image.
-        config: lengths, temperature and top-p.
-        uniform: random numbers from 0 to 1, (B, count, max_length + 1); by default torch's own
-            (``torch.manual_seed``).
+    ``uniform`` are random numbers from 0 to 1, (B, count, max_length + 1); by default torch's own
+    (``torch.manual_seed``).
 
     Returns:
         For each image its captions in the order of the draws; some may be equal.
     """
-    rows, device = len(features) * count, features.device
-    hidden, cell = (part.repeat_interleave(count, 0) for part in decoder.start(features))
-    token = torch.full((rows,), START_ID, device=device)
-    total = torch.zeros(rows, device=device)
-    finished = torch.zeros(rows, dtype=torch.bool, device=device)
-    steps: list[Tensor] = []
-    for length in range(config.max_length + 1):
-        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+    hidden, cell = decoder.start(features)
+    state = hidden.repeat_interleave(count, 0), cell.repeat_interleave(count, 0)
+    rows = len(state[0])
+
+    def draw(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
         log_probabilities = logits.log_softmax(dim=-1)
         if uniform is None:
-            now = torch.rand(rows, 1, device=device)
+            now = torch.rand(rows, 1, device=features.device)
         else:
             now = uniform[:, :, length].reshape(rows, 1)
         drawn = _draw(forbid_tokens(logits, length, config), now, config)
-        total += log_probabilities.gather(1, drawn)[:, 0].masked_fill(finished, 0.0)
-        token = drawn[:, 0].masked_fill(finished, PAD_ID)
-        steps.append(token)
-        finished |= token == END_ID
-        if bool(finished.all()):
-            break
-    hypotheses = make_hypotheses(steps, total, config)
+        return log_probabilities.gather(1, drawn), drawn
+
+    hypotheses = generate(decoder, state, config, draw)
     return [hypotheses[start : start + count] for start in range(0, rows, count)]
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
 from pipeline.decoding.hypothesis import (
     Hypothesis,
+    best_first,
     forbid_tokens,
-    make_hypotheses,
+    generate,
     make_hypothesis,
 )
 from pipeline.decoding.options import SearchConfig
@@ -31,14 +32,8 @@ def search(
     """Caption features (B, 2048): for each image its hypotheses, best first.
 
     There are ``beam_size`` of them; fewer if the vocabulary allows no more, or if the same
-    caption was drawn twice.
-
-    Args:
-        decoder: on the device of ``features``.
-        features: of the images.
-        config: how to search.
-        keys: a number per image, which with the seed decides what is drawn; by default the
-            positions in the batch.
+    caption was drawn twice. ``keys``, a number per image, decide with the seed what is drawn; by
+    default they are the positions in the batch.
     """
     if config.sampling:
         return draw_captions(decoder, features, config, keys or range(len(features)))
@@ -52,12 +47,7 @@ def _best_tokens(
 ) -> tuple[Tensor, Tensor]:
     """Choose the likeliest tokens that may come after ``length`` words.
 
-    Args:
-        logits: float32 (R, V); overwritten.
-        length: words so far.
-        count: tokens wanted.
-        config: how to search.
-        penalty: (R, V), taken from the log-probabilities.
+    ``penalty`` (R, V) is subtracted from the log-probabilities; ``logits`` (R, V) are overwritten.
 
     Returns:
         Log-probabilities, (R, min(count, V)), best first, -inf for forbidden ones, and tokens.
@@ -74,22 +64,11 @@ def greedy_search(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig
 ) -> list[Hypothesis]:
     """Return one hypothesis for each of features (B, 2048): the likeliest token at each step."""
-    batch = len(features)
-    state = decoder.start(features)
-    token = torch.full((batch,), START_ID, device=features.device)
-    total = torch.zeros(batch, device=features.device)
-    finished = torch.zeros(batch, dtype=torch.bool, device=features.device)
-    steps: list[Tensor] = []
-    for length in range(config.max_length + 1):
-        logits, state = decoder.step(token, state)
-        best, tokens = _best_tokens(logits, length, 1, config)
-        total += best[:, 0].masked_fill(finished, 0.0)
-        token = tokens[:, 0].masked_fill(finished, PAD_ID)
-        steps.append(token)
-        finished |= token == END_ID
-        if bool(finished.all()):
-            break
-    return make_hypotheses(steps, total, config)
+
+    def likeliest(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        return _best_tokens(logits, length, 1, config)
+
+    return generate(decoder, decoder.start(features), config, likeliest)
 
 
 @torch.inference_mode()
@@ -113,71 +92,67 @@ def beam_search(
     # The images still being searched; the tensors below have a row for each of them.
     images = torch.arange(len(features), device=device)
     hidden, cell = (part.repeat_interleave(beams, 0) for part in decoder.start(features))
-    token = torch.full((len(features) * beams,), START_ID, device=device)
+    token = torch.full((len(features), beams), START_ID, device=device)
     # All beams of an image start alike, so only the first may be continued in the first step.
     live = torch.full((len(features), beams), -torch.inf, device=device)
     live[:, 0] = 0.0
     words = torch.full((len(features), beams, config.max_length + 1), PAD_ID, device=device)
-    finished = torch.full_like(live, -torch.inf)
-    finished_total = torch.full_like(finished, -torch.inf)
-    finished_words = torch.full_like(words, PAD_ID)
-    # Enough: of the best continuations of one beam, and so at most one of each beam, one ends.
-    candidates = 2 * beams
+    score = torch.full_like(live, -torch.inf)  # of finished hypotheses, and their totals and words
+    score_total, score_words = score, words
 
     for length in range(config.max_length + 1):
-        batch = len(images)
-        logits, (hidden, cell) = decoder.step(token, (hidden, cell))
+        logits, (hidden, cell) = decoder.step(token.flatten(), (hidden, cell))
         penalties = None
         if penalty is not None:
             penalties = penalty[images, length].repeat_interleave(beams, 0)
         best, tokens = _best_tokens(logits, length, beams + 1, config, penalties)  # (B * K, K + 1)
         each = best.shape[1]
-        totals = (live.view(-1, 1) + best).view(batch, beams * each)
-        total, index = totals.topk(min(candidates, beams * each), dim=1)  # (B, 2K), best first
-        parent, token_2k = index // each, tokens.view(batch, -1).gather(1, index)
-        words_2k = _gather(words, parent)
-        words_2k[:, :, length] = token_2k
+        totals = (live.view(-1, 1) + best).view(len(images), beams * each)
+        # 2K are enough: of the best continuations, at most one of each beam ends.
+        total, index = totals.topk(min(2 * beams, beams * each), dim=1)  # (B, 2K), best first
+        parent, token = index // each, tokens.view(len(images), -1).gather(1, index)
+        words = _gather(words, parent)
+        words[:, :, length] = token
 
-        ends = token_2k == END_ID
+        ends = token == END_ID
         enters = ends & (torch.arange(total.shape[1], device=device) < beams)
-        score = (total / (length + 1) ** config.length_penalty).masked_fill(~enters, -torch.inf)
-        finished, kept = torch.cat([finished, score], 1).topk(beams, dim=1)
-        finished_total = torch.cat([finished_total, total], 1).gather(1, kept)
-        finished_words = _gather(torch.cat([finished_words, words_2k], 1), kept)
+        new = (total / (length + 1) ** config.length_penalty).masked_fill(~enters, -torch.inf)
+        score, kept = torch.cat([score, new], 1).topk(beams, dim=1)
+        score_total = torch.cat([score_total, total], 1).gather(1, kept)
+        score_words = _gather(torch.cat([score_words, words], 1), kept)
 
         live, kept = total.masked_fill(ends, -torch.inf).topk(beams, dim=1)
-        words, token = _gather(words_2k, kept), token_2k.gather(1, kept)
-        chosen = torch.arange(batch, device=device).unsqueeze(1) * beams + parent.gather(1, kept)
+        words, token, parent = _gather(words, kept), token.gather(1, kept), parent.gather(1, kept)
+        chosen = torch.arange(len(images), device=device).unsqueeze(1) * beams + parent
 
-        done = (finished > -torch.inf).all(dim=1)
-        if length == config.max_length:
-            done = torch.ones_like(done)
+        done = (score > -torch.inf).all(dim=1) | (length == config.max_length)
         if bool(done.any()):
-            for image, *found in zip(
-                images[done].tolist(),
-                finished_words[done].tolist(),
-                finished_total[done].tolist(),
-                finished[done].tolist(),
-                strict=True,
-            ):
-                results[image] = [
-                    Hypothesis(row[: row.index(END_ID)], total, score)
-                    for row, total, score in zip(*found, strict=True)
-                    if score > -torch.inf
-                ]
-            going = ~done
-            images, live, words = images[going], live[going], words[going]
-            finished, finished_total = finished[going], finished_total[going]
-            finished_words = finished_words[going]
-            token, chosen = token[going], chosen[going]
+            found = _hypotheses(score_words[done], score_total[done], score[done])
+            for image, group in zip(images[done].tolist(), found, strict=True):
+                results[image] = group
+            rows = images, live, words, score, score_total, score_words, token, chosen
+            images, live, words, score, score_total, score_words, token, chosen = (
+                part[~done] for part in rows
+            )
             if not len(images):
                 break
-        token, chosen = token.flatten(), chosen.flatten()
-        hidden, cell = hidden.index_select(0, chosen), cell.index_select(0, chosen)
+        hidden, cell = (part.index_select(0, chosen.flatten()) for part in (hidden, cell))
     if penalty is None:
         return results
     return [
         _unpenalised(group, own, config) for group, own in zip(results, penalty.cpu(), strict=True)
+    ]
+
+
+def _hypotheses(words: Tensor, totals: Tensor, scores: Tensor) -> list[list[Hypothesis]]:
+    """Return the finished hypotheses of each image: words (B, K, T), totals and scores (B, K)."""
+    return [
+        [
+            Hypothesis(row[: row.index(END_ID)], total, score)
+            for row, total, score in zip(*group, strict=True)
+            if score > -torch.inf
+        ]
+        for group in zip(words.tolist(), totals.tolist(), scores.tolist(), strict=True)
     ]
 
 
@@ -190,7 +165,7 @@ def _unpenalised(
         tokens = hypothesis.tokens
         paid = float(penalty[range(len(tokens) + 1), [*tokens, END_ID]].sum())
         corrected.append(make_hypothesis(tokens, hypothesis.log_probability + paid, config))
-    return sorted(corrected, key=lambda hypothesis: hypothesis.score, reverse=True)
+    return best_first(corrected)
 
 
 def _gather(sequences: Tensor, which: Tensor) -> Tensor:
