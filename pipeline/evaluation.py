@@ -1,7 +1,7 @@
 """Evaluation: captions of a split, their scores, and the files that keep both.
 
-References and predictions go through the same tokenizer; the references never pass
-through the vocabulary, so its rare words count against the model as they should.
+References and predictions go through the same tokenizer; the references never pass through the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ class EvaluationOptions:
             looked for under their default name.
         split: ``train``, ``val`` or ``test``.
         search: how captions are searched.
-        output: the predictions file, in the COCO results format; None for a name in the first
-            run's folder, see ``predictions_path``. The scores go beside it.
-        java: compute METEOR and SPICE, which take Java and some seconds.
-        words: compute each word's probability as well, as the page shows it.
+        output: the predictions file; None for the name of ``predictions_path``.
+        java: compute METEOR and SPICE.
+        words: compute each word's probability as well.
     """
 
     data: str | Path | None = None
@@ -79,7 +78,7 @@ class ScoredImage:
 
     Attributes:
         name: its name in the captions file.
-        path: where its file was when its features were cached; images in shards have none.
+        path: where its file was when its features were cached.
         captions: best first.
         references: as people wrote them.
         cider: CIDEr-D of the best caption, in percent.
@@ -101,8 +100,7 @@ class Evaluation:
         scores: in percent, with the diversity of the captions.
         left_out: a sentence per score that could not be computed.
         intervals: 95 % bootstrap interval over images of BLEU-4 and CIDEr-D.
-        facts: how the scores were computed: scorer, split, hash, search, and the seed and the
-            options of the training.
+        facts: how the scores were computed, for the scores file.
         images: the scored images.
         unreadable: the images of the split that could not be read, and why.
     """
@@ -143,13 +141,13 @@ def evaluate_runs(
     """Score a checkpoint, or several as an ensemble, and write predictions and scores.
 
     Args:
-        runs: run folders, of which the best checkpoint is scored, or checkpoints.
+        runs: see ``load_ensemble``.
         device: where to decode.
         options: what to score.
 
     Raises:
         UserError: checkpoint, captions or features are missing or do not belong together; the
-            checkpoint names remote data; ``output`` is the run's own predictions file.
+            checkpoint names remote data; ``output`` is that of another evaluation.
     """
     checkpoint = load_ensemble(runs)
     settings = checkpoint.settings
@@ -192,9 +190,7 @@ def predictions_path(
     ``predictions.json`` of a run's folder is only for the run's best checkpoint on its own val
     split with the default search. The name of any other evaluation tells what differs, such as
     ``predictions-test-beam-size-5.json``; those of the pretrained model go to runs/pretrained.
-
-    Raises:
-        UserError: ``options.output`` is the run's own file, and the evaluation is another one.
+    Raises UserError if ``options.output`` is the run's own file, and the evaluation is another one.
     """
     first = runs[0]
     if is_pretrained(first):

@@ -6,6 +6,7 @@ frequencies stay those of all images, as they are part of the measure, not of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -13,17 +14,15 @@ import numpy
 from pipeline.metrics.coco import Predictions, Scorer, bleu_of_counts
 
 RESAMPLES = 2000
-# Resampled sets weighed at a time: so much memory for each image, whatever RESAMPLES is.
+# Resampled sets scored at a time, to bound memory.
 AT_ONCE = 200
+
+Scores = dict[str, numpy.ndarray]  # name -> a score for each resampled set, (R,)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13), in percent.
-
-    Attributes:
-        low, high: between which 95 % of the resampled scores lie.
-    """
+    """A 95 % percentile bootstrap interval (Efron and Tibshirani 1993, chapter 13), in percent."""
 
     low: float
     high: float
@@ -59,19 +58,20 @@ class PerImage:
         self.bleu = numpy.array([*counts], dtype=numpy.int64)
         self.cider = numpy.array([*scorer.per_image_cider(predictions).values()])
 
-    def scores(self, weights: numpy.ndarray) -> dict[str, numpy.ndarray]:
+    def scores(self, weights: numpy.ndarray) -> Scores:
         """Score sets in which image i comes ``weights[:, i]`` times: (R, N) gives (R,) each."""
-        return {
-            "BLEU-4": numpy.array([bleu_of_counts(row)[3] for row in (weights @ self.bleu)]),
-            "CIDEr-D": weights @ self.cider / weights.sum(1),
-        }
+        return _scores(weights @ self.bleu, weights @ self.cider / weights.sum(1))
+
+
+def _scores(bleu: numpy.ndarray, cider: numpy.ndarray) -> Scores:
+    """Return BLEU-4 of pooled counts (R, 10), and CIDEr-D (R,)."""
+    return {"BLEU-4": numpy.array([bleu_of_counts(row)[3] for row in bleu]), "CIDEr-D": cider}
 
 
 def bootstrap(parts: PerImage, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Interval]:
-    """Give the 95 % intervals of BLEU-4 and CIDEr-D over images."""
-    return {
-        name: _interval(values) for name, values in _resampled([parts], seed, resamples)[0].items()
-    }
+    """Return the 95 % intervals of BLEU-4 and CIDEr-D over images."""
+    [resampled] = _resampled([parts], seed, resamples)
+    return {name: _interval(values) for name, values in resampled.items()}
 
 
 def compare(
@@ -101,41 +101,41 @@ def _interval(values: numpy.ndarray) -> Interval:
     return Interval(float(low), float(high))
 
 
-def _resampled(sets: list[PerImage], seed: int, resamples: int) -> list[dict[str, numpy.ndarray]]:
+def _chunks(resamples: int) -> Iterator[int]:
+    """Yield how many resampled sets to score at a time."""
+    for start in range(0, resamples, AT_ONCE):
+        yield min(AT_ONCE, resamples - start)
+
+
+def _resampled(sets: list[PerImage], seed: int, resamples: int) -> list[Scores]:
     """Score each of ``sets`` on the same images drawn with replacement, ``resamples`` times."""
     random = numpy.random.default_rng(seed)
     images = len(sets[0].cider)
-    found: list[list[dict[str, numpy.ndarray]]] = [[] for _ in sets]
-    for start in range(0, resamples, AT_ONCE):
-        count = min(AT_ONCE, resamples - start)
+    found: list[list[Scores]] = [[] for _ in sets]
+    for count in _chunks(resamples):
         weights = random.multinomial(images, numpy.full(images, 1 / images), size=count)
         for results, parts in zip(found, sets, strict=True):
             results.append(parts.scores(weights))
     return [_join(results) for results in found]
 
 
-def _exchanged(
-    first: PerImage, second: PerImage, seed: int, resamples: int
-) -> dict[str, numpy.ndarray]:
-    """Give the differences of scores when the captions of random images change sides."""
+def _exchanged(first: PerImage, second: PerImage, seed: int, resamples: int) -> Scores:
+    """Return the differences of scores when the captions of random images change sides."""
     random = numpy.random.default_rng(seed)
     found = []
-    for start in range(0, resamples, AT_ONCE):
-        count = min(AT_ONCE, resamples - start)
+    for count in _chunks(resamples):
         stay = random.integers(0, 2, (count, len(first.cider)))
         go = 1 - stay
-        sides = []
-        for mine, theirs in ((first, second), (second, first)):
-            bleu = stay @ mine.bleu + go @ theirs.bleu
-            sides.append(
-                {
-                    "BLEU-4": numpy.array([bleu_of_counts(row)[3] for row in bleu]),
-                    "CIDEr-D": (stay @ mine.cider + go @ theirs.cider) / len(first.cider),
-                }
+        before, after = (
+            _scores(
+                stay @ mine.bleu + go @ theirs.bleu,
+                (stay @ mine.cider + go @ theirs.cider) / len(first.cider),
             )
-        found.append({name: sides[1][name] - sides[0][name] for name in sides[0]})
+            for mine, theirs in ((first, second), (second, first))
+        )
+        found.append({name: after[name] - before[name] for name in before})
     return _join(found)
 
 
-def _join(results: list[dict[str, numpy.ndarray]]) -> dict[str, numpy.ndarray]:
+def _join(results: list[Scores]) -> Scores:
     return {name: numpy.concatenate([r[name] for r in results]) for name in results[0]}

@@ -1,8 +1,7 @@
 """CIDEr-D of one caption against others (Vedantam et al. 2015), as the COCO code computes it.
 
 The cosine of TF-IDF vectors over n-grams of 1 to 4 tokens, clipped, with a penalty on a
-difference in length. Used by the scorer, the reward of self-critical training and the
-tests of consensus reranking; tokens may be words or ids.
+difference in length. Tokens may be words or ids.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
-"""Scores of captions in Python: BLEU, ROUGE-L and CIDEr-D (METEOR, SPICE: java_metrics.py).
+"""Scores of captions in Python: BLEU, ROUGE-L and CIDEr-D (METEOR, SPICE: ``java``).
 
 >>> scorer = Scorer({"a.jpg": [["a", "dog", "runs"]], "b.jpg": [["a", "red", "car"]]})
 >>> scores = scorer.score({"a.jpg": ["a", "dog", "runs"], "b.jpg": ["a", "blue", "car"]})
 >>> {name: round(value, 1) for name, value in scores.items()}
 {'BLEU-1': 83.3, 'BLEU-2': 64.5, 'BLEU-3': 59.3, 'BLEU-4': 2.1, 'ROUGE-L': 83.3, 'CIDEr-D': 437.5}
 
-All scores are in percent, as papers print them: where the COCO code (pycocoevalcap) says
-BLEU 0.283 and CIDEr 1.242, these functions say 28.3 and 124.2. The definitions are those
-of the COCO code, whose ``Cider`` class is CIDEr-D, so that the numbers compare with
-published ones. What is scored are tokens, from ``tokenize_english`` for
-references and predictions alike. A special token never gets in: an end token left in both
-raises BLEU-4 and ROUGE-L by several points, and so does ``<unk>`` in the references.
+All scores are in percent. The definitions are those of the COCO code (pycocoevalcap), whose
+``Cider`` class is CIDEr-D. A special token that reached a scorer would change the scores: an end
+token left in both references and predictions raises BLEU-4 and ROUGE-L by several points.
 """
 
 from __future__ import annotations
@@ -31,14 +28,11 @@ ROUGE_BETA = 1.2  # weight of recall against precision
 
 
 class Scorer:
-    """Scores predictions against the references of the same images.
+    """Scores predictions against the references of the same images, one or more per image.
 
-    ``references`` maps each image name to the tokens of each of its references; any
-    number of references from one up. What depends on them alone is computed once, so
-    that scoring 1,000 images takes a fraction of a second.
-
-    Raises UserError if there is no image or an image without references, and
-    ValueError if a special token is among the tokens.
+    Raises:
+        UserError: there is no image, or an image has no references.
+        ValueError: a special token is among the tokens.
     """
 
     def __init__(self, references: References) -> None:
@@ -55,20 +49,18 @@ class Scorer:
             name: [self._idf.tf_idf(caption.counts) for caption in captions]
             for name, captions in self._references.items()
         }
-        self._most: dict[str, dict[Ngram, int]] = {}  # highest count in one reference
+        self._most: dict[str, Counter[Ngram]] = {}  # highest count in one reference
         for name, captions in self._references.items():
-            most: dict[Ngram, int] = {}
+            self._most[name] = most = Counter()
             for caption in captions:
-                for ngram, count in caption.counts.items():
-                    most[ngram] = max(most.get(ngram, 0), count)
-            self._most[name] = most
+                most |= caption.counts
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of the predictions, in percent.
 
-        ``predictions`` maps each image name to the tokens of one caption; one without
-        tokens counts as 0. Raises UserError unless the images are those of the
-        references, and ValueError if a special token is among the tokens.
+        Raises:
+            UserError: the images are not those of the references.
+            ValueError: a special token is among the tokens.
         """
         counts = self._count(predictions)
         rows = self._bleu_counts(predictions, counts).values()
@@ -80,16 +72,13 @@ class Scorer:
         return scores
 
     def per_image_bleu_counts(self, predictions: Predictions) -> dict[str, list[int]]:
-        """Return for each image the counts that BLEU pools: see ``bleu_of_counts``.
-
-        Raises what ``score`` raises.
-        """
+        """Return for each image the counts that BLEU pools: see ``bleu_of_counts``."""
         return self._bleu_counts(predictions, self._count(predictions))
 
     def per_image_cider(self, predictions: Predictions) -> dict[str, float]:
         """Return the CIDEr-D of each image in percent; their mean is the corpus's score.
 
-        Raises what ``score`` raises.
+        Document frequencies are those of the references, so with one image the score is 0.
         """
         return self._cider(self._count(predictions))
 
@@ -101,21 +90,17 @@ class Scorer:
     def _bleu_counts(
         self, predictions: Predictions, counts: Mapping[str, Counter[Ngram]]
     ) -> dict[str, list[int]]:
-        """Return for each image the counts that BLEU pools: see ``bleu_of_counts``.
-
-        The reference length of an image is the one closest to the prediction's, the
-        shorter of two equally close.
-        """
         rows = {}
         for name, found in counts.items():
             length = len(predictions[name])
+            # The closest to the prediction's, the shorter of two equally close.
             reference_length = min(
                 (abs(caption.length - length), caption.length) for caption in self._references[name]
             )[1]
             matched = [0] * LONGEST_NGRAM
             most = self._most[name]
             for ngram, count in found.items():
-                matched[len(ngram) - 1] += min(count, most.get(ngram, 0))
+                matched[len(ngram) - 1] += min(count, most[ngram])
             proposed = [max(0, length - n) for n in range(LONGEST_NGRAM)]
             rows[name] = [*matched, *proposed, length, reference_length]
         return rows
@@ -123,8 +108,7 @@ class Scorer:
     def _rouge(self, predictions: Predictions) -> float:
         """Return the mean ROUGE-L of the images (Lin 2004), in percent.
 
-        As in the COCO code, the precision and the recall of an image are each the best
-        over its references, so they may come from different ones.
+        As in the COCO code, precision and recall are each the best over the references.
         """
         total = 0.0
         for name, captions in self._references.items():
@@ -143,11 +127,6 @@ class Scorer:
         return 100 * total / len(self._references)
 
     def _cider(self, counts: Mapping[str, Counter[Ngram]]) -> dict[str, float]:
-        """Return CIDEr-D of each image, in percent: see ``cider``.
-
-        Document frequencies are those of the references scored here, so with one image
-        every weight, and the score, is 0.
-        """
         return {
             name: cider_d(self._idf.tf_idf(found), self._reference_vectors[name])
             for name, found in counts.items()
@@ -181,13 +160,12 @@ class _Reference:
 def bleu_of_counts(totals: Sequence[float]) -> list[float]:
     """Return corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), in percent, of pooled counts.
 
-    ``totals`` holds the sums over all images of the n-grams matched (n = 1 to 4), the n-grams
-    proposed (n = 1 to 4), the words of the predictions and those of the references.
+    ``totals`` are the n-grams matched (n = 1 to 4), the n-grams proposed (n = 1 to 4), the words
+    of the predictions and those of the references.
     """
     matched, proposed = totals[:LONGEST_NGRAM], totals[LONGEST_NGRAM : 2 * LONGEST_NGRAM]
     predicted_length, reference_length = totals[2 * LONGEST_NGRAM :]
-    # The COCO code's constants, which keep the divisions defined; without the same
-    # ones, scores of a handful of captions would differ.
+    # The COCO code's constants, which keep the divisions defined.
     tiny, small = 1e-15, 1e-9
     ratio = (predicted_length + tiny) / (reference_length + small)
     brevity = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
@@ -232,7 +210,7 @@ def _images(names: Sequence[str]) -> str:
 
 
 def _check_tokens(name: str, tokens: Sequence[str], forbidden: set[str]) -> None:
-    """Raise ValueError for a special token, and for text that was never tokenised."""
+    """Raise ValueError for a special token, and for text that is not tokenised."""
     if isinstance(tokens, str):
         raise ValueError(f"{name}: a caption to score is a list of tokens, not a string")
     found = forbidden.intersection(tokens)
@@ -243,14 +221,10 @@ def _check_tokens(name: str, tokens: Sequence[str], forbidden: set[str]) -> None
 def diversity(
     predictions: Predictions, train_captions: Iterable[Sequence[str]]
 ) -> dict[str, float | int]:
-    """Return how varied the predictions are, and how many of them train captions are.
+    """Return how varied the predictions are, and how many of them are captions of training.
 
-    ``train_captions`` holds the tokens of each caption trained on. The result:
-    ``distinct_captions`` and ``distinct_words`` count what differs,
-    ``copied_from_train`` counts predictions that are word for word a train caption
-    (``copied_from_train_percent``: of all predictions), and ``mean_length`` is in words.
-    A known caption is no fault in itself (Vinyals et al. 2015 found 80 percent), but
-    few different ones are.
+    A known caption is no fault in itself (Vinyals et al. 2015 found 80 percent), but few different
+    ones are.
     """
     captions = [tuple(tokens) for tokens in predictions.values()]
     known = {tuple(tokens) for tokens in train_captions}

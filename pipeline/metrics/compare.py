@@ -30,14 +30,12 @@ def references_of(table: CaptionTable, split: str, tokenizer: str) -> dict[str, 
 
 
 def describe_scorer(tokenizer: str) -> str:
-    """Describe the scorer: what is scored decides as much as the formulas do."""
+    """Return the scorer and what it scores, in words."""
     return f"pipeline.metrics.coco (COCO definitions, {tokenizer_of(tokenizer).description})"
 
 
 def scores_path(predictions: Path) -> Path:
-    """Return the scores file of a predictions file: scores-NAME.json beside predictions-NAME.json,
-    and beside NAME.json.
-    """
+    """Return the scores file of predictions-NAME.json or NAME.json: scores-NAME.json beside it."""
     name = predictions.name
     if name.startswith("predictions"):
         return predictions.with_name(name.replace("predictions", "scores", 1))
@@ -58,8 +56,7 @@ def compare_predictions(
         first, second: in the COCO results format, as ``evaluate_runs`` writes them.
         data, captions: where the references are.
         split: of which the images are.
-        tokenizer: its name; by default what the scores beside the files were taken with, or
-            ``english`` where none are.
+        tokenizer: by default that of the scores beside the files, else ``english``.
 
     Raises:
         UserError: a file cannot be read, or they are not of the same images of that split.

@@ -1,4 +1,4 @@
-"""METEOR and SPICE: Java programs that come with pycocoevalcap, run where they can be had."""
+"""METEOR and SPICE: Java programs that come with pycocoevalcap, run where it is installed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,10 @@ JAVA_TIMEOUT = 1800.0  # seconds; METEOR takes about 20 for 1,000 images, SPICE 
 def java_metrics(
     references: References, predictions: Predictions
 ) -> tuple[dict[str, float], list[str]]:
-    """Return METEOR and SPICE in percent, as far as they can be had, and why one cannot.
+    """Return METEOR and SPICE in percent, and a sentence for each that cannot be computed here.
 
-    The second value holds one sentence for each score left out: without Java or
-    pycocoevalcap, if a Java process fails or, for SPICE, if Stanford CoreNLP is not
-    there yet (it is never downloaded from here).
-
-    METEOR 1.5 (Denkowski and Lavie 2014) and SPICE 1.0 (Anderson et al. 2016) are the
-    Java programs in pycocoevalcap, run with its options. Raises what ``Scorer`` and
-    ``Scorer.score`` raise.
+    METEOR 1.5 (Denkowski and Lavie 2014) and SPICE 1.0 (Anderson et al. 2016) are run with
+    pycocoevalcap's options. Nothing is downloaded. Raises what ``Scorer.score`` raises.
     """
     check_references(references)
     check_predictions(predictions, references)
@@ -58,18 +53,17 @@ def _line(tokens: Sequence[str]) -> str:
 
 
 def _meteor(captions: _Captions) -> float:
-    """Return METEOR of the corpus in percent, or raise _LeftOutError."""
+    """Return METEOR of the corpus in percent."""
     folder = _pycocoevalcap("meteor")
     command = ["-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    # Two runs of the program, because what the second asks about is what the first
-    # answers: a dialogue with one process could hang on a pipe.
+    # Two runs: a dialogue with one process could hang on a pipe.
     questions = [
         " ||| ".join(("SCORE", *references, prediction))
         for prediction, references in captions.values()
     ]
     statistics = _run_java(command, folder, questions, answers=len(questions))
     question = " ||| ".join(("EVAL", *statistics))
-    # One score an image, then that of the corpus.
+    # One score per image, then that of the corpus.
     scores = _run_java(command, folder, [question], answers=len(questions) + 1)
     try:
         return 100 * float(scores[-1])
@@ -78,7 +72,7 @@ def _meteor(captions: _Captions) -> float:
 
 
 def _spice(captions: _Captions) -> float:
-    """Return the mean SPICE of the images in percent, or raise _LeftOutError."""
+    """Return the mean SPICE of the images in percent."""
     folder = _pycocoevalcap("spice")
     for jar in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (folder / "lib" / jar).is_file():
@@ -116,11 +110,7 @@ def _pycocoevalcap(part: str) -> Path:
 def _run_java(
     arguments: Sequence[str], folder: Path, lines: Sequence[str], answers: int
 ) -> list[str]:
-    """Run Java in ``folder`` on lines of input and return the lines it wrote.
-
-    Raises _LeftOutError unless it ends well with at least ``answers`` lines. Nothing
-    of what it writes reaches the terminal, and it is killed after ``JAVA_TIMEOUT``.
-    """
+    """Run Java in ``folder`` on lines of input; return its output of at least ``answers`` lines."""
     java = shutil.which("java")
     if java is None:
         raise _LeftOutError("it needs Java, and there is no java command")
