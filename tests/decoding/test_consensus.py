@@ -6,11 +6,9 @@ import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
-from small_data import IDENTITY
 from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, encode_captions
@@ -19,7 +17,6 @@ from pipeline.decoding.consensus import NEIGHBOURS, TEMPERATURE, Consensus
 from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.metrics.cider import Idf, cider_d, ngrams
 from pipeline.models import neighbours as module
-from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.neighbours import Neighbours, choose_neighbours, sampled_images
 
@@ -148,18 +145,3 @@ def test_of_many_images_a_sample_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = encode_captions([groups[p] for p in kept.tolist()], WORDS)
     assert torch.equal(neighbours.captions.tokens, expected.tokens)
     assert torch.equal(neighbours.captions.offsets, expected.offsets)
-
-
-def test_a_checkpoint_keeps_neighbours(tmp_path: Path) -> None:
-    path = tmp_path / "best.safetensors"
-    _, captions = made_up(20)
-    decoder = make_decoder()
-    neighbours = neighbours_of(captions, 20)
-    save_checkpoint(
-        path,
-        Checkpoint(decoder.config, decoder.state_dict(), WORDS, IDENTITY, neighbours=neighbours),
-    )
-    loaded = load_checkpoint(path).neighbours
-    assert loaded is not None
-    for name, tensor in neighbours.to_tensors().items():
-        assert torch.equal(tensor, loaded.to_tensors()[name]), name

@@ -149,7 +149,7 @@ def test_search_passes_add_other_captions_to_choose_from() -> None:
         assert [h.tokens for h in alone] == found[image]
 
 
-def test_without_second_opinions_the_best_of_of_all_is_taken() -> None:
+def test_without_rerankers_the_best_of_all_passes_is_taken() -> None:
     decoder, features = make_decoder(), torch.randn(6, 3)
     plain = best_captions(decoder, features, SearchConfig(4), Reranker())
     passes = best_captions(decoder, features, SearchConfig(4, search_passes=3), Reranker())

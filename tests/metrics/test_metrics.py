@@ -305,23 +305,18 @@ def add_stanford_models(package: Path) -> None:
         (package / "spice" / "lib" / jar).touch()
 
 
-def test_without_java_the_rest_goes_on(
-    pycocoevalcap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("missing", ["Java", "pycocoevalcap"])
+def test_without_java_or_pycocoevalcap_the_rest_goes_on(
+    pycocoevalcap: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     add_stanford_models(pycocoevalcap)
     monkeypatch.setenv("PATH", str(tmp_path))
+    if missing == "pycocoevalcap":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     scores, left_out = java_metrics(REFERENCES, PREDICTIONS)
     assert scores == {}
     assert [reason.split()[0] for reason in left_out] == ["METEOR", "SPICE"]
-    assert all("Java" in reason for reason in left_out)
-
-
-def test_without_pycocoevalcap_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    scores, left_out = java_metrics(REFERENCES, PREDICTIONS)
-    assert scores == {}
-    assert [reason.split()[0] for reason in left_out] == ["METEOR", "SPICE"]
-    assert all("pycocoevalcap" in reason for reason in left_out)
+    assert all(missing in reason for reason in left_out)
 
 
 @pytest.mark.parametrize(

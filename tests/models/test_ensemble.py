@@ -88,14 +88,6 @@ def test_probabilities_are_the_members_geometric_mean(beams: int) -> None:
     assert differs  # or the test could not fail
 
 
-def test_batched_equals_single() -> None:
-    ensemble, features = make_ensemble(), torch.randn(6, 6)
-    config = SearchConfig(3, max_length=8)
-    batched = search(ensemble, features, config)
-    single = [search(ensemble, row.unsqueeze(0), config)[0] for row in features]
-    assert [[h.tokens for h in s] for s in batched] == [[h.tokens for h in s] for s in single]
-
-
 def test_every_member_learns_as_if_alone() -> None:
     """The gradient is each member's own, over their number."""
     ensemble = make_ensemble().train(False)
@@ -113,20 +105,30 @@ def test_every_member_learns_as_if_alone() -> None:
             assert torch.allclose(3 * gradient, parameter.grad, atol=1e-5)
 
 
-def test_models_of_one_recipe_become_one_file(drawn_run: DrawnRun, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def other_run(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the same recipe whose weights differ a little."""
     first = load_checkpoint(drawn_run.run)
     with torch.no_grad():
         noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
     noisy["projection.weight"] = noisy["word_embedding.weight"]  # as they are tied
-    save_checkpoint(tmp_path / "other.safetensors", replace(first, decoder_weights=noisy))
-    two = load_ensemble([drawn_run.run, tmp_path / "other.safetensors"])
+    path = tmp_path_factory.mktemp("other") / "other.safetensors"
+    save_checkpoint(path, replace(first, decoder_weights=noisy))
+    return path
+
+
+def test_models_of_one_recipe_become_one_file(
+    drawn_run: DrawnRun, other_run: Path, tmp_path: Path
+) -> None:
+    first, other = (load_checkpoint(path) for path in (drawn_run.run, other_run))
+    two = load_ensemble([drawn_run.run, other_run])
     save_checkpoint(tmp_path / "two.safetensors", two)
     three = load_ensemble([tmp_path / "two.safetensors", drawn_run.run])
     assert (two.decoder_config.members, three.decoder_config.members) == (2, 3)
     members = members_of(three.build_decoder())  # type: ignore[arg-type]
-    for member, weights in zip(members, (first.decoder_weights, noisy), strict=False):
+    for member, model in zip(members, (first, other), strict=False):
         for name, tensor in member.state_dict().items():
-            assert torch.equal(tensor, weights[name]), name
+            assert torch.equal(tensor, model.decoder_weights[name]), name
     assert three.neighbours is not None and first.neighbours is not None
     width = first.decoder_config.embed_size
     assert three.neighbours.directions.shape[1] == 3 * width == len(three.neighbours.mean)
@@ -180,20 +182,18 @@ def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> No
     assert [fact["seed"] for fact in facts] == [0, [0, 0]]
 
 
-def test_stage_3_trains_all_members_on_one_encoder(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    first = load_checkpoint(drawn_run.run)
-    with torch.no_grad():
-        noisy = {k: v + 0.01 * torch.randn_like(v) for k, v in first.decoder_weights.items()}
-    noisy["projection.weight"] = noisy["word_embedding.weight"]
-    save_checkpoint(tmp_path / "other.safetensors", replace(first, decoder_weights=noisy))
-    starts = ["--start", str(drawn_run.run), "--start", str(tmp_path / "other.safetensors")]
+def test_stage_3_trains_all_members_on_one_encoder(
+    drawn_run: DrawnRun, other_run: Path, tmp_path: Path
+) -> None:
+    starts = ["--start", str(drawn_run.run), "--start", str(other_run)]
     options = ["--run", str(tmp_path / "joint"), "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
     words = [*starts, *options, "--batch-size", "8", "--epochs", "1"]
     result = CliRunner().invoke(finetune_joint.main, words)
     assert result.exit_code == 0, result.output
     last = load_checkpoint(tmp_path / "joint" / "last.safetensors")
     assert last.decoder_config.members == 2 and last.encoder_weights is not None
-    for number, before in enumerate((first.decoder_weights, noisy)):
+    for number, path in enumerate((drawn_run.run, other_run)):
+        before = load_checkpoint(path).decoder_weights
         for name in ("lstm.weight_hh_l0", "image_embedding.weight"):
             after = last.decoder_weights[f"members.{number}.{name}"]
             assert 0 < (after - before[name]).abs().max() < 0.1, name

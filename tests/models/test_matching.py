@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from small_data import COLOURS, IDENTITY, THINGS, make_small_data
+from small_data import COLOURS, THINGS, make_small_data
 from torch import Tensor
 
 import train_decoder
@@ -19,8 +19,7 @@ from pipeline.datasets.encoded_captions import encode_captions, tokenized
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.features.cache import FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics
-from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from pipeline.models.decoder import Decoder, DecoderConfig
+from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.training.matcher_training import train_matcher
 
@@ -140,20 +139,6 @@ def test_many_captions_take_no_more_steps(small: Small, monkeypatch: pytest.Monk
     monkeypatch.setattr(Matcher, "loss", counted)
     small.train()
     assert calls == [10, 10, 10]
-
-
-def test_a_checkpoint_keeps_the_matcher(tmp_path: Path) -> None:
-    words = Vocabulary.build([["a", "b", "c"]], 1)
-    config = DecoderConfig(len(words), 4, 4, feature_size=5)
-    matcher = make_matcher(len(words))
-    path = tmp_path / "best.safetensors"
-    save_checkpoint(
-        path, Checkpoint(config, Decoder(config).state_dict(), words, IDENTITY, matcher=matcher)
-    )
-    loaded = load_checkpoint(path).matcher
-    assert loaded is not None and not loaded.training
-    for name, tensor in matcher.state_dict().items():
-        assert torch.equal(tensor, loaded.state_dict()[name]), name
 
 
 def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
