@@ -14,8 +14,8 @@ from measure import Comparison, echo, interleave, run_command
 
 from pipeline.captioner import Captioner
 from pipeline.datasets.encoded_captions import encode_captions
+from pipeline.datasets.find_images import find_images
 from pipeline.datasets.image_sources import ImageFolder
-from pipeline.datasets.images import find_images
 from pipeline.decoding.consensus import Consensus
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker

@@ -11,8 +11,9 @@ import torch
 from material import Material, inception_weights
 from measure import Comparison, interleave
 
+from pipeline.datasets.find_images import find_images
 from pipeline.datasets.image_sources import ImageFolder
-from pipeline.datasets.images import find_images, read_square
+from pipeline.datasets.images import read_square
 from pipeline.features.extraction import Extraction, extract
 from pipeline.models.encoder import Encoder, load_encoder
 from pipeline.models.encoder_identity import EncoderIdentity

@@ -23,7 +23,8 @@ from compare_extraction import run_side_by_side
 from compare_training import default_options
 from measure import echo
 
-from pipeline.datasets.images import IMAGE_SIZE, find_images, read_square
+from pipeline.datasets.find_images import find_images
+from pipeline.datasets.images import IMAGE_SIZE, read_square
 from pipeline.models.encoder import load_encoder
 from pipeline.training.decoder_stage import prepare_stage
 from pipeline.training.loop import Training

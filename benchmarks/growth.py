@@ -26,8 +26,8 @@ from material import hard_links, write_cache
 from measure import ROOT, echo, peak_memory
 
 from pipeline.datasets.encoded_captions import EncodedCaptions, bucketed_batches
+from pipeline.datasets.find_images import find_images
 from pipeline.datasets.image_sources import ImageFolder
-from pipeline.datasets.images import find_images
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions
 from pipeline.features.extraction import Extraction, extract

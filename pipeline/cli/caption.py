@@ -13,11 +13,12 @@ import click
 from click.core import ParameterSource
 
 from pipeline.cli import options
+from pipeline.datasets.find_images import describe_skipped
 from pipeline.decoding.options import CAPTIONS, SearchOptions, option_words
 from pipeline.models.pretrained import BEST, is_pretrained, pretrained_path
-from pipeline.outputs.inputs import collect
+from pipeline.outputs.inputs import Inputs, collect
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import check_writable, locked
+from pipeline.utils.files import locked
 from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
@@ -66,14 +67,15 @@ GROUPS = {
     "before anything that they would take for a formula; coco: the COCO results format.  "
     "[default: by the suffix of --output, else text]",
 )
-@options.path(
+@options.output(
     "--output",
     "File to write instead of standard output. It is replaced as a whole when all is done.",
 )
 @click.option(
     "--skip-existing",
     is_flag=True,
-    help="Keep the captions in --output, and add those of images that are not in it.",
+    help="Keep the captions in --output, and add those of images that are not in it. "
+    "--sidecar and --write-metadata do so by themselves.",
 )
 @click.option(
     "--sidecar",
@@ -92,7 +94,7 @@ GROUPS = {
     is_flag=True,
     help="With --sidecar and --write-metadata: replace existing text files and descriptions.",
 )
-@options.path("--html", "Also write a page with the images, their captions, and a search.")
+@options.output("--html", "Also write a page with the images, their captions, and a search.")
 @click.option(
     "--thumbnails",
     type=click.Choice(["inside", "beside"]),
@@ -158,10 +160,8 @@ def main(
     search_options = SearchOptions(**search)
     layout = layout or FORMATS.get(output.suffix.lower() if output else "", "text")
     _check(search_options, layout)
-    targets = {target for target in (output, html) if target is not None and not serve}
-    for target in targets:
-        check_writable(target)
-    paths = [] if serve else collect(images)
+    inputs = Inputs() if serve else collect(images)
+    _check_targets(output, html, inputs.paths)
     models = model or (options.default_model(),)
     name = " + ".join(map(str, models))
     load = functools.partial(_load, models, device, weights)
@@ -182,12 +182,12 @@ def main(
         overwrite=overwrite,
         skip_existing=skip_existing,
     )
-    for target in targets:
+    for target in filter(None, {output, html}):
         click.get_current_context().with_resource(locked(target))
     try:
         outcome = caption_images(
             load,
-            paths,
+            inputs.paths,
             destinations,
             search_options,
             details=words,
@@ -199,7 +199,7 @@ def main(
         kept = output or html or sidecar or write_metadata
         echo("interrupted" + ("; run the same command to resume" if kept else ""), err=True)
         sys.exit(130)
-    _report(outcome, html, len(paths))
+    _report(outcome, html, inputs)
 
 
 def _check(search: SearchOptions, layout: str) -> None:
@@ -214,9 +214,12 @@ def _check(search: SearchOptions, layout: str) -> None:
     if serve and search != SearchOptions():
         words = ", ".join(option_words(search))
         raise UserError(f"--serve: takes no search options ({words}); its page has its own")
-    if given["skip_existing"] and given["output"] is None:
-        raise UserError("--skip-existing: needs the --output to add to")
-    if given["overwrite"] and not (given["sidecar"] or given["write_metadata"]):
+    beside = given["sidecar"] or given["write_metadata"]
+    if given["skip_existing"] and given["output"] is None and not beside:
+        raise UserError("--skip-existing: needs --output, --sidecar or --write-metadata")
+    if given["skip_existing"] and given["overwrite"]:
+        raise UserError("--skip-existing and --overwrite: contradict each other; choose one")
+    if given["overwrite"] and not beside:
         raise UserError("--overwrite: is for --sidecar and --write-metadata")
     thumbnails = context.get_parameter_source("thumbnails")
     if thumbnails == ParameterSource.COMMANDLINE and given["html"] is None:
@@ -225,21 +228,37 @@ def _check(search: SearchOptions, layout: str) -> None:
         raise UserError(f"--words: is for json and jsonl, not for {layout}; add --format jsonl")
 
 
-def _report(outcome: Outcome, page: Path | None, total: int) -> None:
+def _check_targets(output: Path | None, html: Path | None, images: Sequence[str]) -> None:
+    """Refuse a file to write that is one of the images, or two that are the same."""
+    if output is not None and html is not None and output.resolve() == html.resolve():
+        raise UserError(f"--output and --html: both are {output}; name two files")
+    for target in (output, html):
+        if target is not None and target.is_file():
+            same_name = (image for image in images if Path(image).name == target.name)
+            if any(target.samefile(image) for image in same_name if Path(image).exists()):
+                raise UserError(f"{target}: is one of the images; name another file to write")
+
+
+def _report(outcome: Outcome, page: Path | None, inputs: Inputs) -> None:
     """Report what was done; exit with code 1 if images failed."""
     from pipeline.outputs.formats import decodable
 
+    if inputs.skipped:
+        echo(describe_skipped(inputs.skipped), err=True)
     if page is not None:
         echo(f"page: {page}", err=True)
     if outcome.resumed:
         echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
         echo(f"{outcome.passed_over:,} have captions already: passed over", err=True)
-    for path, reason in outcome.failures.items():
+    for path, reason in (outcome.failures | inputs.failures).items():
         echo_failure(decodable(path), reason)
     if outcome.failures:
-        failed = len(outcome.failures)
+        failed, total = len(outcome.failures), len(inputs.paths)
         echo(f"{failed:,} of {total:,} images could not be read or written", err=True)
+    if inputs.failures:
+        echo(f"folders that could not be listed: {len(inputs.failures):,}", err=True)
+    if outcome.failures or inputs.failures:
         sys.exit(1)
 
 

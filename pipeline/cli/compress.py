@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from pipeline.cli import options
+from pipeline.utils.files import SAFETENSORS
 from pipeline.utils.terminal import echo
 
 
 @options.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @options.weights
-@options.path("--output", "File to write.", default="captioner.safetensors")
+@options.output("--output", "Checkpoint to write.", SAFETENSORS, default="captioner.safetensors")
 def main(runs: tuple[Path, ...], weights: str | None, output: Path) -> None:
     """Write RUNS as one small checkpoint with encoder and decoders, which captions by itself.
 

@@ -13,7 +13,6 @@ from pipeline.cli import options
 from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import check_writable
 from pipeline.utils.terminal import echo
 
 GROUPS = {
@@ -53,13 +52,13 @@ NOT_SCORED = [
     "beside the predictions, else english]",
 )
 @options.from_dataclass(SearchOptions, leave_out=NOT_SCORED)
-@options.path(
+@options.output(
     "--output",
     "Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
     "another split, search, checkpoint or data a name that tells, such as "
     "predictions-test-beam-size-5.json]",
 )
-@options.path(
+@options.output(
     "--html",
     "Also write a page of the images with their captions, references and CIDEr-D, the worst "
     "first. The page is one file.",
@@ -172,5 +171,3 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--ensemble: is for several runs")
     if given["tokenizer"] is not None and not compared:
         raise UserError("--tokenizer: is for --compare; a run is scored with its own")
-    if html is not None:
-        check_writable(html)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.cli import options
-from pipeline.datasets.image_sources import open_source
+from pipeline.datasets.find_images import describe_skipped
+from pipeline.datasets.image_sources import ImageFolder, open_source
 from pipeline.datasets.tar_shards import is_tar_shards
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import HDF5
 from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
     from pipeline.models.encoder_identity import EncoderIdentity
     from pipeline.utils.distributed import World
 
-NO_DATA = """{data}: no such folder. Two ways to get Flickr8k:
-  python extract_features.py --data {data} --download      downloads it (1.1 GB)
-  or unpack the Kaggle archive adityajn105/flickr8k to {data}
-For your own images: --data FOLDER"""
+NO_DATA = (
+    "{data}: no such folder; --download downloads Flickr8k to it (1.1 GB), or unpack the Kaggle "
+    "archive adityajn105/flickr8k there; --data FOLDER names your own images"
+)
 
 GROUPS = {
     "Encoder": ("weights", "engine", "precision"),
@@ -42,7 +45,9 @@ GROUPS = {
     help="Folder of images; sub-folders are searched too. Or tar shards, as of WebDataset: "
     "'shards/{0000..0099}.tar', on disk or at any URL that fsspec reads.",
 )
-@options.path("--output", "The feature cache to write.  [default: data/features/NAME-OF-DATA.h5]")
+@options.output(
+    "--output", "The feature cache to write.  [default: data/features/NAME-OF-DATA.h5]", HDF5
+)
 @click.option(
     "--weights",
     default="auto",
@@ -154,7 +159,7 @@ def main(
         )
         result = extract(task, world)
     if world.rank == 0:
-        _report(result)
+        _report(result, source.skipped if isinstance(source, ImageFolder) else Counter())
 
 
 def _load_encoder(
@@ -180,8 +185,10 @@ def _load_encoder(
     return encoder
 
 
-def _report(result: ExtractionResult) -> None:
+def _report(result: ExtractionResult, skipped: Counter[str]) -> None:
     """Report what was done; exit with code 1 if images could not be read."""
+    if skipped:
+        echo(describe_skipped(skipped), err=True)
     cache, failures = result.cache, result.cache.failures()
     echo(
         f"{cache.path}: complete, {len(cache) - len(failures):,} images ({result.encoded:,} "

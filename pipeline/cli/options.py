@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import typing
 import warnings
@@ -13,9 +14,11 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.datasets.tar_shards import is_tar_shards
 from pipeline.models.pretrained import BEST, PRETRAINED
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import TEXT, check_replaceable, check_writable
 from pipeline.utils.terminal import echo, escape_control
 
 Decorator = Callable[[Callable[..., Any]], Any]
@@ -150,6 +153,32 @@ def command(
 def path(name: str, help: str, **more: Any) -> Decorator:
     """Return a click option whose value is a ``Path``."""
     return click.option(name, type=click.Path(path_type=Path), help=help, **more)
+
+
+class OutputPath(click.Path):
+    """The type of an option that names a file to write.
+
+    It refuses folders, names with the ending of an image, and existing files that are not of the
+    kind that is written: the user's images, checkpoints, caches. ``--force`` changes none of this.
+    """
+
+    def __init__(self, kind: re.Pattern[bytes]) -> None:
+        super().__init__(path_type=Path)
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Check the path."""
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.suffix.lower() in IMAGE_EXTENSIONS:
+            raise UserError(f"{path}: has the ending of an image; name another file to write")
+        check_writable(path)
+        check_replaceable(path, self.kind)
+        return path
+
+
+def output(name: str, help: str, kind: re.Pattern[bytes] = TEXT, **more: Any) -> Decorator:
+    """Return a click option for a file to write of a kind; see ``OutputPath``."""
+    return click.option(name, type=OutputPath(kind), help=help, **more)
 
 
 def from_dataclass(options_class: type, leave_out: Sequence[str] = ()) -> Decorator:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.caption_json import read_json
-from pipeline.datasets.images import find_images
+from pipeline.datasets.find_images import find_images
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pipeline.datasets.images import ImageRef, find_images
+from pipeline.datasets.find_images import find_images
+from pipeline.datasets.images import ImageRef
 from pipeline.datasets.tar_shards import TarMember, TarShards, is_remote, is_tar_shards
 from pipeline.utils.errors import UserError
 
@@ -23,6 +25,8 @@ class ImageFolder:
     """The images below ``folder``; the same interface as ``TarShards``."""
 
     folder: Path
+    # What ``names`` leaves out, by kind.
+    skipped: Counter[str] = field(default_factory=Counter, compare=False)
     is_local = True
 
     @property
@@ -33,7 +37,7 @@ class ImageFolder:
     @functools.cached_property
     def names(self) -> Sequence[str]:
         """All images, in the order of their bytes."""
-        return find_images(self.folder)
+        return find_images(self.folder, self.skipped)
 
     def image(self, name: str) -> Path:
         """Return the path of an image."""

@@ -1,4 +1,4 @@
-"""Find images, decode them, and resize them to InceptionV3's input square.
+"""Decode images and resize them to InceptionV3's input square.
 
 Every stage reads images through this module, so an image looks the same to all of them. Pillow
 releases Python's lock while it decodes and resizes, so threads decode beside the network.
@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from pipeline.utils.errors import ImageError, UserError
+from pipeline.utils.errors import ImageError
 from pipeline.utils.threads import prefetch
 
 if TYPE_CHECKING:
@@ -72,35 +72,6 @@ class StoredImage(Protocol):
 
 ImageRefT = TypeVar("ImageRefT", bound="ImageRef")
 ImageRef: TypeAlias = str | os.PathLike[str] | StoredImage
-
-
-def find_images(folder: Path) -> list[str]:
-    """List the images below ``folder`` by their relative paths (with ``/``), in byte order.
-
-    Sub-folders are searched, symbolic links to folders followed (each folder once, so a
-    loop ends). Hidden files and folders and the leftovers of macOS archives are skipped.
-
-    Raises:
-        UserError: ``folder`` is not a folder.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder of images")
-    names: list[str] = []
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        status = Path(parent).stat()
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        relative = Path(parent).relative_to(folder)
-        names += [
-            (relative / name).as_posix()
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_EXTENSIONS
-        ]
-    return sorted(names, key=os.fsencode)
 
 
 def load_image(path: ImageRef, size: int | None = None) -> Image.Image:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.datasets.images import IMAGE_EXTENSIONS
+from pipeline.datasets.find_images import OTHER_ENDINGS, skipped_file, skipped_folder
 from pipeline.utils.errors import ImageError, UserError
 
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
@@ -214,11 +214,12 @@ def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, T
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps them all
                 name = member.name.removeprefix("./")
                 suffix = PurePosixPath(name).suffix.lower()
-                hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+                *folders, file_name = name.split("/")
+                reason = next(filter(None, map(skipped_folder, folders)), skipped_file(file_name))
                 # Links, devices and sparse files have no bytes of their own in one place.
-                if hidden or not member.isreg() or member.sparse:
+                if reason not in (None, OTHER_ENDINGS) or not member.isreg() or member.sparse:
                     continue
-                if suffix in IMAGE_EXTENSIONS:
+                if reason is None:
                     # A header may claim any time.
                     time_ns = round(member.mtime * 1e9) if 0 < member.mtime < 1 << 33 else 0
                     place = member.offset_data, member.size, time_ns

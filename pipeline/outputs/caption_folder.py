@@ -26,7 +26,7 @@ from pipeline.outputs.metadata import (
 )
 from pipeline.outputs.resume import PartialResults
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import atomic_write
+from pipeline.utils.files import atomic_write, check_replaceable
 from pipeline.utils.progress import progress_bar
 
 PAGE_CAPTIONS = 5
@@ -74,7 +74,7 @@ class Destinations:
     def needs_sidecar(self, path: str) -> bool:
         """True if an image's text file is to be written."""
         text = Path(path).with_suffix(".txt")
-        has_text = text.exists() and text.stat().st_size > 0
+        has_text = str(text) != path and text.exists() and text.stat().st_size > 0
         return self.sidecar and (self.overwrite or not has_text)
 
     def needs_description(self, path: str) -> bool:
@@ -226,6 +226,7 @@ def _write_beside(
         if places.sidecar and owners[sidecar] != path:
             return f"{sidecar.name} belongs to {decodable(Path(owners[sidecar]).name)}"
         if places.needs_sidecar(path):
+            check_replaceable(sidecar)
             with atomic_write(sidecar) as handle:
                 for caption in prediction.captions[:count]:
                     handle.write(f"{caption.text}\n")

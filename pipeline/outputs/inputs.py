@@ -5,25 +5,52 @@ from __future__ import annotations
 import glob
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.datasets.images import IMAGE_EXTENSIONS, find_images
+from pipeline.datasets.find_images import find_images
+from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.utils.errors import UserError
 
 STANDARD_INPUT = "-"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
-def collect(arguments: tuple[str, ...]) -> list[str]:
-    """Turn files, folders, patterns and ``-`` into a list of paths, each once, in their order.
+@dataclass
+class Inputs:
+    """The images to caption.
+
+    Attributes:
+        paths: the images, each once, in the order in which they were named.
+        failures: folders that cannot be listed, with the reason.
+        skipped: how many files and folders were left out, by kind.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def images_in(self, folder: Path) -> list[str]:
+        """Return the images of a folder."""
+        return [str(folder / name) for name in find_images(folder, self.skipped, self._failed)]
+
+    def _failed(self, error: OSError) -> None:
+        self.failures[str(error.filename)] = error.strerror or str(error)
+
+
+def collect(arguments: Sequence[str]) -> Inputs:
+    """Find the images that files, folders, patterns and ``-`` name.
 
     Raises:
-        UserError: an argument names nothing, or no image.
+        UserError: an argument names nothing, or no image; the list is not of paths.
     """
+    inputs = Inputs()
     paths: dict[str, None] = {}
     for argument in arguments:
         if argument == STANDARD_INPUT:
-            found = list(_listed(sys.stdin.buffer.read()))
+            found = _listed(inputs)
         elif Path(argument).is_file():
             found = [argument]  # whatever its name says
         else:
@@ -33,26 +60,58 @@ def collect(arguments: tuple[str, ...]) -> list[str]:
             found = []
             for path in map(Path, matches):
                 if path.is_dir():
-                    found += [str(path / name) for name in find_images(path)]
+                    found += inputs.images_in(path)
                 elif path.suffix.lower() in IMAGE_EXTENSIONS:
                     found.append(str(path))
             if not matches:
                 raise UserError(f"{argument}: no such file, folder or pattern")
-        if not found:
+        if not found and not inputs.failures:
             name = "standard input" if argument == STANDARD_INPUT else argument
             raise UserError(f"{name}: no images there")
         paths.update(dict.fromkeys(found))
-    return list(paths)
+    inputs.paths = list(paths)
+    return inputs
 
 
-def _listed(content: bytes) -> Iterator[str]:
-    """Yield the paths of a list: one per line, or ended by NUL as ``find -print0`` has them.
+def _listed(inputs: Inputs) -> list[str]:
+    """Return the images of a list of files and folders on standard input.
 
     A path that is not there is kept, to be named among the failures.
     """
-    for line in content.split(b"\0" if b"\0" in content else b"\n"):
-        path = os.fsdecode(line if b"\0" in content else line.removesuffix(b"\r"))
-        if Path(path).is_dir() and path:
-            yield from (str(Path(path) / name) for name in find_images(Path(path)))
-        elif path.strip():
-            yield path
+    if sys.stdin is None:
+        raise UserError("standard input is closed; name the images, or pipe a list of them")
+    found: list[str] = []
+    for path in _split_list(sys.stdin.buffer.read()):
+        # A folder of one character, such as "/", is likelier a damaged list than meant.
+        if len(path) > 1 and Path(path).is_dir():
+            found += inputs.images_in(Path(path))
+        else:
+            found.append(path)
+    return found
+
+
+def _split_list(content: bytes) -> list[str]:
+    """Return the paths of a list: one per line, or ended by NUL as ``find -print0`` has them.
+
+    Lines are UTF-8, with or without byte-order mark, or UTF-16 with one, as PowerShell writes.
+
+    Raises:
+        UserError: it is UTF-16 without a byte-order mark, or not text.
+    """
+    if content.startswith(UTF16_MARKS):
+        try:
+            lines = content.decode("utf-16").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: damaged UTF-16 ({error.reason})") from error
+    elif b"\0" in content:
+        lines = [os.fsdecode(part) for part in content.split(b"\0")]
+        # Every other byte of UTF-16 is NUL where text is Latin.
+        if not content.endswith(b"\0") or max(map(len, lines)) == 1:
+            raise UserError(
+                "standard input: not a list of paths; it must be UTF-8, or UTF-16 with a "
+                "byte-order mark, one path per line, or paths that each end in NUL"
+            )
+    else:
+        content = content.removeprefix(b"\xef\xbb\xbf")
+        lines = [os.fsdecode(line.removesuffix(b"\r")) for line in content.split(b"\n")]
+    return [line for line in lines if line.strip()]

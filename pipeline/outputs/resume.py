@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.captioner import Prediction
 from pipeline.outputs.formats import as_record, from_record
-from pipeline.utils.files import cannot_be_written, check_writable
+from pipeline.utils.files import cannot_be_written, check_writable, is_special
 
 
 def results_path(target: Path) -> Path:
     """Return the path of the records for a file that is being made."""
+    if is_special(target):  # /dev must stay as it is
+        return Path(tempfile.gettempdir()) / f".captions-{os.getpid()}.partial.jsonl"
     return target.with_name(f".{target.name}.partial.jsonl")
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ from pipeline.utils.errors import UserError
 
 if TYPE_CHECKING:
     from filelock import FileLock
+
+# Kinds of files, by how they start.
+TEXT = re.compile(rb"[^\0]*\Z")
+HDF5 = re.compile(rb"\x89HDF\r\n\x1a\n")
+SAFETENSORS = re.compile(rb".{7}\0\{", re.DOTALL)  # a length of 8 bytes, then JSON
 
 
 def temporary_path(path: Path) -> Path:
@@ -30,7 +36,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
     ``mode`` is ``"w"`` (UTF-8 text, ``\\n`` line ends) or ``"wb"``. Missing folders are made. A
     symbolic link stays and its target is replaced; an existing file keeps its permissions. After an
-    error in the block the temporary file is removed and ``path`` is as before.
+    error in the block the temporary file is removed and ``path`` is as before. A device or pipe,
+    such as /dev/null, is written directly.
 
     Raises:
         UserError: the file cannot be written there; one line that names it.
@@ -40,6 +47,13 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     target = path.resolve()
     temporary = temporary_path(target)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    if is_special(target):
+        try:
+            with target.open(mode, **text) as handle:  # type: ignore[call-overload]
+                yield handle
+        except OSError as error:
+            raise cannot_be_written(path, error) from error
+        return
     mine: os.stat_result | None = None
     try:
         temporary.unlink(missing_ok=True)
@@ -59,6 +73,11 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         if isinstance(error, OSError):
             raise cannot_be_written(path, error) from error
         raise
+
+
+def is_special(path: Path) -> bool:
+    """True if ``path`` is a device, pipe or socket."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def _is_at(path: Path, file: os.stat_result) -> bool:
@@ -85,6 +104,25 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path.parent}: cannot be made ({error.strerror or error})") from error
 
 
+def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
+    """Check that what is at ``path`` is of the kind that is to be written there.
+
+    A new or empty file always is.
+
+    Raises:
+        UserError: it is something else, such as an image or a checkpoint.
+    """
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as handle:
+            start = handle.read(4096)
+    except OSError as error:
+        raise cannot_be_written(path, error) from error
+    if start and not kind.match(start):
+        raise UserError(f"{path}: holds something else and is not replaced; name another file")
+
+
 def lock_path(path: Path) -> Path:
     """Return the lock file of a file or folder; it lies beside it."""
     real = path.resolve()
@@ -103,6 +141,10 @@ def locked(path: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
         UserError: another process holds the lock.
     """
     from filelock import FileLock  # 0.3 s that --help does not need
+
+    if is_special(path):
+        yield
+        return
 
     lock = FileLock(lock_path(path), timeout=0)
     holder = world.broadcast(lambda: _acquire(lock))

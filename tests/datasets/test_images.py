@@ -1,4 +1,4 @@
-"""Images: finding them, decoding whatever people keep, squares."""
+"""Images: decoding whatever people keep, squares."""
 
 from __future__ import annotations
 
@@ -22,14 +22,10 @@ from pipeline.datasets.images import (
     IMAGE_SIZE,
     ImageError,
     augmented_square,
-    find_images,
     load_image,
     read_square,
     to_square,
 )
-from pipeline.utils.errors import UserError
-
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="such names exist on Linux only")
 
 
 def pixels(path: Path) -> list[list[list[int]]]:
@@ -360,48 +356,3 @@ def test_how_much_is_cut_off_and_where() -> None:
         assert starts.min() < 0.02
         assert starts.max() > 0.3  # the window moves
         assert ends.max() > 0.98
-
-
-# Finding
-
-
-def test_find_images(tmp_path: Path) -> None:
-    wanted = ["B.JPG", "a b.png", "a.jpg", "a/é 狗.jpeg", "a/b/c.WebP", "Ångström.TIF", "z.Gif"]
-    wanted += ["y.HEIC", "y.heif", "y.hif", "y.avif", "y.mpo"]
-    others = (
-        ".hidden.jpg ._a.jpg .cache/x.jpg __MACOSX/a.jpg a/__MACOSX/b.jpg notes.txt jpg".split()
-    )
-    others += ["x.jpg.part", "features.h5"]
-    for name in (*wanted, *others):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "folder.jpg").mkdir()
-    draw(tmp_path / "folder.jpg" / "inner.jpg")
-    expected = sorted([*wanted, "folder.jpg/inner.jpg"], key=os.fsencode)
-    assert find_images(tmp_path) == expected
-    (tmp_path / "empty").mkdir()
-    assert find_images(tmp_path / "empty") == []
-    for path in (tmp_path / "missing", tmp_path / "a.jpg"):
-        with pytest.raises(UserError, match=rf"{path}: no such folder of images"):
-            find_images(path)
-
-
-@linux_only
-def test_names_that_only_linux_allows(tmp_path: Path) -> None:
-    names = [b"line\nend.jpg", "\U0001f600.jpg".encode(), b"\xff\xfe.jpg"]
-    for name in names:
-        (tmp_path / os.fsdecode(name)).touch()
-    found = find_images(tmp_path)
-    assert [os.fsencode(name) for name in found] == names  # \xff after the emoji: by bytes
-    assert all((tmp_path / name).is_file() for name in found)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="symbolic links need rights on Windows")
-def test_links(tmp_path: Path) -> None:
-    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
-    draw(elsewhere / "far.jpg")
-    draw(data / "near.jpg")
-    (data / "link").symlink_to(elsewhere)
-    (data / "loop").symlink_to(data)
-    (elsewhere / "back").symlink_to(data)
-    assert find_images(data) == ["link/far.jpg", "near.jpg"]

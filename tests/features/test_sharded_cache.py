@@ -18,7 +18,7 @@ from stub_extraction import stub_extract
 from thread_job import in_threads
 
 import extract_features
-from pipeline.datasets.images import find_images
+from pipeline.datasets.find_images import find_images
 from pipeline.features.cache import FeatureCache, partial_path
 from pipeline.features.sharded_cache import resume_identity, shard_files, shard_path, shares
 from pipeline.models.encoder_identity import FEATURE_SIZE

@@ -250,7 +250,7 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
 
     asked.clear()
-    assert caption(drawn_run, album, "--sidecar").exit_code == 0
+    assert caption(drawn_run, album, "--sidecar", "--skip-existing").exit_code == 0
     assert asked == []
     output = album.parent / "out.json"  # wants all captions, also of images with a sidecar
     assert caption(drawn_run, album, "--sidecar", "--output", output).exit_code == 0
@@ -387,7 +387,7 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
     for arguments, message in (
         ((), "name images or a folder of them"),
         ((album, "--serve"), "--serve takes no images"),
-        ((album, "--skip-existing"), "--skip-existing: needs the --output"),
+        ((album, "--skip-existing"), "--skip-existing: needs --output, --sidecar"),
         ((album, "--diverse"), "--diverse: is for several captions"),
         ((album, "--diverse", "--num-captions", 2, "--top-p", 0.5), "--diverse: drawn captions"),
         ((album, "--prefix", "a xyzzy"), "--prefix: the model does not know 'xyzzy'"),
@@ -395,6 +395,7 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--min-length", 9, "--max-length", 3), "--min-length 9: must not be above"),
         ((album, "--temperature", 0), "--temperature"),
         ((album, "--html", album), "is a folder"),
+        ((album, "--sidecar", "--overwrite", "--skip-existing"), "contradict each other"),
         ((album, "--words"), "--words: is for json and jsonl"),
         ((album, "--overwrite"), "--overwrite: is for --sidecar"),
         ((album, "--thumbnails", "beside"), "--thumbnails: is for the page"),

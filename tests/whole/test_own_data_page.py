@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from example_layouts import write_examples
 
 from pipeline.datasets.caption_table import read_captions
-from pipeline.datasets.images import find_images
+from pipeline.datasets.find_images import find_images
 
 PAGE = REPOSITORY / "docs" / "own-data.md"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

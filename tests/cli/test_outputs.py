@@ -1,0 +1,113 @@
+"""No option that names a file to write replaces what is not the program's own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from conftest import draw
+from drawn_run import DrawnRun
+
+import caption
+import evaluate
+import extract_features
+from pipeline.cli import compress
+
+COMMANDS: dict[str, tuple[click.Command, str]] = {
+    "caption --output": (caption.main, "photos --output {path}"),
+    "caption --html": (caption.main, "photos --html {path}"),
+    "evaluate --output": (evaluate.main, "runs/x --output {path}"),
+    "evaluate --html": (evaluate.main, "runs/x --html {path}"),
+    "extract --output": (extract_features.main, "--data photos --force --output {path}"),
+    "compress --output": (compress.main, "runs/x --output {path}"),
+}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    draw(tmp_path / "photos" / "a.jpg")
+    shutil.copy(tmp_path / "photos" / "a.jpg", tmp_path / "photos" / "scan.txt")
+    (tmp_path / "photos" / "archive").write_bytes(b"PK\3\4\0\0")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "new.PNG", "scan.txt", "archive", "../photos"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_of_other_kinds_are_refused(photos: Path, command: str, name: str) -> None:
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    main, arguments = COMMANDS[command]
+    result = CliRunner().invoke(main, arguments.format(path=f"photos/{name}").split())
+    assert result.exit_code == 2, result.output
+    assert f"Error: photos/{name}: " in result.stderr and result.stderr.count("\n") == 1
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def run_caption(model: Path, *arguments: object) -> None:
+    words = ["--model", str(model), "--device", "cpu", *map(str, arguments)]
+    result = CliRunner().invoke(caption.main, words)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.usefixtures("tiny_inception")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_a_pipe_is_written_through(drawn_run: DrawnRun, photos: Path) -> None:
+    pipe = photos.parent / "pipe"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
+    reader.start()
+    run_caption(drawn_run.run, "photos", "--output", pipe)
+    reader.join(timeout=30)
+    assert pipe.is_fifo() and received[0].startswith("photos/a.jpg\t")
+    assert {path.name for path in photos.parent.iterdir()} == {"photos", "pipe"}
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_outputs_are_neither_images_nor_each_other(drawn_run: DrawnRun, photos: Path) -> None:
+    text = photos / "text"
+    text.write_text("no image")
+    for arguments, message in (
+        (["photos/text", "--output", str(text)], f"{text}: is one of the images"),
+        (["photos", "--output", "both", "--html", "photos/../both"], "both are both"),
+    ):
+        result = CliRunner().invoke(caption.main, ["--model", str(drawn_run.run), *arguments])
+        assert result.exit_code == 2 and message in result.stderr, result.output
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_an_image_called_txt_is_not_its_own_text_file(drawn_run: DrawnRun, photos: Path) -> None:
+    scan = photos / "scan.txt"
+    before = scan.read_bytes()
+    for more in ([], ["--overwrite"]):
+        result = CliRunner().invoke(
+            caption.main, ["--model", str(drawn_run.run), str(scan), "--sidecar", *more]
+        )
+        assert result.exit_code == 1 and "not replaced" in result.stderr, result.output
+        assert scan.read_bytes() == before
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_a_folder_that_cannot_be_listed_is_a_named_failure(
+    drawn_run: DrawnRun, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "share").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "share":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = CliRunner().invoke(caption.main, ["--model", str(drawn_run.run), "photos"])
+    assert result.exit_code == 1 and "photos/a.jpg\t" in result.stdout
+    assert "failed: photos/share: Permission denied" in result.stderr
+    assert "skipped: files with other endings (2)" in result.stderr
+    result = CliRunner().invoke(extract_features.main, "--data photos --weights random".split())
+    assert result.exit_code == 2 and "photos/share: cannot be listed" in result.stderr
