@@ -19,14 +19,13 @@ from pipeline.captioner import SEARCHED_AT_ONCE
 from pipeline.datasets.caption_table import CaptionTable
 from pipeline.datasets.encoded_captions import load_table, tokenized
 from pipeline.datasets.image_sources import open_source
-from pipeline.datasets.images import unreadable_images
 from pipeline.datasets.tar_shards import is_remote
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.decoding.captions import Caption, caption_features
 from pipeline.decoding.options import SearchOptions, option_words
 from pipeline.decoding.reranking import reranker_of
 from pipeline.features.cache import DONE, FeatureCache, default_cache_path
-from pipeline.features.encode_images import encode_images
+from pipeline.features.encode_images import encode_distributed
 from pipeline.features.feature_set import rows_of
 from pipeline.metrics.bootstrap import RESAMPLES, Interval, PerImage, bootstrap
 from pipeline.metrics.coco import Scorer, diversity
@@ -314,33 +313,27 @@ def _open_split(
     if checkpoint.encoder_weights is None:
         FeatureCache(features)  # raises: it is missing
     table, names = load_table(source, captions, source.names)
-    workers = default_workers(device)
     groups = references_of(table, split, tokenizer)
     images = {name: source.image(names[name]) for name in groups}
-    broken = unreadable_images([*images.values()], workers)
-    for image, reason in broken.items():
-        echo_failure(str(image), reason)
-    groups = {name: group for name, group in groups.items() if images[name] not in broken}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
-    encoder.for_inference(choose_engine("auto", device, len(groups))).to(device)
-    kept = [images[name] for name in groups]
-    encoded = (torch.from_numpy(b.features) for b in encode_images(encoder, kept, workers))
-    joined = _gathered(encoded, SEARCHED_AT_ONCE)
-    paths = {name: Path(str(images[name])) for name in groups}
-    left_out = {Path(str(image)): reason for image, reason in broken.items()}
-    return SplitData("the checkpoint's own encoder", table, groups, paths, joined, left_out)
-
-
-def _gathered(batches: Iterable[Tensor], least: int) -> Iterator[Tensor]:
-    """Join small batches (B, 2048) until there are ``least`` rows."""
-    waiting: list[Tensor] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= least:
-            yield torch.cat(waiting)
-            waiting = []
-    if waiting:
-        yield torch.cat(waiting)
+    encoder.for_inference(choose_engine("auto", device, len(images))).to(device)
+    with progress_bar(total=len(images), unit="image", desc="encoding") as bar:
+        encoded, failures = encode_distributed(
+            encoder, [*images.values()], default_workers(device), watch=bar.update
+        )
+    files = [Path(str(image)) for image in images.values()]
+    left_out = {files[row]: why for row, why in failures.items()}
+    for path, why in left_out.items():
+        echo_failure(str(path), why)
+    kept = {name: row for row, name in enumerate(images) if row not in failures}
+    return SplitData(
+        "the checkpoint's own encoder",
+        table,
+        {name: groups[name] for name in kept},
+        {name: files[row] for name, row in kept.items()},
+        encoded[[*kept.values()]].split(SEARCHED_AT_ONCE),
+        left_out,
+    )
 
 
 def _write_json(path: Path, content: object) -> None:

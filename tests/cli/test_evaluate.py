@@ -7,14 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
 
 import evaluate as command
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.tokenizers import tokenize_english
-from pipeline.evaluation import Evaluation, _gathered
+from pipeline.evaluation import Evaluation
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.reports.score_table import print_table
@@ -153,13 +152,6 @@ def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) ->
         refused = evaluate(*arguments)
         assert refused.exit_code == 2, refused.output
         assert message in refused.stderr and "Traceback" not in refused.output
-
-
-def test_small_batches_are_joined_in_order_and_none_is_lost() -> None:
-    rows = torch.arange(22.0).unsqueeze(1)
-    joined = list(_gathered(rows.split(4), 8))
-    assert [len(batch) for batch in joined] == [8, 8, 6]
-    assert torch.equal(torch.cat(joined), rows)
 
 
 def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_path: Path) -> None:
