@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
 
@@ -48,6 +50,24 @@ def test_files_say_what_was_scored_and_the_scores_follow_from_the_predictions(
     assert low <= expected["CIDEr-D"] <= high
     assert f"CIDEr-D {low:.1f} to {high:.1f}" in result.stdout
     assert saved["seed"] == 0 and saved["options"]["epochs"] == 12
+
+
+def test_without_a_cache_images_are_encoded_and_unreadable_ones_named(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(drawn_run.data, tmp_path / "copy")
+    state = torch.load(drawn_run.weights, weights_only=True)
+    whole = replace(load_checkpoint(drawn_run.run), encoder_weights=state)
+    save_checkpoint(tmp_path / "whole.safetensors", whole)
+    names = [image.name for image in read_captions(drawn_run.data).of_split("val")]
+    broken = next((tmp_path / "copy").rglob(names[1]))
+    broken.write_bytes(broken.read_bytes()[:99])
+    result = evaluate("whole.safetensors", "--data", "copy", "--output", "predictions.json")
+    assert result.exit_code == 1, result.output
+    assert names[1] in result.stderr
+    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    assert [p["image_id"] for p in predictions] == [n for n in names if n != names[1]]
 
 
 def test_without_java_the_table_says_what_is_left_out(
