@@ -60,14 +60,7 @@ class Prediction:
 
 
 class Captioner:
-    """An encoder and the decoder that was trained on its features.
-
-    Attributes:
-        encoder: images to features.
-        decoder: features to captions.
-        vocabulary: the decoder's.
-        reranker: the model's rerankers.
-    """
+    """An encoder, the decoder that was trained on its features, its vocabulary and rerankers."""
 
     def __init__(
         self,
@@ -142,11 +135,7 @@ class Captioner:
     ) -> str | list[str]:
         """Return the best caption of each image, in their order; of a single path one string.
 
-        Args:
-            images: paths, or one path.
-            options: how to search.
-            batch_size: images per batch; by default 4 on a CPU, 64 elsewhere.
-            search: fields of ``options``, such as ``beam_size=5``.
+        See ``stream`` for the arguments.
 
         Raises:
             InputError: an image cannot be read; ``stream`` reports it and continues.

@@ -250,7 +250,7 @@ class SearchOptions:
 
 
 def option_words(options: SearchOptions) -> list[str]:
-    """Return the options that are not the default, for a file's name: "beam-size-5"."""
+    """Return the options that differ from the default, for a file's name: "beam-size-5"."""
     return [
         f"{field.name.replace('_', '-')}-{value}"
         for field in fields(SearchOptions)

@@ -51,9 +51,9 @@ class Scorer:
         }
         self._most: dict[str, Counter[Ngram]] = {}  # highest count in one reference
         for name, captions in self._references.items():
-            self._most[name] = most = Counter()
+            self._most[name] = Counter()
             for caption in captions:
-                most |= caption.counts
+                self._most[name] |= caption.counts
 
     def score(self, predictions: Predictions) -> dict[str, float]:
         """Return BLEU-1 to BLEU-4, ROUGE-L and CIDEr-D of the predictions, in percent.

@@ -43,9 +43,8 @@ class DecoderConfig:
         dropout: probability, on the LSTM's inputs and outputs.
         feature_size: width of the encoder's features.
         feature_dropout: probability, on the standardized features.
-        init_state_from_image: the image also sets the LSTM's initial state.
-        tie_embeddings: input and output word embeddings are one matrix.
-        members: number of decoders of these sizes in an ensemble, see ``ensemble``.
+        init_state_from_image, tie_embeddings: see above.
+        members: number of decoders of these sizes in an ensemble.
     """
 
     vocabulary_size: int
@@ -226,7 +225,7 @@ class Decoder(nn.Module):
 
     def train(self, mode: bool = True) -> Decoder:
         """Switch dropout on or off."""
-        # A fused optimizer changes weights without raising the versions that _word_gates reads.
+        # A fused optimizer changes weights without changing their versions.
         self._gates = None
         return super().train(mode)
 
