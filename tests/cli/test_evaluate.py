@@ -63,10 +63,10 @@ def test_without_a_cache_images_are_encoded_and_unreadable_ones_named(
     names = [image.name for image in read_captions(drawn_run.data).of_split("val")]
     broken = next((tmp_path / "copy").rglob(names[1]))
     broken.write_bytes(broken.read_bytes()[:99])
-    result = evaluate("whole.safetensors", "--data", "copy", "--output", "predictions.json")
+    result = evaluate("whole.safetensors", "--data", "copy", "--output", "other.json")
     assert result.exit_code == 1, result.output
     assert names[1] in result.stderr
-    predictions = json.loads((tmp_path / "predictions.json").read_text())
+    predictions = json.loads((tmp_path / "other.json").read_text())
     assert [p["image_id"] for p in predictions] == [n for n in names if n != names[1]]
 
 
