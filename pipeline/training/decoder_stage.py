@@ -94,20 +94,22 @@ class DecoderStage(Stage):
     def batches(self, epoch: int) -> Iterator[FeatureBatch | None]:
         """Yield this process's share of captions of similar length, or of images, shuffled."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
-        if self.is_self_critical(epoch):
+        critical = self.is_self_critical(epoch)
+        groups: Iterable[Tensor]
+        if critical:
             self.self_critical.reset()
             order = torch.randperm(len(self.features), generator=generator)
-            for batch in order.split(self.images_per_batch):
-                images = self.world.share(batch)
-                yield FeatureBatch(self.features[images], images) if len(images) else None
-            return
-        for batch in bucketed_batches(self.captions.lengths, self.options.batch_size, generator):
-            indices = self.world.share(batch)
+            groups = order.split(self.images_per_batch)
+        else:
+            lengths, size = self.captions.lengths, self.options.batch_size
+            groups = bucketed_batches(lengths, size, generator)
+        for indices in map(self.world.share, groups):
             if not len(indices):
                 yield None
                 continue
-            images = self.captions.images[indices]
-            yield FeatureBatch(self.features[images], images, self.captions.padded(indices))
+            images = indices if critical else self.captions.images[indices]
+            captions = None if critical else self.captions.padded(indices)
+            yield FeatureBatch(self.features[images], images, captions)
 
     @functools.cached_property
     def self_critical(self) -> SelfCritical:

@@ -99,15 +99,7 @@ def prepare_stage(
     world: World = SINGLE_PROCESS,
 ) -> JointStage:
     """Read models, captions and images, and open the run folder; see ``finetune_joint``."""
-    if options.unfreeze_from not in TRUNK_LAYERS[:-1]:
-        raise UserError(
-            f"--unfreeze-from {options.unfreeze_from}: no such block; one of "
-            f"{', '.join(TRUNK_LAYERS[:-1])}"
-        )
-    starts = [Path(start) for start in options.start]
-    for path in starts:
-        if run.resolve() in (path.resolve(), path.resolve().parent):
-            raise UserError(f"--run {run}: is the run that --start names; give another folder")
+    starts = _check_options(options, run)
     resumed = world.broadcast(lambda: can_resume(run, force))
     start = world.broadcast(lambda: load_ensemble([run / LAST] if resumed else starts))
 
@@ -131,14 +123,13 @@ def prepare_stage(
     english = tokenizer == ENGLISH
     if options.flip and not english:
         echo("images are not flipped: left and right are recognized in English only", err=True)
-    raw = {image.name: image.captions for image in table.images}
+    flippable = {image.name: english and may_flip(image.captions) for image in table.images}
     stage = JointStage(
         encoder=encoder.to(device),
         decoder=start.build_decoder().to(device),
         vocabulary=start.vocabulary,
         images=[
-            TrainingImage(source.image(names[name]), english and may_flip(raw[name]))
-            for name in train_captions
+            TrainingImage(source.image(names[name]), flippable[name]) for name in train_captions
         ],
         captions=captions,
         val_images=[*val_images.values()],
@@ -159,30 +150,37 @@ def prepare_stage(
     return stage
 
 
+def _check_options(options: JointOptions, run: Path) -> list[Path]:
+    """Return what to start from; raise UserError for options that do not fit together."""
+    blocks = TRUNK_LAYERS[:-1]
+    if options.unfreeze_from not in blocks:
+        raise UserError(
+            f"--unfreeze-from {options.unfreeze_from}: no such block; one of {', '.join(blocks)}"
+        )
+    starts = [Path(start) for start in options.start]
+    for path in starts:
+        if run.resolve() in (path.resolve(), path.resolve().parent):
+            raise UserError(f"--run {run}: is the run that --start names; give another folder")
+    return starts
+
+
 def may_flip(captions: Sequence[str]) -> bool:
     """True if a mirrored image still agrees with its captions."""
     return not any(SIDES.search(caption) for caption in captions)
 
 
 def _refuse_unknown_words(captions: EncodedCaptions, source: Path, start: Path) -> None:
-    """Report how many words of the training captions are not in the vocabulary, if many.
-
-    Raises:
-        UserError: most are not, for example because the captions are in another language.
-    """
-    words = captions.tokens[captions.tokens > END_ID]
-    share = float((words == UNKNOWN_ID).float().mean())
+    """Report many unknown words; raise UserError for most, as in captions of another language."""
+    tokens = captions.tokens[captions.tokens > END_ID]
+    share = float((tokens == UNKNOWN_ID).float().mean())
     if share > 0.5:
         raise UserError(
             f"{source}: {100 * share:.0f} % of its words are unknown to --start {start}, whose "
             "vocabulary is fixed; train a decoder on these captions: train_decoder.py"
         )
     if share > 0.05:
-        echo(
-            f"{100 * share:.0f} % of the captions' words are unknown to {start}, whose vocabulary "
-            "is fixed",
-            err=True,
-        )
+        words = f"{100 * share:.0f} % of the captions' words"
+        echo(f"{words} are unknown to {start}, whose vocabulary is fixed", err=True)
 
 
 def _find_unreadable(images: Sequence[ImageRef], workers: int, world: World) -> dict[str, str]:

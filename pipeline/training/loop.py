@@ -106,7 +106,7 @@ class Training:
             self.loss = shared_loss(stage.loss, self.parameters, stage.device, self.world)
 
     def resume(self) -> bool:
-        """Restore optimizer, EMA and progress of the last epoch, if one was saved."""
+        """Restore the state after the last epoch, if one was saved; return whether it was."""
         path = self.run / RESUME
         saved = self.world.broadcast(lambda: read_tensors(path) if path.is_file() else None)
         if saved is not None:

@@ -26,19 +26,8 @@ CURVES_PNG = "curves.png"
 REPORT = "report.html"
 PREDICTIONS = "predictions.json"
 SCORES = "scores.json"
-RUN_FILES = (
-    BEST,
-    LAST,
-    RESUME,
-    LOG,
-    SAMPLES,
-    CURVES,
-    CURVES_PNG,
-    REPORT,
-    CONFIG,
-    PREDICTIONS,
-    SCORES,
-)
+RESULTS = (CURVES, CURVES_PNG, REPORT, PREDICTIONS, SCORES)
+RUN_FILES = (BEST, LAST, RESUME, LOG, SAMPLES, *RESULTS, CONFIG)
 TENSORBOARD = "tensorboard"  # a folder
 # These may change when a run is resumed, as data may move; the hashes of the splits may not.
 PATH_OPTIONS = {"data", "captions", "features", "weights"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,65 +138,69 @@ def test_missing_images_are_named_and_so_are_those_without_captions(tmp_path: Pa
     (data / "gone.png").unlink()
     for number in range(5):
         draw(data / f"bare{number}.png", 100 + number)
+    with (data / "captions.csv").open("a") as handle:
+        handle.write("000.png, \nbroken\n")
     text = check(data, code=1).stdout
+    assert "  empty captions dropped (first: line 34): 1" in text
+    assert "  malformed lines or entries dropped (first: line 35): 1" in text
     assert "captions without an image, left out: 2 (gone.png, lost.png)" in text
     assert "images without captions, left out: 5 (bare0.png, bare1.png, bare2.png ...)" in text
 
 
+ROWS = "image,caption\n"
+
+
 @pytest.mark.parametrize(
-    "spoil, words",
+    "captions, words",
     [
-        ("no folder", "no such folder"),
-        ("no captions", "no captions file; looked for"),
-        ("empty", "the file is empty"),
-        ("no header", "no header with an image and a caption column"),
-        ("other names", "none of its images is among those of --data"),
-        ("no images", "no images there, and no features of them"),
-        ("one image", "no image is in the train split"),
-        ("rare words", "no word occurs 5 times or more"),
-        ("broken cache", "not a readable feature cache"),
-        ("strange cache", "none of its images is among those"),
-        ("damaged row", "rows are damaged"),
+        (None, "no captions file; looked for"),
+        ("", "the file is empty"),
+        ("000.png,a dog\n", "no header with an image and a caption column"),
+        (ROWS + "x.png,a dog\ny.png,a dog\n", "none of its images is among those of --data"),
+        (ROWS + "000.png,a dog\n", "no image is in the train split"),
+        (ROWS + "000.png,one\n001.png,two\n002.png,three\n", "no word occurs 5 times or more"),
     ],
 )
-def test_what_cannot_be_trained_on_is_one_line_and_exit_code_2(
-    tmp_path: Path, spoil: str, words: str
+def test_captions_that_cannot_be_trained_on_are_one_line(
+    tmp_path: Path, captions: str | None, words: str
 ) -> None:
-    data = data_set(tmp_path / "data", many())
+    data = data_set(tmp_path, many(3))
+    file = data / "captions.csv"
+    if captions is None:
+        file.unlink()
+    else:
+        file.write_text(captions)
+    refuse(data, words, "--features", tmp_path / "none.h5")
+
+
+def test_images_and_features_that_cannot_be_trained_on_are_one_line(tmp_path: Path) -> None:
     features = tmp_path / "features.h5"
-    captions = data / "captions.csv"
-    if spoil == "no folder":
-        shutil.rmtree(data)
-    elif spoil == "no captions":
-        captions.unlink()
-    elif spoil == "empty":
-        captions.write_text("")
-    elif spoil == "no header":
-        captions.write_text("000.png,a dog\n")
-    elif spoil == "other names":
-        captions.write_text("image,caption\nx.png,a dog\ny.png,a dog\n")
-    elif spoil == "no images":
-        for image in data.glob("*.png"):
-            image.unlink()
-    elif spoil == "one image":
-        captions.write_text("image,caption\n000.png,a dog\n")
-    elif spoil == "rare words":
-        captions.write_text("image,caption\n000.png,one\n001.png,two\n002.png,three\n")
-    elif spoil == "broken cache":
-        features.write_bytes(b"no HDF5")
-    elif spoil == "strange cache":
-        make_cache(features, ["other.png"])
-    elif spoil == "damaged row":
-        make_cache(features, [name for name, _ in many()])
-        content = features.read_bytes()
-        features.write_bytes(content.replace(b"\x00\x3c" * 64, b"\x00\x3d" * 64, 1))
-    result = check(data, "--features", features, code=2)
+    refuse(tmp_path / "none", "no such folder", "--features", features)
+    data = data_set(tmp_path / "data", many())
+    features.write_bytes(b"no HDF5")
+    refuse(data, "not a readable feature cache", "--features", features)
+    make_cache(features, ["other.png"])
+    refuse(data, "none of its images is among those", "--features", features)
+    make_cache(features, [name for name, _ in many()])
+    content = features.read_bytes()
+    features.write_bytes(content.replace(b"\x00\x3c" * 64, b"\x00\x3d" * 64, 1))
+    refuse(data, "rows are damaged", "--features", features)
+    features.unlink()
+    for image in data.glob("*.png"):
+        image.unlink()
+    refuse(data, "no images there, and no features of them", "--features", features)
+
+
+def refuse(data: Path, words: str, *arguments: object) -> None:
+    """Check that this is one line and exit code 2."""
+    result = check(data, *arguments, code=2)
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("Error: ")
 
 
 def make_cache(path: Path, names: list[str], failures: dict[int, str] | None = None) -> None:
     failures = failures or {}
+    path.unlink(missing_ok=True)
     writer = open_writer(path, names, IDENTITY)
     rows = [row for row in range(len(names)) if row not in failures]
     writer.write(rows, numpy.ones((len(rows), FEATURE_SIZE), dtype=numpy.float32), failures)
@@ -233,11 +236,6 @@ def test_images_that_are_gone_since_extraction_are_not_missed(tmp_path: Path) ->
     text = check(data, "--features", features).stdout
     assert f"images: none in {data}; training needs only the features" in text
     assert "of 30 captioned images" in text and "left out" not in text
-
-
-def test_a_caption_that_many_images_share_is_pointed_out(tmp_path: Path) -> None:
-    text = check(data_set(tmp_path, many(40)), code=1).stdout
-    assert 'advice: 14 of 40 images share the caption "a dog runs 0"' in text
 
 
 def test_words_that_only_val_has_and_another_min_count(tmp_path: Path) -> None:
@@ -291,9 +289,10 @@ def test_a_better_tokenizer_is_named_even_where_training_cannot_start(
         assert words in result.stdout and "no word occurs 5 times" in result.stderr
 
 
-def test_few_images_are_said_to_be_few(tmp_path: Path) -> None:
+def test_few_images_and_a_caption_that_many_share_are_pointed_out(tmp_path: Path) -> None:
     data = data_set(tmp_path, many())
     text = check(data, "--run", "runs/x", code=1).stdout
+    assert 'advice: 10 of 30 images share the caption "a dog runs 0"' in text
     assert re.search(r"advice: 2\d training images are few", text)
     assert (
         "knows 95 % of their words, start from it: python finetune_joint.py --data "
@@ -301,15 +300,6 @@ def test_few_images_are_said_to_be_few(tmp_path: Path) -> None:
     )
     assert re.search(r"advice: \d val images are few: scores will depend on chance", text)
     assert "pretrained" not in check(data, "--tokenizer", "words", code=1).stdout
-
-
-def test_notes_on_the_captions_are_in_the_report(tmp_path: Path) -> None:
-    data = data_set(tmp_path, many())
-    with (data / "captions.csv").open("a") as handle:
-        handle.write("000.png, \nbroken\n")
-    text = check(data, code=1).stdout
-    assert "  empty captions dropped (first: line 32): 1" in text
-    assert "  malformed lines or entries dropped (first: line 33): 1" in text
 
 
 # The parts

@@ -141,7 +141,7 @@ def test_a_read_only_folder(data: tuple[Path, Path], whole: dict[str, Any], tmp_
     assert contents(run) == whole
 
 
-def test_a_run_folder_that_is_deleted(
+def test_a_run_folder_that_is_deleted_and_a_loader_that_dies(
     data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -149,6 +149,14 @@ def test_a_run_folder_that_is_deleted(
         before_epoch(patch, 2, lambda: shutil.rmtree(run))
         assert f"{run}: is gone; the same command starts the run anew" in refusal(data, run)
     assert not run.exists()
+
+    def die() -> None:
+        raise RuntimeError("a fault of the memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        before_epoch(patch, 3, die)
+        assert invoke(data, run).exit_code == 1
+    assert load_checkpoint(run / "last.safetensors").epoch == 2
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
 
@@ -169,25 +177,6 @@ def test_features_that_go_away_and_are_not_in_memory(
             data, run
         )
     away.rename(data[1])
-    assert load_checkpoint(run / "last.safetensors").epoch == 1
-    assert invoke(data, run).exit_code == 0
-    assert contents(run) == whole
-
-
-# A data loader that dies
-
-
-def test_a_loader_that_dies_leaves_the_last_epoch(
-    data: tuple[Path, Path], whole: dict[str, Any], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-
-    def die() -> None:
-        raise RuntimeError("a fault of the memory")
-
-    with pytest.MonkeyPatch.context() as patch:
-        before_epoch(patch, 2, die)
-        assert invoke(data, run).exit_code == 1
     assert load_checkpoint(run / "last.safetensors").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
