@@ -98,7 +98,7 @@ class Evaluation:
         predictions: image name to caption.
         scores: in percent, with the diversity of the captions.
         left_out: a sentence per score that could not be computed.
-        intervals: 95 % bootstrap interval over images of BLEU-4 and CIDEr-D.
+        intervals: of BLEU-4 and CIDEr-D, over images.
         facts: how the scores were computed, for the scores file.
         images: the scored images.
         unreadable: the images of the split that could not be read, and why.
@@ -123,7 +123,7 @@ class SplitData:
         references: tokenised captions by image name.
         paths: image files by image name.
         features: batches (B, 2048), in the order of ``references``.
-        unreadable: the images of the split that had to be left out, and why.
+        unreadable: see ``Evaluation``.
     """
 
     source: str
@@ -138,11 +138,6 @@ def evaluate_runs(
     runs: Sequence[Path], device: torch.device, options: EvaluationOptions
 ) -> Evaluation:
     """Score a checkpoint, or several as an ensemble, and write predictions and scores.
-
-    Args:
-        runs: see ``load_ensemble``.
-        device: where to decode.
-        options: what to score.
 
     Raises:
         UserError: checkpoint, captions or features are missing or do not belong together; the

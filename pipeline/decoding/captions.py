@@ -90,10 +90,7 @@ def token_log_probabilities(
 ) -> list[list[list[float]]]:
     """Return the log-probability, in nats, of every token of captions given those before it.
 
-    Args:
-        decoder: on the device of ``features``.
-        features: (B, 2048).
-        captions: for each image its captions as token ids, without <start> and <end>.
+    ``features`` are (B, 2048); ``captions`` are token ids, without <start> and <end>.
 
     Returns:
         For each caption a number per token, and a last one for its <end>.

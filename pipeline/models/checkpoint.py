@@ -44,9 +44,7 @@ class Checkpoint:
     """The content of a checkpoint.
 
     Attributes:
-        decoder_config: the decoder's sizes.
-        decoder_weights: its state dict, with the mean and scale of the features.
-        vocabulary: token ids to words.
+        decoder_weights: a state dict, with the mean and scale of the features.
         encoder: which encoder's features the decoder reads.
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.

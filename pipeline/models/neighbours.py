@@ -21,7 +21,7 @@ class Neighbours:
     """Training images to compare with.
 
     Attributes:
-        mean: float32 (E,): the mean image embedding.
+        mean: float32 (E,), the mean image embedding.
         directions: float16 (N, E): the images' differences from it, of length 1.
         captions: of these images, by their number.
     """
