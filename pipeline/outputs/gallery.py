@@ -124,11 +124,8 @@ def write_gallery(
 
 
 def _write_thumbnail(thumbnail: Thumbnail, folder: Path) -> str:
-    """Write a thumbnail beside a page; return the name of its file.
-
-    The name is a hash of the content, so an old page and its successor share the folder, and
-    either one finds its thumbnails at every moment.
-    """
+    """Write a thumbnail beside a page; return the name of its file."""
+    # A hash of the content, so that an old page finds its thumbnails until its successor is there.
     name = f"{hashlib.sha256(thumbnail.content).hexdigest()[:32]}.webp"
     path = folder / name
     if not path.is_file():
@@ -156,10 +153,7 @@ def _delete_thumbnails(folder: Path, keep: set[str]) -> None:
 
 
 def confidence(caption: Caption) -> float | None:
-    """Return the geometric mean of the probabilities of a caption's tokens, including the end.
-
-    None if the log-probability is not finite.
-    """
+    """Return the geometric mean of the token probabilities, with the end; None if not finite."""
     tokens = 1 + (len(caption.words) or len(caption.text.split()))
     mean = caption.log_probability / tokens
     return math.exp(min(0.0, mean)) if math.isfinite(mean) else None
