@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy
 import torch
+from PIL import Image
 
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, caption_features
@@ -39,9 +40,15 @@ from pipeline.utils.devices import (
 from pipeline.utils.errors import InputError
 
 StrPath = str | os.PathLike[str]
+ImageInput = StrPath | Image.Image | numpy.ndarray
+SINGLE_IMAGE = (str, os.PathLike, Image.Image, numpy.ndarray)
 # The encoder is fastest with small batches, the decoder with large ones: this many images are
 # collected for one search.
 SEARCHED_AT_ONCE = 32
+
+# A forked child has none of its parent's OpenMP threads, and would wait for them forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @dataclass(frozen=True)
@@ -117,33 +124,33 @@ class Captioner:
 
     @overload
     def caption(
-        self, images: StrPath, options: SearchOptions | None = None, **more: Any
+        self, images: ImageInput, options: SearchOptions | None = None, **more: Any
     ) -> str: ...
 
     @overload
     def caption(
-        self, images: Iterable[StrPath], options: SearchOptions | None = None, **more: Any
+        self, images: Iterable[ImageInput], options: SearchOptions | None = None, **more: Any
     ) -> list[str]: ...
 
     def caption(
         self,
-        images: StrPath | Iterable[StrPath],
+        images: ImageInput | Iterable[ImageInput],
         options: SearchOptions | None = None,
         *,
         batch_size: int | None = None,
         **search: Any,
     ) -> str | list[str]:
-        """Return the best caption of each image, in their order; of a single path one string.
+        """Return the best caption of each image, in their order; of a single image one string.
 
         See ``stream`` for the arguments.
 
         Raises:
             InputError: an image cannot be read; ``stream`` reports it and continues.
         """
-        single = isinstance(images, str | os.PathLike)
-        paths = [images] if isinstance(images, str | os.PathLike) else images
+        single = isinstance(images, SINGLE_IMAGE)
+        several = [images] if isinstance(images, SINGLE_IMAGE) else images
         texts = []
-        for prediction in self.stream(paths, options, batch_size=batch_size, **search):
+        for prediction in self.stream(several, options, batch_size=batch_size, **search):
             if prediction.error is not None:
                 raise InputError(f"{prediction.path}: {prediction.error}")
             texts.append(prediction.captions[0].text)
@@ -151,7 +158,7 @@ class Captioner:
 
     def stream(
         self,
-        images: Iterable[StrPath],
+        images: Iterable[ImageInput],
         options: SearchOptions | None = None,
         *,
         batch_size: int | None = None,
@@ -162,7 +169,7 @@ class Captioner:
         """Caption images one after the other; memory does not grow with their number.
 
         Args:
-            images: paths.
+            images: paths, Pillow images or uint8 arrays (H, W, 3) in RGB.
             options: how to search.
             batch_size: images per batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
@@ -170,7 +177,8 @@ class Captioner:
             search: fields of ``options``, such as ``num_captions=3``.
 
         Yields:
-            A prediction for every path, in their order, unreadable images included.
+            A prediction for every image, in their order, unreadable ones included. Its ``path``
+            is "image 0", "image 1" and so on for images without one.
         """
         config = self.search_config(replace(options or SearchOptions(), **search))
         device = self.decoder.feature_mean.device
@@ -180,11 +188,13 @@ class Captioner:
             workers = max(1, min(workers, -(-len(images) // batch_size)))
         paths: dict[int, str] = {}
 
-        def batches() -> Iterator[list[tuple[int, Path]]]:
+        def batches() -> Iterator[list[tuple[int, ImageInput]]]:
             numbered = enumerate(images)
             while batch := list(islice(numbered, batch_size)):
-                paths.update((key, os.fspath(image)) for key, image in batch)
-                yield [(key, Path(image)) for key, image in batch]
+                for key, image in batch:
+                    named = isinstance(image, str | os.PathLike)
+                    paths[key] = os.fspath(cast(StrPath, image)) if named else f"image {key}"
+                yield batch
 
         def predictions(group: Sequence[EncodedBatch]) -> Iterator[Prediction]:
             found: dict[int, list[Caption]] = {}

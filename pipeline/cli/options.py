@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
 import sys
 import typing
@@ -63,19 +65,34 @@ class GroupedCommand(click.Command):
         self.resumable = resumable
 
     def invoke(self, context: click.Context) -> Any:
-        """Run the command; Ctrl-C and a lack of memory end it with one line.
+        """Run the command; Ctrl-C, a full standard output and a lack of memory end in one line.
 
         Raises:
-            UserError: out of memory, on the CPU or a GPU.
+            UserError: out of memory, on the CPU or a GPU; standard output cannot be written.
         """
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed, as services have it
+                setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
         resumable = "; run the same command to resume" if self.resumable else ""
         # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            sys.stdout.flush()
+            return result
         except KeyboardInterrupt:
             echo(f"interrupted{resumable}", err=True)
             sys.exit(130)
+        except UserError as error:
+            vars(error)["message"] = self._as_typed(error.message, context)
+            raise
+        except OSError as error:
+            # Of a named file, or a pipe that was closed, which click ends quietly.
+            if error.filename is not None or error.errno == errno.EPIPE:
+                raise
+            # What is left in the buffer would fail again at exit.
+            sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+            raise UserError(f"standard output: cannot be written ({error.strerror})") from error
         except (MemoryError, RuntimeError) as error:
             if not _lacks_memory(error):
                 raise
@@ -114,10 +131,14 @@ class GroupedCommand(click.Command):
 
     def get_help(self, context: click.Context) -> str:
         """Return the help; under ``captioner``, with its sub-commands in the examples."""
-        text = super().get_help(context)
+        return self._as_typed(super().get_help(context), context)
+
+    def _as_typed(self, text: str, context: click.Context) -> str:
+        """Return ``text`` with the commands of the installed program, if that was started."""
         if context.parent is not None:
             for name, script in SCRIPTS.items():
-                text = text.replace(f"python {script}", f"{context.parent.command_path} {name}")
+                command = f"{context.parent.command_path} {name}"
+                text = text.replace(f"python {script}", command).replace(script, command)
         return text
 
 

@@ -72,16 +72,18 @@ class StoredImage(Protocol):
 
 ImageRefT = TypeVar("ImageRefT", bound="ImageRef")
 ImageRef: TypeAlias = str | os.PathLike[str] | StoredImage
+ImageLike: TypeAlias = "ImageRef | Image.Image | numpy.ndarray"
 
 
-def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
+def load_image(path: ImageLike, size: int | None = None) -> Image.Image:
     """Decode one image (of an animation the first frame) to upright 8-bit RGB.
 
     Images above ``LARGE_IMAGE`` pixels are decoded one at a time, whatever the number of
     threads: one needs up to 3.5 GB.
 
     Args:
-        path: the image: a file, or an object that returns its bytes.
+        path: the image: a file, an object that returns its bytes, a Pillow image, or uint8
+            (H, W, 3), RGB.
         size: the side to which it will be resized. A JPEG more than twice as large is decoded
             at the smallest of its own scales (1/2, 1/4, 1/8) that stays above twice
             ``size``: many times faster for photographs. Other images above
@@ -112,13 +114,24 @@ def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
 
 
 @contextmanager
-def opened(path: ImageRef) -> Iterator[Image.Image]:
-    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError."""
+def opened(path: ImageLike) -> Iterator[Image.Image]:
+    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError.
+
+    A Pillow image or an array is copied.
+    """
+    import numpy
     from PIL import Image, UnidentifiedImageError
 
     formats = [name for name in FORMATS if name != "HEIF" or _register_heif()]
     content = b""
     try:
+        if isinstance(path, numpy.ndarray):
+            if path.dtype != numpy.uint8 or path.ndim != 3 or path.shape[2] != 3 or not path.size:
+                raise ImageError(f"not uint8 (height, width, 3) but {path.dtype} {path.shape}")
+            path = Image.fromarray(path)
+        if isinstance(path, Image.Image):
+            yield path.copy()
+            return
         content = _checked_content(path)
         with Image.open(io.BytesIO(content), formats=formats) as image:
             _check_header(image)
@@ -240,7 +253,7 @@ def to_square(image: Image.Image, size: int = IMAGE_SIZE) -> numpy.ndarray:
     return numpy.asarray(image)
 
 
-def read_square(path: ImageRef, size: int = IMAGE_SIZE) -> numpy.ndarray:
+def read_square(path: ImageLike, size: int = IMAGE_SIZE) -> numpy.ndarray:
     """Decode ``path`` and resize it to a square, uint8 (size, size, 3); raises ImageError."""
     return to_square(load_image(path, size), size)
 

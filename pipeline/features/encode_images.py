@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.image_sources import stop_if_unreachable
-from pipeline.datasets.images import ImageError, ImageRef, read_square
+from pipeline.datasets.images import ImageError, ImageLike, ImageRef, read_square
 from pipeline.models.encoder import Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE
 from pipeline.utils.devices import inference_batch_size, threads_per_worker
@@ -32,7 +32,7 @@ class EncodedBatch:
 
 
 def encode_batches(
-    encoder: Encoder, batches: Iterable[Sequence[tuple[int, ImageRef]]], workers: int
+    encoder: Encoder, batches: Iterable[Sequence[tuple[int, ImageLike]]], workers: int
 ) -> Iterator[EncodedBatch]:
     """Decode and encode files, given in batches of (key, path); batches come in their order.
 
@@ -44,7 +44,7 @@ def encode_batches(
         UserError: the encoder's output is not finite.
     """
 
-    def encode(batch: Sequence[tuple[int, ImageRef]]) -> EncodedBatch:
+    def encode(batch: Sequence[tuple[int, ImageLike]]) -> EncodedBatch:
         squares: dict[int, numpy.ndarray] = {}
         failures: dict[int, str] = {}
         for key, path in batch:

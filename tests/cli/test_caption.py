@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
+from forked import ended
 from PIL import Image
 
 import caption as command
@@ -166,6 +167,39 @@ def test_python_interface(drawn_run: DrawnRun, album: Path) -> None:
     assert [captioner.caption(str(album / "a.JPG")), captioner.caption(album / "b.jpg")] == texts
     with pytest.raises(InputError, match=r"broken\.jpg: "):
         captioner.caption([album / "broken.jpg"])
+
+
+def test_images_and_arrays_are_captioned_like_their_files(drawn_run: DrawnRun, album: Path) -> None:
+    captioner = Captioner.load(drawn_run.run, device="cpu")
+    path = album / "trip to Đà Nẵng" / "c.png"
+    image = Image.open(path)
+    array = numpy.asarray(image.convert("RGB"))
+    assert captioner.caption([image, array, path]) == [captioner.caption(image)] * 3
+    exif = Image.Exif()
+    exif[274] = 6  # upright after a turn to the right
+    image.rotate(90, expand=True).save(album / "turned.png", exif=exif)
+    wrong = numpy.zeros((4, 4), numpy.uint8)
+    found = list(captioner.stream([Image.open(album / "turned.png"), wrong]))
+    assert found[0].captions[0].text == captioner.caption(path)
+    assert (found[1].path, found[1].error) == (
+        "image 1",
+        "not uint8 (height, width, 3) but uint8 (4, 4)",
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
+def test_a_forked_child_captions(drawn_run: DrawnRun, album: Path, tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        captioner = Captioner.load(drawn_run.run, device="cpu")
+        expected = captioner.caption(album / "b.jpg")  # the parent's threads have worked
+        child = os.fork()
+        if not child:
+            os._exit(0 if captioner.caption(album / "b.jpg") == expected else 1)
+        assert ended(child, patience=60) == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_wrong_commands_are_one_line_and_exit_code_two(drawn_run: DrawnRun, album: Path) -> None:

@@ -25,7 +25,7 @@ import resource
 from forked import PATIENCE, ended
 from forked_commands import COMMANDS, World, make_world, said
 
-from pipeline.datasets.images import ImageRef
+from pipeline.datasets.images import ImageLike
 from pipeline.features import cache_writer, encode_images
 from pipeline.features.cache import PENDING, FeatureCache, partial_path
 from pipeline.models.checkpoint_file import read_tensors
@@ -205,7 +205,7 @@ def test_training_images_that_go_away_stop_the_fine_tuning(world: World, tmp_pat
     def unplug() -> None:
         read, count = joint_stage.load_image, itertools.count()
 
-        def load_image(path: ImageRef, size: int | None = None) -> Image.Image:
+        def load_image(path: ImageLike, size: int | None = None) -> Image.Image:
             if next(count) == 20:  # in the second of two epochs of 16
                 scenes.rename(away)
             return read(path, size)
