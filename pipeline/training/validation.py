@@ -124,7 +124,8 @@ class Validator:
 
         def search(images: Tensor) -> list[list[int]]:
             found = best_captions(decoder, features[images].to(device), self.search, Reranker())
-            return [hypotheses[0].tokens for hypotheses in found]
+            # Weights that are not numbers find no caption; their loss ends the training.
+            return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
         batches = torch.arange(len(self.names)).split(self.batch_size)
         captions = [tokens for batch in world.share_out(batches, search) for tokens in batch]

@@ -180,3 +180,14 @@ def test_features_that_go_away_and_are_not_in_memory(
     assert load_checkpoint(run / "last.safetensors").epoch == 1
     assert invoke(data, run).exit_code == 0
     assert contents(run) == whole
+
+
+def test_a_last_step_that_breaks_the_weights_is_one_line(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The loss of the only batch is still a number; val is not."""
+    options = "--epochs 1 --batch-size 512 --lr 1e30".split()
+    words = arguments(*data, tmp_path / "run", *options)
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 2, result.output
+    assert "the loss on val is nan after epoch 1; a lower learning rate" in result.stderr
