@@ -261,8 +261,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"failed: {name}: {_escape(str(error))}", file=sys.stderr)
             failed += 1
         else:
-            sys.stdout.buffer.write(f"{name}\t{_escape(text)}\n".encode())
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(f"{name}\t{_escape(text)}\n".encode())
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # the reader, such as head, has enough
+                # What is in the buffer would fail again at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 1
     if failed:
         print(f"{failed} of {len(options.images)} images could not be read", file=sys.stderr)
     return 1 if failed else 0

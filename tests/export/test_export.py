@@ -535,3 +535,14 @@ def test_the_exported_pretrained_model_captions_photographs_as_here(tmp_path: Pa
     options = SearchOptions(3, consensus=0, matching=0)
     wanted = [f"{p.path}\t{p.captions[0].text}" for p in pretrained.stream(photographs, options)]
     assert run_elsewhere(tmp_path / "pretrained", *photographs).stdout.splitlines() == wanted
+
+
+def test_the_runner_ends_quietly_when_its_reader_has_enough(
+    drawn_run: DrawnRun, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w", encoding="utf-8") as pipe:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", pipe)
+        images = sorted(map(str, (drawn_run.data / "Images").glob("*.jpg")))[:3]
+        assert onnx_runner.main([*images, "--model", str(exported)]) == 1
