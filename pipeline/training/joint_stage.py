@@ -196,5 +196,9 @@ class JointStage(Stage):
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Return the current weights, including the encoder's."""
         self.encoder.forget_identity()
-        weights = {k: v.cpu().contiguous() for k, v in self.encoder.trunk.state_dict().items()}
+        weights = {
+            name: tensor.cpu().contiguous()
+            for name, tensor in self.encoder.trunk.state_dict().items()
+            if not name.endswith("num_batches_tracked")  # a counter of the training
+        }
         return self._checkpoint(epoch, scores, self.encoder.identity, encoder_weights=weights)
