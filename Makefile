@@ -21,8 +21,9 @@ READY = $(VENV)/ready
 demo: $(READY)
 	$(BIN)/python data/demo.py
 
+# Two processes: each takes up to 3 GB. A file's tests share fixtures, so one process runs them all.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Some need ../shared, with Flickr8k, and are skipped without it.
 test-slow: $(READY)
