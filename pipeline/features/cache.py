@@ -53,6 +53,15 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def is_foreign(path: Path) -> bool:
+    """True if a file is HDF5 of another program: it is intact, and lacks what every cache has."""
+    try:
+        with h5py.File(path, "r") as file:
+            return "schema_version" not in file.attrs
+    except OSError:
+        return False
+
+
 class FeatureCache:
     """A cache opened for reading. Nothing is loaded, so a cache of any size opens at once.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy
 
 from pipeline.datasets.image_sources import ImageSource, stamps_of, stop_if_unreachable
-from pipeline.features.cache import PENDING, FeatureCache
+from pipeline.features.cache import PENDING, FeatureCache, is_foreign
 from pipeline.features.cache_writer import CacheWriter, is_current, open_writer
 from pipeline.features.encode_images import encode_batches
 from pipeline.features.sharded_cache import (
@@ -71,6 +71,8 @@ def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult
     output = task.output
     if output.is_dir():
         raise UserError(f"{output}: is a folder; --output names the file to write")
+    if output.is_file() and is_foreign(output):
+        raise UserError(f"{output}: holds something else and is not replaced; name another file")
     with locked(output, world):
         names_hash = hashlib.sha256("\0".join(task.names).encode("utf-8", "surrogateescape"))
         world.refuse_differences({"the images of --data": names_hash.hexdigest()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -52,12 +53,13 @@ def open_run(
     have the same settings; rank 0 alone touches the folder.
 
     Raises:
-        UserError: the folder holds a run with other settings, and ``force`` is not set; or the
-            processes' settings differ.
+        UserError: the folder holds a run with other settings, and ``force`` is not set; or another
+            program's ``config.json``; or the processes' settings differ.
     """
     world.refuse_differences(settings)
     if world.rank > 0:
         return
+    _refuse_foreign_config(run)
     if force:
         for file in (run / name for name in RUN_FILES):
             try:
@@ -69,6 +71,15 @@ def open_run(
     with atomic_write(run / CONFIG) as handle:
         json.dump(settings, handle, indent=2)
         handle.write("\n")
+
+
+def _refuse_foreign_config(run: Path) -> None:
+    """Raise UserError if the folder has a ``config.json`` of another program, as models do."""
+    path = run / CONFIG
+    with contextlib.suppress(OSError, ValueError):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(saved, dict) and "epochs" not in saved:
+            raise UserError(f"{path}: is not of a training run; choose another --run")
 
 
 def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:

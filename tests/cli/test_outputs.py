@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import click
+import h5py
 import pytest
 from click.testing import CliRunner
 from conftest import draw
@@ -46,6 +47,17 @@ def test_files_of_other_kinds_are_refused(photos: Path, command: str, name: str)
     assert result.exit_code == 2, result.output
     assert f"Error: photos/{name}: " in result.stderr and result.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_an_hdf5_file_of_another_program_is_not_replaced(photos: Path) -> None:
+    with h5py.File("mine.h5", "w") as file:
+        file["x"] = [1]
+    result = CliRunner().invoke(
+        extract_features.main, "--data photos --weights random --force --output mine.h5".split()
+    )
+    assert result.exit_code == 2 and "mine.h5: holds something else" in result.stderr
+    with h5py.File("mine.h5") as file:
+        assert list(file) == ["x"]
 
 
 def run_caption(model: Path, *arguments: object) -> None:

@@ -422,11 +422,19 @@ def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_config_of_another_program_is_not_replaced(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"config\.json: is not of a training run; choose another"):
+        open_run(tmp_path, {"epochs": 2}, force)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "bert"}'
+
+
 def test_the_same_start_may_be_written_in_two_ways(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = {"unfreeze_from": "Mixed_7a", "start": ("runs/a",)}
+    settings = {"epochs": 1, "unfreeze_from": "Mixed_7a", "start": ("runs/a",)}
     open_run(tmp_path, settings, force=False)
     train(ScriptedStage(1), tmp_path)
     open_run(tmp_path, {**settings, "start": (str(tmp_path / "runs/a"),)}, force=False)
