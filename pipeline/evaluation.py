@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.captioner import SEARCHED_AT_ONCE
-from pipeline.datasets.caption_table import CaptionTable
+from pipeline.datasets.caption_table import CaptionPaths, CaptionTable, caption_paths
 from pipeline.datasets.encoded_captions import load_table, tokenized
-from pipeline.datasets.image_sources import open_source
+from pipeline.datasets.image_sources import ImageSource, open_source
 from pipeline.datasets.tar_shards import is_remote
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.decoding.captions import Caption, caption_features
@@ -52,8 +52,8 @@ class EvaluationOptions:
     """What is evaluated, and where it is written.
 
     Attributes:
-        data, captions, features: None for those of the training; for other data, features are
-            looked for under their default name.
+        data, captions, encoding, features: None for those of the training; for other data,
+            features are looked for under their default name.
         split: ``train``, ``val`` or ``test``.
         search: how captions are searched.
         output: the predictions file; None for the name of ``predictions_path``.
@@ -62,7 +62,8 @@ class EvaluationOptions:
     """
 
     data: str | Path | None = None
-    captions: Path | None = None
+    captions: CaptionPaths = None
+    encoding: str | None = None
     features: Path | None = None
     split: str = "val"
     search: SearchOptions = field(default_factory=SearchOptions)
@@ -152,16 +153,19 @@ def evaluate_runs(
         # A checkpoint from a stranger must not choose what this machine connects to.
         raise UserError(f"{runs[0]}: was trained on remote data; to read them give --data '{data}'")
     own_data = str(data) == settings.get("data")
-    captions, features = options.captions, options.features
-    if captions is None and own_data and settings.get("captions"):
-        captions = Path(settings["captions"])
+    captions, encoding, features = options.captions, options.encoding, options.features
+    if not captions and own_data:
+        captions, encoding = settings.get("captions"), encoding or settings.get("encoding")
     if features is None:
         known = settings.get("features") if own_data else None
         features = Path(known) if known else default_cache_path(data)
     output = predictions_path(runs, options, settings)
-    split_data = _open_split(checkpoint, device, data, captions, features, options.split)
+    source = open_source(data)
+    split = options.split
+    split_data = _open_split(checkpoint, device, source, captions, encoding, features, split)
     result = evaluate(checkpoint, device, split_data, options)
-    _write_json(output, [{"image_id": i, "caption": c} for i, c in result.predictions.items()])
+    ids, captioned = split_data.table.image_id, result.predictions.items()
+    _write_json(output, [{"image_id": ids(name), "caption": text} for name, text in captioned])
     _write_json(
         scores_path(output),
         {
@@ -191,8 +195,10 @@ def predictions_path(
         folder, best = Path("runs") / PRETRAINED, True
     else:
         folder, best = (first, True) if first.is_dir() else (first.parent, first.stem == "best")
-    given = {name: getattr(options, name) for name in ("data", "captions", "features")}
+    given = {name: getattr(options, name) for name in ("data", "features")}
     other_data = any(v is not None and str(v) != settings.get(k) for k, v in given.items())
+    captions = caption_paths(options.captions)
+    other_data |= captions not in ([], caption_paths(settings.get("captions")))
     different = [
         *(["ensemble"] if len(runs) > 1 else []),
         *([] if best else [first.stem]),
@@ -283,19 +289,19 @@ def evaluate(
 def _open_split(
     checkpoint: Checkpoint,
     device: torch.device,
-    data: str | Path,
-    captions: Path | None,
+    source: ImageSource,
+    captions: CaptionPaths,
+    encoding: str | None,
     features: Path,
     split: str,
 ) -> SplitData:
     """Return the features of a split: cached ones if they are of the model's encoder, else new."""
     checkpoint.refuse_other_features()
-    source = open_source(data)
     tokenizer = checkpoint.vocabulary.tokenizer.name
     cache = FeatureCache(features) if features.is_file() else None
     mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
     if cache is not None and mismatch is None:
-        table, names = load_table(source, captions, cache.names(DONE))
+        table, names = load_table(source, captions, cache.names(DONE), encoding)
         groups = references_of(table, split, tokenizer)
         rows = rows_of(cache, [names[name] for name in groups])
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
@@ -307,7 +313,7 @@ def _open_split(
         )
     if checkpoint.encoder_weights is None:
         FeatureCache(features)  # raises: it is missing
-    table, names = load_table(source, captions, source.names)
+    table, names = load_table(source, captions, source.names, encoding)
     groups = references_of(table, split, tokenizer)
     images = {name: source.image(names[name]) for name in groups}
     encoder = encoder_of(checkpoint, None, choose_precision("auto", device))

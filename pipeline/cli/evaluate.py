@@ -17,7 +17,7 @@ from pipeline.utils.terminal import echo
 
 GROUPS = {
     "Output": ("output", "html", "java"),
-    "Data": ("data", "captions", "features", "tokenizer"),
+    "Data": ("data", "captions", "encoding", "features", "tokenizer"),
     "Machine": ("device",),
 }
 # The options of caption.py alone: here the best caption is scored, found by a search.
@@ -34,6 +34,7 @@ NOT_SCORED = [
     help="Folder of the captions.  [default: the training's]",
 )
 @options.captions
+@options.encoding
 @options.path(
     "--features",
     "Feature cache of the run's encoder. A run of finetune_joint.py encodes the images "
@@ -92,7 +93,8 @@ def main(
     html: Path | None,
     device: str,
     data: str | None,
-    captions: Path | None,
+    captions: tuple[Path, ...],
+    encoding: str | None,
     features: Path | None,
     split: str,
     tokenizer: str | None,
@@ -121,7 +123,7 @@ def main(
         from pipeline.reports.score_table import print_comparison
 
         data = data or "data/flickr8k"
-        differences = compare_predictions(*compare, data, captions, split, tokenizer)
+        differences = compare_predictions(*compare, data, captions, split, tokenizer, encoding)
         print_comparison(differences, *compare)
         return
     from pipeline.evaluation import EvaluationOptions, evaluate_runs
@@ -131,6 +133,7 @@ def main(
     evaluation = EvaluationOptions(
         data=data,
         captions=captions,
+        encoding=encoding,
         features=features,
         split=split,
         search=search_options,

@@ -30,6 +30,7 @@ from pipeline.utils.terminal import echo_failure
     help="Folder, or tar shards, with images and captions.  [default: that of the starting run]",
 )
 @options.captions
+@options.encoding
 @options.weights
 @options.path("--run", "Run folder to write, or to resume.", default="runs/joint")
 @options.from_dataclass(JointOptions)
@@ -44,7 +45,8 @@ from pipeline.utils.terminal import echo_failure
 def main(
     start: tuple[str, ...],
     data: str | None,
-    captions: Path | None,
+    captions: tuple[Path, ...],
+    encoding: str | None,
     run: Path,
     device: str,
     workers: int | None,
@@ -67,6 +69,7 @@ def main(
     For several GPUs or machines, start it with torchrun: each process reads its share of every
     batch's images, and the result is that of one process (docs/scale.md).
     """
+    from pipeline.datasets.caption_table import caption_paths
     from pipeline.reports.training_report import finish_run, make_callbacks
     from pipeline.training.finetune import finetune_joint, settings_to_start_from
     from pipeline.utils.devices import choose_device, choose_training_precision, default_workers
@@ -78,12 +81,14 @@ def main(
         settings = settings_to_start_from(run, start, force)
         if data is None:
             data = settings["data"]
-            captions = captions or settings["captions"]
+            captions = captions or tuple(map(Path, caption_paths(settings["captions"])))
+            encoding = encoding or settings.get("encoding")
         torch_device = choose_device(device, world.local_rank)
         joint_options = JointOptions(
             start=start,
             data=data,
-            captions=str(captions) if captions else None,
+            captions=tuple(map(str, captions)),
+            encoding=encoding,
             features=settings["features"],
             **chosen,
         )

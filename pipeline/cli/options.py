@@ -254,8 +254,15 @@ device = click.option("--device", default="auto", help="Device: auto, cpu, cuda,
 
 captions = path(
     "--captions",
-    "Captions file, if --data holds several: Flickr8k's, Karpathy's or COCO's JSON, CSV or "
-    "JSON Lines.",
+    "Captions file, if --data holds several; it may be given several times. docs/file-formats.md "
+    "lists the formats.",
+    multiple=True,
+)
+
+encoding = click.option(
+    "--encoding",
+    help="Encoding of the captions files, such as gb18030 or cp1251.  [default: UTF-8 or UTF-16, "
+    "else Windows-1252 where that is plausible]",
 )
 
 weights = click.option(
@@ -308,5 +315,6 @@ def render_command(command: str, options: Mapping[str, str]) -> list[str]:
         if isinstance(value, bool):
             words.append(options[name] if value else parameter.secondary_opts[0])
         else:
-            words += [options[name], str(value)]
+            for item in value if isinstance(value, tuple) else [value]:
+                words += [options[name], str(item)]
     return words

@@ -24,6 +24,7 @@ from pipeline.utils.errors import UserError
     "shards, as for extract_features.py.",
 )
 @options.captions
+@options.encoding
 @options.path(
     "--features",
     "Feature cache of extract_features.py.  [default: data/features/NAME-OF-DATA.h5]",
@@ -48,7 +49,7 @@ from pipeline.utils.errors import UserError
 )
 @options.force
 def main(
-    captions: Path | None,
+    captions: tuple[Path, ...],
     features: Path | None,
     run: Path,
     device: str,
@@ -84,7 +85,7 @@ def main(
     from pipeline.utils.files import locked
 
     decoder_options = DecoderOptions(
-        captions=str(captions) if captions else None,
+        captions=tuple(map(str, captions)),
         features=str(features or default_cache_path(chosen["data"])),
         **chosen,
     )
@@ -128,7 +129,7 @@ def _check(decoder_options: DecoderOptions, run: Path, force: bool) -> int:
     own = {p.name: p.opts[0] for p in click.get_current_context().command.params if p.name}
     del own["check"]
     extract = {"data": "--data", "features": "--output", "device": "--device"}
-    finetune = {name: own[name] for name in ("data", "captions", "device")}
+    finetune = {name: own[name] for name in ("data", "captions", "encoding", "device")}
     more = ["--start", "pretrained", "--run", f"{run}-joint"]
     commands = NextCommands(
         train=shlex.join(options.render_command("train", own)),

@@ -1,18 +1,16 @@
-"""Read captions from JSON: Karpathy's and COCO's layouts, and JSON Lines."""
+"""Read captions from JSON: Karpathy's and COCO's layouts, lists of objects, and JSON Lines."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipeline.datasets.caption_collector import SPLIT_WORDS, CaptionCollector
 from pipeline.utils.errors import UserError
 
-if TYPE_CHECKING:
-    from pipeline.datasets.caption_readers import CaptionCollector
-
-FILE_SPLIT = re.compile(r"(?<![a-z])(train|val|test)(?:ing|id|idation)?(?![a-z])")
+FILE_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 
 
 def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollector) -> str:
@@ -33,21 +31,29 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
         return _read_coco(path, document, collector)
     if isinstance(document, dict) and "images" in document:
         return _read_karpathy(path, document, collector)
+    if isinstance(document, list) and any(isinstance(record, dict) for record in document):
+        # As BLIP, LAVIS and caption.py have them, COCO's results among them.
+        for number, record in enumerate(document, 1):
+            collector.add_record(f"entry {number}", record)
+        return "JSON list"
     if path.suffix.lower() == ".json":
         raise UserError(
-            f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO)'
+            f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO) nor a '
+            'list of {"image", "caption"}'
         )
     return _read_jsonl(lines, collector)
 
 
+def split_of_file(path: Path) -> str:
+    """Return the split that a file's name has, such as captions_val2017.json; "" for none."""
+    splits = {SPLIT_WORDS[word] for word in FILE_SPLIT.findall(path.stem.lower())}
+    return splits.pop() if len(splits) == 1 else ""
+
+
 def _read_jsonl(lines: list[str], collector: CaptionCollector) -> str:
-    collector.split_source = "the file's own split column"
     for number, line in enumerate(lines, 1):
-        record = _parse_line(line)
-        if isinstance(record, dict):
-            collector.add_record(f"line {number}", record)
-        elif line.strip():
-            collector.malformed(f"line {number}")
+        if line.strip():
+            collector.add_record(f"line {number}", _parse_line(line))
     return "JSONL"
 
 
@@ -62,7 +68,6 @@ def _read_karpathy(path: Path, document: dict[str, Any], collector: CaptionColle
     images = _list_of(path, document, "images")
     if not any("sentences" in image for image in images if isinstance(image, dict)):
         raise UserError(f'{path}: no "sentences" in any of "images"; expected Karpathy\'s JSON')
-    collector.split_source = "the file's own splits"
     for number, image in enumerate(images, 1):
         where = f"image {number}"
         sentences = image.get("sentences") if isinstance(image, dict) else None
@@ -71,15 +76,12 @@ def _read_karpathy(path: Path, document: dict[str, Any], collector: CaptionColle
             continue
         folder = image.get("filepath")
         name = f"{folder}/{image['filename']}" if folder else image["filename"]
-        captions = [item.get("raw") if isinstance(item, dict) else item for item in sentences]
-        collector.add(where, name, captions, image.get("split"))
+        collector.add(where, name, sentences, image.get("split"), image.get("cocoid"))
     return "Karpathy JSON"
 
 
 def _read_coco(path: Path, document: dict[str, Any], collector: CaptionCollector) -> str:
-    collector.split_source = "the names of the captions files"
-    words = set(FILE_SPLIT.findall(path.stem.lower()))
-    split = words.pop() if len(words) == 1 else None
+    collector.file_split = split_of_file(path)
     names: dict[str, str] = {}
     for number, image in enumerate(_list_of(path, document, "images"), 1):
         where = f"{path.name}, image {number}"
@@ -87,7 +89,7 @@ def _read_coco(path: Path, document: dict[str, Any], collector: CaptionCollector
             collector.malformed(where)
             continue
         names[str(image.get("id"))] = image["file_name"]
-        collector.add(where, image["file_name"], [], split)
+        collector.add(where, image["file_name"], [], image_id=image.get("id"))
     for number, item in enumerate(_list_of(path, document, "annotations"), 1):
         where = f"{path.name}, annotation {number}"
         if not isinstance(item, dict) or "caption" not in item:

@@ -7,30 +7,22 @@ from __future__ import annotations
 
 import csv
 import re
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from pipeline.datasets.caption_collector import (
+    CaptionCollector,
+    clean,
+    find_columns,
+    normalize_name,
+)
 from pipeline.datasets.caption_json import read_json
 from pipeline.datasets.find_images import find_images
+from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
-SPLITS = ("train", "val", "test")
-
-# Column names of CSV, TSV and JSON Lines.
-ALIASES = {
-    "image": ("image", "file", "filename", "file_name", "image_name", "path", "name"),
-    "caption": ("caption", "captions", "text", "comment", "sentence"),
-    "split": ("split", "set", "subset"),
-}
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training", "restval"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 FLICKR8K_LISTS = {
     "train": "Flickr_8k.trainImages.txt",
     "val": "Flickr_8k.devImages.txt",
@@ -38,108 +30,24 @@ FLICKR8K_LISTS = {
 }
 TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#\d+(?:\t(?P<caption>.*))?")
 
-# No path is longer, on any system. Names are compared by all their tails, of which a name of a
-# million slashes has as many.
-MAX_NAME_LENGTH = 4096
-# Characters, more than a page. Decoders are trained on 100 tokens at most, and Unicode's normal
-# forms take quadratic time on a run of accents.
-MAX_CAPTION_LENGTH = 10_000
-UNMATCHED_TEXTS = ".txt files without one image of their name ignored"
+# What caption.py writes: a line of text without a header, and the columns of a table.
+ENDINGS = "|".join(re.escape(extension) for extension in sorted(IMAGE_EXTENSIONS))
+TEXT_LINE = re.compile(rf"[^\t]+(?:{ENDINGS})\t.*", re.IGNORECASE)
+LOG_PROBABILITY = re.compile(r"-?\d+\.\d+")
+PREDICTION_COLUMNS = ["image", "rank", "caption", "log_probability", "error"]
+# Text that a spreadsheet evaluates as a formula, or takes for one; see docs/file-formats.md.
+FORMULA = re.compile("'*[=+\\-@\\t\\n]")
 
-
-class CaptionCollector:
-    """Captions and splits by image name, as the readers find them, and notes on problems."""
-
-    def __init__(self) -> None:
-        self.captions: dict[str, list[str]] = {}  # cleaned
-        self.splits: dict[str, str] = {}  # "train", "val" or "test", where a file has it
-        self.split_source = ""  # where the splits came from, in words
-        self._contested: set[str] = set()  # images that are in two splits
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}  # reason -> where it occurred first
-
-    def count(self, reason: str, where: str = "") -> None:
-        """Count one record that was dropped or repaired."""
-        self._counts[reason] += 1
-        if reason not in self._first:
-            self._first[reason] = _clean(where)  # file names can hold line ends
-
-    def malformed(self, where: str) -> None:
-        """Count one record that was dropped because of its structure."""
-        self.count("malformed lines or entries dropped", where)
-
-    def add(self, where: str, name: object, captions: object, split: object = None) -> None:
-        """Add one record; ``captions`` is a text or a list of texts."""
-        cleaned = ""
-        if isinstance(name, str) and len(name) <= MAX_NAME_LENGTH:
-            cleaned = normalize_name(_encodable(name).strip())
-        if not cleaned:
-            self.malformed(where)
-            return
-        texts = self.captions.setdefault(cleaned, [])
-        for caption in captions if isinstance(captions, list) else [captions]:
-            if caption is not None and not isinstance(caption, str):
-                self.count("captions that are not text dropped", where)
-            elif text := _clean(caption or ""):
-                if len(text) > MAX_CAPTION_LENGTH:
-                    self.count(f"captions cut to {MAX_CAPTION_LENGTH:,} characters", where)
-                    text = text[:MAX_CAPTION_LENGTH].rstrip()
-                texts.append(text)
-            else:
-                self.count("empty captions dropped", where)
-        self.set_split(cleaned, split)
-
-    def add_record(self, where: str, record: dict[str, Any]) -> None:
-        """Add one record whose keys are those of ``ALIASES``, in any case."""
-        record = {key.strip().lower(): value for key, value in record.items()}
-        name, captions, split = (
-            next((record[alias] for alias in aliases if alias in record), None)
-            for aliases in ALIASES.values()
-        )
-        self.add(where, name, captions, split)
-
-    def set_split(self, name: str, word: object) -> None:
-        """Set the image's split; the first known word counts."""
-        word = "" if word is None else _clean(str(word)).lower()
-        if not word:
-            return
-        split = SPLIT_WORDS.get(word)
-        if split is None:
-            self.count("unknown split names ignored", f'"{word[:30]}"')
-        elif self.splits.setdefault(name, split) != split:
-            self._contested.add(name)
-
-    def finish(self) -> tuple[Counter[str], dict[str, list[str]]]:
-        """Return the notes, and the images that have captions."""
-        found = {name: texts for name, texts in self.captions.items() if texts}
-        notes: Counter[str] = Counter()
-        for reason, count in self._counts.items():
-            first = self._first[reason]
-            notes[f"{reason} (first: {first})" if first else reason] = count
-        notes["images left with no caption dropped"] = len(self.captions) - len(found)
-        notes["images in two splits, kept in the first"] = len(self._contested & found.keys())
-        return +notes, found  # "+" drops the zeros
-
-
-def _clean(text: str) -> str:
-    return " ".join(_encodable(text).split())
-
-
-def _encodable(text: str) -> str:
-    # JSON can hold lone surrogates, which neither UTF-8 nor a checkpoint can.
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def normalize_name(path: str) -> str:
-    """Return the form of a path in which names are compared."""
-    return unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
+# Files beside an image, of which those of kohya's training scripts come first.
+SIDECARS = (".caption", ".txt")
+UNMATCHED_TEXTS = "text files without one image of their name ignored"
 
 
 def read_file(path: Path, collector: CaptionCollector) -> str:
     """Read one file of any layout, or a folder of images with texts; return the layout's name."""
     if path.is_dir():
         return _read_sidecars(path, collector)
-    text = _read_text(path, collector)
+    text = collector.read_text(path)
     lines = _split_lines(text)
     if text.lstrip().startswith(("{", "[")):
         return read_json(path, text, lines, collector)
@@ -148,6 +56,9 @@ def read_file(path: Path, collector: CaptionCollector) -> str:
     if any("\t" in line and TOKEN_LINE.fullmatch(line) for line in first_lines):
         _read_token_file(path, lines, collector)
         return "Flickr8k token file"
+    if first_lines and TEXT_LINE.fullmatch(first_lines[0]):
+        _read_text_lines(lines, collector)
+        return "text with tabs"
     columns = _read_delimited(path, lines, collector)
     is_kaggle = path.name == "captions.txt" and columns == ["image", "caption"]
     return "Flickr8k captions.txt" if is_kaggle else "CSV"
@@ -156,25 +67,12 @@ def read_file(path: Path, collector: CaptionCollector) -> str:
 def read_shards(shards: TarShards, collector: CaptionCollector) -> str:
     """Read the texts beside images in tar shards; return the layout's name."""
     captions, unmatched = shards.read_captions()
-    for name, lines in captions.items():
-        collector.add(name, name, lines)
+    for name, content in captions.items():
+        text = collector.decode(content, name, name)
+        collector.add(name, name, [line for line in _split_lines(text) if line.strip()])
     for text in unmatched:
         collector.count(UNMATCHED_TEXTS, text)
     return "tar shards with .txt captions"
-
-
-def _read_text(path: Path, collector: CaptionCollector) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16", "replace")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        collector.count("file not UTF-8, read as Windows-1252", path.name)
-        return content.decode("cp1252", "replace")
 
 
 def _split_lines(text: str) -> list[str]:
@@ -184,7 +82,8 @@ def _split_lines(text: str) -> list[str]:
 def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
     """Find the text files beside images: file -> image, and files of no image or several.
 
-    ``photo.txt`` belongs to ``photo.jpg``; ``photo.jpg.txt`` does, even beside ``photo.png``.
+    ``photo.txt`` and ``photo.caption`` belong to ``photo.jpg``; ``photo.jpg.txt`` does, even
+    beside ``photo.png``.
     """
     by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for name in find_images(folder):
@@ -197,7 +96,8 @@ def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
             fitting[normalize_name(Path(name).stem)].append(name)
         fitting.update({normalize_name(Path(name).name): [name] for name in names})
         for text in sorted((folder / parent).iterdir()):
-            if text.suffix.lower() != ".txt" or text.name.startswith(".") or not text.is_file():
+            is_text = text.suffix.lower() in SIDECARS and not text.name.startswith(".")
+            if not is_text or not text.is_file():
                 continue
             found = fitting[normalize_name(text.stem)]
             if len(found) == 1:
@@ -209,18 +109,17 @@ def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
 
 def _read_sidecars(folder: Path, collector: CaptionCollector) -> str:
     images, unmatched = find_sidecars(folder)
-    collector.split_source = "the names of the folders"
-    # Only where both exist: a folder "train" alone may well be of locomotives.
-    first = {name.partition("/")[0].lower() for name in images.values() if "/" in name}
-    by_folder = {"train", "val"} <= {SPLIT_WORDS[word] for word in first & SPLIT_WORDS.keys()}
+    endings = {name: text.suffix.lower() for text, name in sorted(images.items(), reverse=True)}
     for text, name in images.items():
         where = text.relative_to(folder).as_posix()
-        lines = [line for line in _split_lines(_read_text(text, collector)) if line.strip()]
-        split = name.partition("/")[0].lower() if by_folder and "/" in name else None
-        collector.add(where, name, lines, split if split in SPLIT_WORDS else None)
+        if text.suffix.lower() != endings[name]:
+            collector.count(".txt files beside a .caption file of the same image ignored", where)
+            continue
+        lines = [line for line in _split_lines(collector.read_text(text)) if line.strip()]
+        collector.add(where, name, lines)
     for text in unmatched:
         collector.count(UNMATCHED_TEXTS, text.relative_to(folder).as_posix())
-    return "folder of .txt captions"
+    return f"folder of {' and '.join(sorted(set(endings.values())))} captions"
 
 
 def _read_token_file(path: Path, lines: list[str], collector: CaptionCollector) -> None:
@@ -233,12 +132,23 @@ def _read_token_file(path: Path, lines: list[str], collector: CaptionCollector) 
     lists = {split: path.with_name(name) for split, name in FLICKR8K_LISTS.items()}
     present = [file.is_file() for file in lists.values()]
     if all(present):
-        collector.split_source = "Flickr_8k.*Images.txt beside the captions"
+        source = "Flickr_8k.*Images.txt beside the captions"
         for split, file in lists.items():
-            for line in _read_text(file, collector).splitlines():
-                collector.set_split(normalize_name(line.strip()), split)
+            for line in collector.read_text(file).splitlines():
+                collector.set_split(normalize_name(line.strip()), split, source)
     elif any(present):
         collector.count("incomplete split lists beside the captions ignored")
+
+
+def _read_text_lines(lines: list[str], collector: CaptionCollector) -> None:
+    for number, line in enumerate(lines, 1):
+        name, *captions = line.split("\t")
+        if len(captions) > 1 and LOG_PROBABILITY.fullmatch(captions[-1]):
+            captions.pop()
+        if captions:
+            collector.add(f"line {number}", name, captions)
+        elif line.strip():
+            collector.malformed(f"line {number}")
 
 
 def _read_delimited(path: Path, lines: list[str], collector: CaptionCollector) -> list[str]:
@@ -246,36 +156,42 @@ def _read_delimited(path: Path, lines: list[str], collector: CaptionCollector) -
     start = next((index for index, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise UserError(f"{path}: the file is empty")
-    delimiter, columns, (image, caption, split) = _read_header(path, lines, start)
-    collector.split_source = "the file's own split column"
+    delimiter, columns = _read_header(path, lines, start)
+    image, captions, split = find_columns(tuple(columns))
+    is_own = {*PREDICTION_COLUMNS} <= {*columns}
     for number, fields in _rows(lines, start + 1, delimiter, len(columns)):
         while len(fields) > len(columns) and not fields[-1].strip():
             fields.pop()
         surplus = len(fields) - len(columns)
-        if surplus > 0:  # unquoted delimiters in a caption
-            parts = fields[caption : caption + surplus + 1]
-            fields[caption : caption + surplus + 1] = [delimiter.join(parts)]
-        if len(fields) <= max(image, caption):
+        if surplus > 0 and len(captions) == 1:  # unquoted delimiters in a caption
+            parts = fields[captions[0] : captions[0] + surplus + 1]
+            fields[captions[0] : captions[0] + surplus + 1] = [delimiter.join(parts)]
+        if not max(image, captions[0]) < len(fields) <= len(columns):
             collector.malformed(f"line {number}")
             continue
+        if is_own:
+            fields = [text_of_cell(field) for field in fields]
+        found = [fields[place] for place in captions if place < len(fields)]
         word = fields[split] if 0 <= split < len(fields) else None
-        collector.add(f"line {number}", fields[image], fields[caption], word)
+        collector.add(f"line {number}", fields[image], found, word)
     return columns
 
 
-def _read_header(path: Path, lines: list[str], start: int) -> tuple[str, list[str], list[int]]:
-    """Return delimiter, column names, and the columns of image, caption and split (-1: none)."""
+def text_of_cell(cell: str) -> str:
+    """Return a text without the apostrophe that keeps a spreadsheet from evaluating it."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
+
+
+def _read_header(path: Path, lines: list[str], start: int) -> tuple[str, list[str]]:
+    """Return the delimiter and the names of the columns."""
     for delimiter in (",", ";", "\t", "|"):
         columns = [name.strip().lower() for name in _fields(lines[start], delimiter)]
-        places = [
-            next((columns.index(alias) for alias in aliases if alias in columns), -1)
-            for aliases in ALIASES.values()
-        ]
-        if min(places[:2]) >= 0:
-            return delimiter, columns, places
+        image, captions, _ = find_columns(tuple(columns))
+        if image >= 0 and captions:
+            return delimiter, columns
     raise UserError(
         f"{path}, line {start + 1}: no header with an image and a caption column"
-        f' (it reads "{_clean(lines[start])[:60]}"); begin the file with "image,caption"'
+        f' (it reads "{clean(lines[start])[:60]}"); begin the file with "image,caption"'
     )
 
 

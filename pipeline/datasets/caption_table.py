@@ -9,26 +9,28 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
-from pipeline.datasets.caption_readers import (
+from pipeline.datasets.caption_collector import (
+    SPLIT_WORDS,
     SPLITS,
     CaptionCollector,
-    find_sidecars,
     normalize_name,
-    read_file,
-    read_shards,
 )
+from pipeline.datasets.caption_json import split_of_file
+from pipeline.datasets.caption_readers import find_sidecars, read_file, read_shards
 from pipeline.datasets.flickr8k import official_splits
 from pipeline.datasets.image_sources import ImageFolder, ImageSource
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
-# The first group with a file in the folder is read. Of several files in a group the user chooses
-# one, except for COCO, which has a file per split. Text files beside the images come last.
+# The first group with a file is read: in the folder, else in the folders that name a split. Of
+# several files in a group the user chooses, unless their names give each a split of its own.
 COCO_FILES = ("captions_*.json", "annotations/captions_*.json")
 SEARCH_ORDER = (
     ("Flickr8k.token.txt",),  # name.jpg#0<TAB>caption
@@ -37,11 +39,15 @@ SEARCH_ORDER = (
     ("dataset*.json",),  # Karpathy's JSON
     COCO_FILES,
     ("captions.csv",),
+    ("metadata.csv", "metadata.jsonl"),  # Hugging Face's imagefolder
     ("*.csv", "*.tsv"),
-    ("captions.jsonl",),
-    ("metadata.jsonl",),
+    ("captions.jsonl", "captions.json"),
     ("*.jsonl",),
 )
+# Searched after text files beside images, among which there may be other JSON.
+SPLIT_FILES = ("*train*.json", "*val*.json", "*dev*.json", "*test*.json")
+
+CaptionPaths: TypeAlias = str | Path | Sequence[str | Path] | None
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,14 @@ class CaptionTable:
 
     images: list[CaptionedImage]
     source: Path  # the captions file, or the first of several
-    layout: str  # such as "COCO JSON"
+    layout: str  # such as "COCO JSON, 2 files"
     split_source: str  # such as "official Flickr8k lists"
     notes: Counter[str] = field(default_factory=Counter)  # what was dropped or repaired -> how many
+    ids: dict[str, int] = field(default_factory=dict)  # COCO's, by image name
+
+    def image_id(self, name: str) -> int | str:
+        """Return the image's id in COCO's results format: its integer id, else its name."""
+        return self.ids.get(name, name)
 
     def of_split(self, split: str) -> list[CaptionedImage]:
         """Return the images of "train", "val" or "test", sorted by name."""
@@ -81,7 +92,7 @@ class CaptionTable:
 
         Returns the smaller table, whose notes count what is missing, and name -> available path.
         """
-        images, extra = _match([image.name for image in self.images], available)
+        images, extra = match_names([image.name for image in self.images], available)
         kept = [image for image in self.images if image.name in images]
         return replace(self, images=kept, notes=self.notes + extra), images
 
@@ -99,75 +110,146 @@ class CaptionTable:
         ]
 
 
-def read_captions(data: Path | ImageSource, captions: Path | None = None) -> CaptionTable:
+def read_captions(
+    data: Path | ImageSource, captions: CaptionPaths = None, encoding: str | None = None
+) -> CaptionTable:
     """Read the captions of the folder or the shards ``data``, or those in ``captions``.
 
-    ``captions`` is a file of any layout, or a folder of images with texts; its path may be
-    relative to the working folder or to ``data``. Single bad lines are dropped and counted in
-    the table's notes.
+    ``captions`` are files of any layout, or folders of images with texts; a path may be relative
+    to the working folder or to ``data``. Single bad lines are dropped and counted in the table's
+    notes, and so are images that several files have. For ``encoding`` see ``decode_text``.
 
     Raises:
-        UserError: no captions file is found, several compete, or the file cannot be read or
-            holds no captions.
+        UserError: no captions file is found, several compete, or a file cannot be read or
+            decoded, or there are no captions.
     """
-    collector = CaptionCollector()
+    collector = CaptionCollector(encoding)
     source = ImageFolder(data) if isinstance(data, Path) else data
-    if isinstance(source, TarShards) and captions is None:
+    if isinstance(source, TarShards) and not captions:
         paths = [Path(source.origin)]
-        layouts = [read_shards(source, collector)]
+        layout = read_shards(source, collector)
     else:
         folder = source.folder if isinstance(source, ImageFolder) else Path()
         paths = _find_files(folder, captions)
-        layouts = [read_file(path, collector) for path in paths]
+        layout = _read_files(paths, folder, collector)
     notes, found = collector.finish()
     if not found:
         reasons = "; ".join(f"{words}: {count:,}" for words, count in sorted(notes.items()))
         raise UserError(f"{paths[0]}: no captions could be read ({reasons or 'it is empty'})")
-    splits, split_source = _assign_splits(sorted(found), collector)
-    images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in sorted(found)]
-    return CaptionTable(images, paths[0], layouts[0], split_source, notes)
+    names = sorted(found)
+    splits, split_source = _assign_splits(names, collector)
+    images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in names]
+    ids = {name: collector.ids[name] for name in names if name in collector.ids}
+    if len({(splits.get(name), number) for name, number in ids.items()}) < len(ids):
+        ids = {}  # of several files that number their images alike
+    return CaptionTable(images, paths[0], layout, split_source, notes, ids)
 
 
-def _find_files(data: Path, captions: Path | None) -> list[Path]:
+def caption_paths(captions: CaptionPaths) -> list[str]:
+    """Return the paths as text; earlier runs have a single one in their settings."""
+    if not captions:
+        return []
+    return [str(path) for path in ([captions] if isinstance(captions, str | Path) else captions)]
+
+
+def _find_files(data: Path, captions: CaptionPaths) -> list[Path]:
     """List the files to read: ``captions``, or those found in ``data``.
 
     A folder stands for the text files beside its images.
     """
-    if captions is not None:
-        for path in (captions, data / captions):
-            if path.is_file() or (path.is_dir() and find_sidecars(path)[0]):
-                return [path]
-        raise UserError(f"{captions}: no such file; --captions names the file with the captions")
+    if captions:
+        return list(
+            dict.fromkeys(_find_named(data, Path(path)) for path in caption_paths(captions))
+        )
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; --data names the folder of a data set")
-    for patterns in SEARCH_ORDER:
+    folders = [path for path in sorted(data.iterdir()) if path.name.lower() in SPLIT_WORDS]
+    found = _search(data, SEARCH_ORDER)
+    found = found or [path for folder in folders for path in _search(folder, SEARCH_ORDER)]
+    if not found and find_sidecars(data)[0]:
+        return [data]
+    found = found or _search(data, [SPLIT_FILES])
+    if not found:
+        looked_for = ", ".join(name for names in (*SEARCH_ORDER, SPLIT_FILES) for name in names)
+        raise UserError(
+            f"{data}: no captions file; looked for {looked_for} and for a .txt or .caption beside "
+            "each image; name another one with --captions"
+        )
+    return found
+
+
+def _find_named(data: Path, captions: Path) -> Path:
+    for path in (captions, data / captions):
+        if path.is_file() or (path.is_dir() and find_sidecars(path)[0]):
+            return path
+    raise UserError(f"{captions}: no such file; --captions names the file with the captions")
+
+
+def _search(folder: Path, order: Iterable[tuple[str, ...]]) -> list[Path]:
+    """Return the files of the first group that has any."""
+    for patterns in order:
         # By file name, as the same COCO file may be in both places.
-        found = {path.name: path for pattern in patterns for path in sorted(data.glob(pattern))}
+        found = {path.name: path for pattern in patterns for path in sorted(folder.glob(pattern))}
         # macOS leaves ._x.csv beside x.csv; Hugging Face's dataset_info.json holds no captions.
         ignored = (".", "dataset_info")
         paths = [found[name] for name in sorted(found) if not name.startswith(ignored)]
-        if len(paths) > 1 and patterns is not COCO_FILES:
+        if len(paths) > 1 and patterns is not COCO_FILES and not _are_splits(paths):
             names = ", ".join(path.name for path in paths[:5])
-            raise UserError(f"{data}: several captions files ({names}); choose with --captions")
+            raise UserError(f"{folder}: several captions files ({names}); choose with --captions")
         if paths:
             return paths
-    if find_sidecars(data)[0]:
-        return [data]
-    looked_for = ", ".join(pattern for patterns in SEARCH_ORDER for pattern in patterns)
-    raise UserError(
-        f"{data}: no captions file; looked for {looked_for} and for a .txt beside each image; "
-        "name another one with --captions"
-    )
+    return []
+
+
+def _are_splits(paths: Sequence[Path]) -> bool:
+    splits = [split_of_file(path) for path in paths]
+    return all(splits) and len(set(splits)) == len(paths)
+
+
+def _read_files(paths: Sequence[Path], data: Path, collector: CaptionCollector) -> str:
+    """Read the files; return their layouts.
+
+    Names in a folder that names a split are relative to it.
+    """
+    several, root = len(paths) > 1, data.resolve()
+    by_name = several and all(map(split_of_file, paths))
+    layouts: dict[str, None] = {}
+    for path in paths:
+        parent, folder = (path if path.is_dir() else path.parent).resolve(), ""
+        if parent != root and parent.is_relative_to(root):
+            parts = parent.relative_to(root).parts
+            if parts[0].lower() in SPLIT_WORDS or (several and path.is_dir()):
+                folder = normalize_name("/".join((*parts, "")))
+        collector.start_file(folder, split_of_file(path) if by_name else "")
+        layouts[read_file(path, collector)] = None
+    return " and ".join(layouts) + (f", {len(paths)} files" if several else "")
 
 
 def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[str, str], str]:
     """Return image name -> split, and where the splits come from."""
     if any(name in collector.splits for name in names):
-        return collector.splits, collector.split_source
+        return collector.splits, ", ".join(collector.split_sources)
+    by_folder = _folder_splits(names)
+    if len({"train", "val"} & {*by_folder.values()}) == 2:
+        return by_folder, "the names of the folders"
+    if {"train", "test"} <= {*by_folder.values()}:
+        # No test image may be trained on.
+        of_train = _hash_splits([name for name in names if by_folder.get(name) == "train"])
+        val = {name: "val" for name, split in of_train.items() if split == "val"}
+        return by_folder | val, "the names of the folders; val: a hash of those in train (10 %)"
     official = official_splits(names)
     if official is not None:
         return official, "official Flickr8k lists"
     return _hash_splits(names), "hash of the image name (80/10/10)"
+
+
+def _folder_splits(names: list[str]) -> dict[str, str]:
+    """Return the splits of names whose first folder, below those of all, is that of a split."""
+    # Of sorted names the first and the last have in common what all have.
+    shared = os.path.commonprefix([names[0], names[-1]])  # noqa: RUF071
+    start = shared.rfind("/") + 1
+    firsts = {name: name[start:].rpartition("/")[0].partition("/")[0].lower() for name in names}
+    return {name: SPLIT_WORDS[word] for name, word in firsts.items() if word in SPLIT_WORDS}
 
 
 def _hash_splits(names: list[str]) -> dict[str, str]:
@@ -187,8 +269,13 @@ def _hash_splits(names: list[str]) -> dict[str, str]:
     }
 
 
-def _match(names: list[str], available: Iterable[str]) -> tuple[dict[str, str], Counter[str]]:
-    """Match names, see ``CaptionTable.restrict``; return name -> available path, and notes."""
+def match_names(
+    names: Sequence[str], available: Iterable[str]
+) -> tuple[dict[str, str], Counter[str]]:
+    """Match normalized names; return name -> available path, and notes.
+
+    See ``CaptionTable.restrict``.
+    """
     paths = {normalize_name(path): path for path in available}
     matched = {name: name for name in names if name in paths}
     by_tail = _by_tail(paths) if len(matched) < len(names) else {}

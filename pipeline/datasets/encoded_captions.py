@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy
 import torch
 from torch import Tensor
 
-from pipeline.datasets.caption_table import CaptionedImage, CaptionTable, read_captions
+from pipeline.datasets.caption_table import (
+    CaptionedImage,
+    CaptionPaths,
+    CaptionTable,
+    read_captions,
+)
 from pipeline.datasets.image_sources import ImageSource
 from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
@@ -20,7 +24,10 @@ from pipeline.utils.terminal import echo
 
 
 def load_table(
-    source: ImageSource, captions: Path | None, available: Sequence[str]
+    source: ImageSource,
+    captions: CaptionPaths,
+    available: Sequence[str],
+    encoding: str | None = None,
 ) -> tuple[CaptionTable, dict[str, str]]:
     """Read the captions of ``source``, keep those whose image is available, and print a summary.
 
@@ -29,7 +36,7 @@ def load_table(
     Raises:
         UserError: no captions, or none of their images is available.
     """
-    table, names = read_captions(source, captions).restrict(available)
+    table, names = read_captions(source, captions, encoding).restrict(available)
     for line in table.summary():
         echo(line, err=True)
     if not table.images:

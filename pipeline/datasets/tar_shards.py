@@ -103,23 +103,23 @@ class TarShards:
             raise UserError(f"{name}: no such image in {self.origin}")
         return self._members[shard][member]
 
-    def read_captions(self) -> tuple[dict[str, list[str]], list[str]]:
+    def read_captions(self) -> tuple[dict[str, bytes], list[str]]:
         """Read the texts beside the images.
 
-        Returns image name -> the lines of its text, and the texts that fit no image or several.
+        Returns image name -> the content of its text, and the texts that fit no image or several.
         """
-        captions: dict[str, list[str]] = {}
+        captions: dict[str, bytes] = {}
         unmatched: list[str] = []
         for shard in self._listing():
-            texts: dict[str, list[str]] = {}
+            texts: dict[str, bytes] = {}
             self._members[shard] = _list_members(self._shards[shard], texts)
             by_key: defaultdict[str, list[str]] = defaultdict(list)
             for member in self._members[shard]:
                 by_key[_key(member)].append(member)
-            for text, lines in texts.items():
+            for text, content in texts.items():
                 images = by_key[_key(text)]
                 if len(images) == 1:
-                    captions[f"{shard}/{images[0]}"] = lines
+                    captions[f"{shard}/{images[0]}"] = content
                 else:
                     unmatched.append(f"{shard}/{text}")
         return captions, unmatched
@@ -204,8 +204,8 @@ def _key(member: str) -> str:
     return folder + slash + name.partition(".")[0]
 
 
-def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, TarMember]:
-    """List the images of a tar file; the lines of its texts are added to ``texts``, if given."""
+def _list_members(shard: str, texts: dict[str, bytes] | None) -> dict[str, TarMember]:
+    """List the images of a tar file; its texts are added to ``texts``, if given."""
     found: dict[str, TarMember] = {}
     system, path = _file_system(shard)
     try:
@@ -226,8 +226,7 @@ def _list_members(shard: str, texts: dict[str, list[str]] | None) -> dict[str, T
                     found[name] = TarMember(shard, name, *place)
                 elif texts is not None and suffix == ".txt" and member.size <= MAX_TEXT_BYTES:
                     file.seek(member.offset_data)
-                    text = file.read(member.size).decode("utf-8-sig", "replace")
-                    texts[name] = [t for t in re.split(r"\r\n|\n|\r", text) if t.strip()]
+                    texts[name] = file.read(member.size)
             # Zeros end a tar file; tarfile takes a damaged header for the end, too.
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

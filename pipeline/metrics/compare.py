@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.datasets.caption_table import CaptionTable, read_captions
+from pipeline.datasets.caption_collector import normalize_name
+from pipeline.datasets.caption_table import (
+    CaptionPaths,
+    CaptionTable,
+    match_names,
+    read_captions,
+)
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.tokenizers import ENGLISH, tokenizer_of
@@ -46,15 +52,17 @@ def compare_predictions(
     first: Path,
     second: Path,
     data: str | Path,
-    captions: Path | None,
+    captions: CaptionPaths,
     split: str,
     tokenizer: str | None = None,
+    encoding: str | None = None,
 ) -> dict[str, Difference]:
     """Test whether two prediction files for the same images differ.
 
     Args:
-        first, second: in the COCO results format, as ``evaluate_runs`` writes them.
-        data, captions: where the references are.
+        first, second: in the COCO results format. Images have their ids in the data, or paths,
+            which are matched as those of a captions file are.
+        data, captions, encoding: where the references are, see ``read_captions``.
         split: of which the images are.
         tokenizer: by default that of the scores beside the files, else ``english``.
 
@@ -69,17 +77,24 @@ def compare_predictions(
                 "--tokenizer"
             )
         tokenizer = found.pop() or ENGLISH if found else ENGLISH
-    tokens = [_read_predictions(path, tokenizer) for path in (first, second)]
+    table = read_captions(open_source(data), captions, encoding)
+    references = references_of(table, split, tokenizer)
+    names = {str(table.image_id(name)): name for name in references}
+    tokens = []
+    for path in (first, second):
+        predictions = _read_predictions(path, tokenizer)
+        others = {normalize_name(image): image for image in predictions if image not in names}
+        matched, _ = match_names([*others], references)
+        ids = names | {others[other]: name for other, name in matched.items()}
+        unknown = [image for image in predictions if image not in ids]
+        if unknown:
+            raise UserError(f"{path}: {unknown[0]!r} is not in the {split} split of {data}")
+        tokens.append({ids[image]: words for image, words in predictions.items()})
     if tokens[0].keys() != tokens[1].keys():
         apart = sorted(tokens[0].keys() ^ tokens[1].keys())
         raise UserError(
             f"{first} and {second} are not of the same images ({apart[0]!r} is in one alone)"
         )
-    table = read_captions(open_source(data), captions)
-    references = references_of(table, split, tokenizer)
-    unknown = sorted(tokens[0].keys() - references.keys())
-    if unknown:
-        raise UserError(f"{first}: {unknown[0]!r} is not in the {split} split of {data}")
     if len(tokens[0]) < len(references):
         echo(f"{len(tokens[0]):,} of {len(references):,} images have predictions", err=True)
     scorer = Scorer({name: references[name] for name in tokens[0]})
@@ -96,10 +111,13 @@ def _tokenizer_beside(path: Path) -> str | None:
 
 
 def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
+    """Return the tokens of each image's first caption, by what the file calls the image."""
     tokenize = tokenizer_of(tokenizer).tokenize
+    tokens: dict[str, list[str]] = {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        tokens = {str(entry["image_id"]): tokenize(entry["caption"]) for entry in content}
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        for entry in content:
+            tokens.setdefault(str(entry["image_id"]), tokenize(entry["caption"]))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -108,4 +126,6 @@ def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
         ) from error
     if not tokens:
         raise UserError(f"{path}: no predictions in it")
+    if ignored := len(content) - len(tokens):
+        echo(f"{path}: only the first caption of an image counts: {ignored:,} ignored", err=True)
     return tokens

@@ -7,20 +7,18 @@ import io
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from pipeline.captioner import Prediction
+from pipeline.datasets.caption_readers import FORMULA, PREDICTION_COLUMNS, text_of_cell
 from pipeline.decoding.captions import Caption, Word
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 from pipeline.utils.terminal import as_json, escape_control
 
-# Text that a spreadsheet evaluates as a formula, or takes for one; see docs/file-formats.md.
-FORMULA = re.compile("'*[=+\\-@\\t\\n]")
 # Line ends and tabs are quoted; Python 3.12 and older do not quote carriage returns.
 KEPT_IN_CSV = "\t\n"
 
@@ -110,12 +108,9 @@ def _write_jsonl(predictions: Iterable[Prediction], handle: IO[str]) -> None:
         handle.flush()
 
 
-CSV_COLUMNS = ["image", "rank", "caption", "log_probability", "error"]
-
-
 def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
     writer = csv.writer(handle, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    writer.writerow(PREDICTION_COLUMNS)
     for prediction in predictions:
         name = _cell(name_in(prediction.path, "csv"))
         for rank, caption in enumerate(prediction.captions, start=1):
@@ -130,11 +125,6 @@ def _cell(text: str) -> str:
     """Return text that a spreadsheet shows and does not evaluate."""
     text = escape_control(text, KEPT_IN_CSV)
     return f"'{text}" if FORMULA.match(text) else text
-
-
-def _text_of(cell: str) -> str:
-    """Return the text of what ``_cell`` made."""
-    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def _write_coco(predictions: Iterable[Prediction], handle: IO[str]) -> None:
@@ -164,7 +154,7 @@ def read_predictions(path: Path, layout: str) -> list[Prediction]:
         UserError: the file cannot be read, or is not in this layout.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         found: dict[str, Prediction] = {}
         for prediction in READERS[layout](text):
             known = found.setdefault(prediction.path, prediction)
@@ -189,14 +179,14 @@ def _read_text(text: str) -> Iterator[Prediction]:
 
 def _read_csv(text: str) -> Iterator[Prediction]:
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    if reader.fieldnames != CSV_COLUMNS:
+    if reader.fieldnames != PREDICTION_COLUMNS:
         raise ValueError(f"columns {reader.fieldnames}")
     for row in reader:
-        image = _text_of(row["image"])
+        image = text_of_cell(row["image"])
         if row["error"]:
-            yield Prediction(image, [], _text_of(row["error"]))
+            yield Prediction(image, [], text_of_cell(row["error"]))
         else:
-            caption = Caption(_text_of(row["caption"]), float(row["log_probability"]))
+            caption = Caption(text_of_cell(row["caption"]), float(row["log_probability"]))
             yield Prediction(image, [caption])
 
 

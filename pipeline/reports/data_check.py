@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.datasets.caption_readers import SPLITS
+from pipeline.datasets.caption_collector import SPLITS
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH, tokenizer_of
@@ -100,8 +100,7 @@ class _DataCheck:
     def __init__(self, options: DecoderOptions, commands: NextCommands) -> None:
         self.options, self.commands = options, commands
         self.source, features = open_source(options.data), Path(options.features)
-        captions = Path(options.captions) if options.captions else None
-        self.whole = read_captions(self.source, captions)
+        self.whole = read_captions(self.source, options.captions, options.encoding)
         self.cache = FeatureCache(features) if features.is_file() else None
         if self.cache is None and not self.source.names:
             raise UserError(f"--data {options.data}: no images there, and no features of them")

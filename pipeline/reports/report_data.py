@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.datasets.caption_readers import SPLITS
+from pipeline.datasets.caption_collector import SPLITS
 from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
@@ -43,6 +43,7 @@ class ReportData:
     val: Tokenized
     references: Mapping[str, Sequence[str]]  # the captions of val images, as written
     images: Mapping[str, ImageRef]  # the val images, as far as they are on this machine
+    names: Mapping[str | int, str]  # of val images, by their ids in predictions.json
 
     @property
     def vocabulary_size(self) -> int:
@@ -62,10 +63,9 @@ def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabu
         UserError: they cannot be read, or are not those of the training.
     """
     source = open_source(data or settings["data"])
-    captions = Path(settings["captions"]) if settings["captions"] and data is None else None
-    table, names = _used_in_training(
-        read_captions(source, captions), source, Path(settings["features"]), settings
-    )
+    captions = settings["captions"] if data is None else None
+    table = read_captions(source, captions, settings.get("encoding"))
+    table, names = _used_in_training(table, source, Path(settings["features"]), settings)
     tokenizer = vocabulary.tokenizer.name
     train, val = (tokenized(table.of_split(split), tokenizer) for split in ("train", "val"))
     if not train or not val:
@@ -80,6 +80,7 @@ def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabu
         val=val,
         references={image.name: image.captions for image in table.of_split("val")},
         images=_images(source, {name: names[name] for name in val}),
+        names={alias: name for name in val for alias in (name, table.image_id(name))},
     )
 
 

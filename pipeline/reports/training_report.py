@@ -260,7 +260,8 @@ def _scored_predictions(
     """Return CIDEr-D, name and caption of each prediction of val, the lowest first."""
     if data is None:
         return []
-    captions = {p["image_id"]: p["caption"] for p in predictions if p["image_id"] in data.val}
+    names = data.names
+    captions = {names[p["image_id"]]: p["caption"] for p in predictions if p["image_id"] in names}
     if not captions:
         return []
     scorer = Scorer({name: data.val[name] for name in captions})

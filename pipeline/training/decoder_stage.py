@@ -204,8 +204,8 @@ def prepare_stage(
     Arguments and errors are those of ``train_decoder``.
     """
     cache = FeatureCache(Path(options.features))
-    captions_file = Path(options.captions) if options.captions else None
-    table, names = load_table(open_source(options.data), captions_file, cache.names(DONE))
+    source = open_source(options.data)
+    table, names = load_table(source, options.captions, cache.names(DONE), options.encoding)
     train_captions, val_captions = split_captions(table, options.tokenizer, "image with features")
     resumed = world.broadcast(lambda: can_resume(run, force))
     saved = world.broadcast(lambda: load_checkpoint(run / LAST) if resumed else None)

@@ -104,8 +104,7 @@ def prepare_stage(
     start = world.broadcast(lambda: load_ensemble([run / LAST] if resumed else starts))
 
     source = open_source(options.data)
-    captions_file = Path(options.captions) if options.captions else None
-    table, names = load_table(source, captions_file, source.names)
+    table, names = load_table(source, options.captions, source.names, options.encoding)
     tokenizer = start.vocabulary.tokenizer.name
     train_captions, val_captions = split_captions(table, tokenizer, "image")
     val_images = {name: source.image(names[name]) for name in val_captions}

@@ -36,12 +36,14 @@ class TrainingOptions:
 
     Attributes:
         data: folder or tar shards with the captions, and the images.
-        captions: the captions file; None: the one found in ``data``.
+        captions: the captions files; none: those found in ``data``.
+        encoding: of the captions files; None: see ``decode_text``.
         features: the feature cache of stage 2.
     """
 
     data: str
-    captions: str | None = None
+    captions: tuple[str, ...] = ()
+    encoding: str | None = None
     features: str
     weight_decay: float = option(
         1e-2, "Weight decay of the AdamW optimizer.", min=0, heading=REGULARIZATION

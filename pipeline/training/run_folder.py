@@ -31,7 +31,7 @@ RESULTS = (CURVES, CURVES_PNG, REPORT, PREDICTIONS, SCORES)
 RUN_FILES = (BEST, LAST, RESUME, LOG, SAMPLES, *RESULTS, CONFIG)
 TENSORBOARD = "tensorboard"  # a folder
 # These may change when a run is resumed, as data may move; the hashes of the splits may not.
-PATH_OPTIONS = {"data", "captions", "features", "weights"}
+PATH_OPTIONS = {"data", "captions", "encoding", "features", "weights"}
 
 
 def split_hashes(table: CaptionTable) -> dict[str, str]:

@@ -174,6 +174,33 @@ def test_comparing_two_predictions_files(drawn_run: DrawnRun, tmp_path: Path) ->
         assert message in refused.stderr and "Traceback" not in refused.output
 
 
+def test_coco_ids_are_written_and_compared(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    table = read_captions(drawn_run.data)
+    files: list[object] = []
+    for split in ("val", "test"):
+        images = list(enumerate(table.of_split(split), 500))
+        document = {
+            "images": [{"id": number, "file_name": image.name} for number, image in images],
+            "annotations": [
+                {"image_id": number, "caption": text}
+                for number, image in images
+                for text in image.captions
+            ],
+        }
+        path = tmp_path / f"captions_{split}.json"
+        path.write_text(json.dumps(document), encoding="utf-16")
+        files += ["--captions", path]
+    options = ("--data", drawn_run.data, *files)
+    output = tmp_path / "predictions.json"
+    features = ("--features", drawn_run.features, "--encoding", "utf-8")
+    result = evaluate(drawn_run.run, *options, *features, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert f"captions: {tmp_path}/captions_val.json (COCO JSON, 2 files)" in result.stderr
+    written = [entry["image_id"] for entry in json.loads(output.read_text())]
+    assert written == list(range(500, 500 + len(table.of_split("val"))))
+    assert evaluate("--compare", output, output, *options).exit_code == 0
+
+
 def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_path: Path) -> None:
     """Own files are those of the best checkpoint on val with the default search."""
     run = tmp_path / "run"

@@ -193,7 +193,8 @@ def test_coco_files_give_their_names_as_splits(tmp_path: Path) -> None:
         unsplit = read_captions(tmp_path, write_json(tmp_path / "other" / name, coco("1", "2")))
         assert unsplit.split_source == "hash of the image name (80/10/10)"
     table = read_captions(tmp_path)
-    assert table.layout == "COCO JSON"
+    assert table.layout == "COCO JSON, 2 files"
+    assert [table.image_id(name) for name in ("1.jpg", "2.jpg", "3.jpg")] == [0, 1, 0]
     assert splits_of(table) == {"1.jpg": "train", "2.jpg": "train", "3.jpg": "val"}
     assert captions_of(table)["1.jpg"] == ("A kite over 1.jpg .", "Two kites .")
     where = "captions_train2017.json, annotation"
@@ -202,6 +203,9 @@ def test_coco_files_give_their_names_as_splits(tmp_path: Path) -> None:
         f"captions that are not text dropped (first: {where} 5)": 1,
         f"malformed lines or entries dropped (first: {where} 6)": 2,
         "images in two splits, kept in the first": 1,
+        "images in several captions files, merged": 1,
+        "captions that are in an earlier file too dropped (first: captions_val2017.json, "
+        "annotation 2)": 1,
     }
 
 
@@ -266,7 +270,7 @@ def test_text_files_beside_the_images(tmp_path: Path) -> None:
     assert (table.source, table.layout) == (tmp_path, "folder of .txt captions")
     assert table.split_source == "hash of the image name (80/10/10)"
     assert table.notes == {
-        ".txt files without one image of their name ignored (first: README.txt)": 3,
+        "text files without one image of their name ignored (first: README.txt)": 3,
         "images left with no caption dropped": 1,
     }
     restricted, _ = table.restrict(["a.jpg", "f.jpg", "sub/b.PNG", "sub/deep/c.webp", "d.png"])
@@ -294,12 +298,13 @@ def test_a_captions_file_comes_before_text_files(tmp_path: Path) -> None:
 
 
 def test_folders_give_the_split_if_train_and_val_are_among_them(tmp_path: Path) -> None:
-    for name in ("train/a", "train/b/c", "Test/d", "more/e", "f"):
+    for name in ("train/a", "train/b/c", "more/e", "f"):
         touch(tmp_path, f"{name}.jpg")
         write(tmp_path / f"{name}.txt", "A kite .")
     assert read_captions(tmp_path).split_source == "hash of the image name (80/10/10)"
-    touch(tmp_path, "valid/g.jpg")
-    write(tmp_path / "valid/g.txt", "A kite .")
+    for name in ("valid/g", "Test/d"):
+        touch(tmp_path, f"{name}.jpg")
+        write(tmp_path / f"{name}.txt", "A kite .")
     table = read_captions(tmp_path)
     assert table.split_source == "the names of the folders"
     assert splits_of(table) == {
@@ -405,7 +410,7 @@ def test_encodings_and_line_ends(tmp_path: Path, encoding: str, line_end: str) -
     (tmp_path / "captions.txt").write_bytes(text.encode(encoding))
     table = read_captions(tmp_path)
     assert captions_of(table) == {"é.jpg": ("A café .",), "b.jpg": ("A pot is red .",)}
-    notes = {"file not UTF-8, read as Windows-1252 (first: captions.txt)": 1}
+    notes = {"file not UTF-8, read as Windows-1252, see --encoding (first: captions.txt)": 1}
     assert table.notes == (notes if encoding == "cp1252" else {})
 
 
@@ -477,7 +482,9 @@ def test_matching_time_grows_linearly() -> None:
 
 def test_search_order_and_competing_files(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "A kite .")  # without an image
-    with pytest.raises(UserError, match=r"no captions file; .* for a \.txt beside each") as caught:
+    with pytest.raises(
+        UserError, match=r"no captions file; .* for a \.txt or \.caption beside each"
+    ) as caught:
         read_captions(tmp_path)
     for words in (str(tmp_path), "Flickr8k.token.txt", "captions_*.json", "*.jsonl", "--captions"):
         assert words in caught.value.message

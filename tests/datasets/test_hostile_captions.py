@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.datasets.caption_readers import MAX_CAPTION_LENGTH, MAX_NAME_LENGTH
+from pipeline.datasets.caption_collector import MAX_CAPTION_LENGTH, MAX_NAME_LENGTH
 from pipeline.datasets.caption_table import CaptionTable, read_captions
 from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.utils.errors import UserError

@@ -149,7 +149,7 @@ def test_captions_are_read_from_texts(shards: str, tmp_path: Path) -> None:
     assert table.images[0].name == "0000.tar/0.png"
     assert table.images[0].captions == ("a red thing", "it is red")
     assert table.notes[
-        ".txt files without one image of their name ignored (first: 0000.tar/alone.txt)"
+        "text files without one image of their name ignored (first: 0000.tar/alone.txt)"
     ]
 
 
