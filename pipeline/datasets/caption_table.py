@@ -137,7 +137,7 @@ def read_captions(
         reasons = "; ".join(f"{words}: {count:,}" for words, count in sorted(notes.items()))
         raise UserError(f"{paths[0]}: no captions could be read ({reasons or 'it is empty'})")
     names = sorted(found)
-    splits, split_source = _assign_splits(names, collector)
+    splits, split_source = _assign_splits(names, collector, source)
     images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in names]
     ids = {name: collector.ids[name] for name in names if name in collector.ids}
     if len({(splits.get(name), number) for name, number in ids.items()}) < len(ids):
@@ -163,9 +163,8 @@ def _find_files(data: Path, captions: CaptionPaths) -> list[Path]:
         )
     if not data.is_dir():
         raise UserError(f"{data}: no such folder; --data names the folder of a data set")
-    folders = [path for path in sorted(data.iterdir()) if path.name.lower() in SPLIT_WORDS]
     found = _search(data, SEARCH_ORDER)
-    found = found or [path for folder in folders for path in _search(folder, SEARCH_ORDER)]
+    found = found or [p for folder in _split_folders(data) for p in _search(folder, SEARCH_ORDER)]
     if not found and find_sidecars(data)[0]:
         return [data]
     found = found or _search(data, [SPLIT_FILES])
@@ -176,6 +175,11 @@ def _find_files(data: Path, captions: CaptionPaths) -> list[Path]:
             "each image; name another one with --captions"
         )
     return found
+
+
+def _split_folders(data: Path) -> list[Path]:
+    """List the folders that name a split."""
+    return [path for path in sorted(data.iterdir()) if path.name.lower() in SPLIT_WORDS]
 
 
 def _find_named(data: Path, captions: Path) -> Path:
@@ -212,7 +216,8 @@ def _read_files(paths: Sequence[Path], data: Path, collector: CaptionCollector) 
     Names in a folder that names a split are relative to it.
     """
     several, root = len(paths) > 1, data.resolve()
-    by_name = several and all(map(split_of_file, paths))
+    splits = {split_of_file(path) for path in paths}
+    by_name = len(splits) > 1 and "" not in splits
     layouts: dict[str, None] = {}
     for path in paths:
         parent, folder = (path if path.is_dir() else path.parent).resolve(), ""
@@ -225,11 +230,16 @@ def _read_files(paths: Sequence[Path], data: Path, collector: CaptionCollector) 
     return " and ".join(layouts) + (f", {len(paths)} files" if several else "")
 
 
-def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[str, str], str]:
+def _assign_splits(
+    names: list[str], collector: CaptionCollector, source: ImageSource
+) -> tuple[dict[str, str], str]:
     """Return image name -> split, and where the splits come from."""
     if any(name in collector.splits for name in names):
         return collector.splits, ", ".join(collector.split_sources)
-    by_folder = _folder_splits(names)
+    paths = {name: name for name in names}
+    if isinstance(source, ImageFolder) and source.folder.is_dir() and _split_folders(source.folder):
+        paths |= match_names(names, source.names)[0]
+    by_folder = _folder_splits(paths)
     if len({"train", "val"} & {*by_folder.values()}) == 2:
         return by_folder, "the names of the folders"
     if {"train", "test"} <= {*by_folder.values()}:
@@ -243,13 +253,14 @@ def _assign_splits(names: list[str], collector: CaptionCollector) -> tuple[dict[
     return _hash_splits(names), "hash of the image name (80/10/10)"
 
 
-def _folder_splits(names: list[str]) -> dict[str, str]:
-    """Return the splits of names whose first folder, below those of all, is that of a split."""
-    # Of sorted names the first and the last have in common what all have.
-    shared = os.path.commonprefix([names[0], names[-1]])  # noqa: RUF071
+def _folder_splits(paths: dict[str, str]) -> dict[str, str]:
+    """Return the splits of images whose first folder, below those of all, is that of a split."""
+    # Cut at a slash.
+    shared = os.path.commonprefix([*paths.values()])  # noqa: RUF071
     start = shared.rfind("/") + 1
-    firsts = {name: name[start:].rpartition("/")[0].partition("/")[0].lower() for name in names}
-    return {name: SPLIT_WORDS[word] for name, word in firsts.items() if word in SPLIT_WORDS}
+    firsts = {name: path[start:].rpartition("/")[0].split("/")[0] for name, path in paths.items()}
+    words = {name: word.lower() for name, word in firsts.items()}
+    return {name: SPLIT_WORDS[word] for name, word in words.items() if word in SPLIT_WORDS}
 
 
 def _hash_splits(names: list[str]) -> dict[str, str]:

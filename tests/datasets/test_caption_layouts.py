@@ -146,6 +146,14 @@ def test_folders_in_the_names_of_a_table_are_the_split(tmp_path: Path, before: s
     assert {*splits_of(read_captions(tmp_path)).values()} == {"val"}
 
 
+def test_folders_of_the_images_are_the_split_if_the_names_have_none(tmp_path: Path) -> None:
+    for name in NAMES:
+        put(tmp_path / name, "")
+    rows = "".join(f"{name.partition('/')[2]},a dog\n" for name in NAMES)
+    table = read_captions(tmp_path, put(tmp_path / "x.csv", "image,caption\n" + rows))
+    assert splits_of(table) == {name.partition("/")[2]: s for name, s in BY_FOLDER.items()}
+
+
 def test_test_images_are_never_trained_on_where_there_is_no_val(tmp_path: Path) -> None:
     names = [f"{'test' if n % 4 else 'train'}/{n:03}.jpg" for n in range(400)]
     put(tmp_path / "x.csv", "image,caption\n" + "".join(f"{name},a dog\n" for name in names))
@@ -181,6 +189,11 @@ def test_names_of_several_files_give_the_split(tmp_path: Path, pattern: str) -> 
     table = read_captions(tmp_path)
     assert splits_of(table) == {"0.jpg": "train", "1.jpg": "val", "2.jpg": "test"}
     assert table.split_source == "the names of the captions files"
+
+
+def test_files_that_are_all_of_one_split_give_none(tmp_path: Path) -> None:
+    names = [put(tmp_path / f"train_{n}.csv", f"image,caption\n{n}.jpg,a dog\n") for n in (0, 1)]
+    assert {*splits_of(read_captions(tmp_path, names)).values()} == {"train", "val"}
 
 
 def test_folders_given_together_keep_their_names_apart(tmp_path: Path) -> None:
