@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.decoding.captions import Caption, caption_features
+from pipeline.decoding.captions import Caption, as_sentence, caption_features
 from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.reranking import Reranker, reranker_of
 from pipeline.features.encode_images import EncodedBatch, encode_batches
@@ -164,6 +164,7 @@ class Captioner:
         batch_size: int | None = None,
         workers: int | None = None,
         details: bool = False,
+        sentence: bool = False,
         **search: Any,
     ) -> Iterator[Prediction]:
         """Caption images one after the other; memory does not grow with their number.
@@ -174,6 +175,7 @@ class Captioner:
             batch_size: images per batch; by default 4 on a CPU, 64 elsewhere.
             workers: threads that decode and encode; by default ``devices.default_workers``.
             details: return the probability of each word as well.
+            sentence: begin captions with a capital letter, and end them with a period.
             search: fields of ``options``, such as ``num_captions=3``.
 
         Yields:
@@ -211,6 +213,8 @@ class Captioner:
                     details=details,
                     keys=[zlib.crc32(os.fsencode(Path(paths[key]).name)) for key in keys],
                 )
+                if sentence:
+                    captions = [[as_sentence(caption) for caption in group] for group in captions]
                 found = dict(zip(keys, captions, strict=True))
             failures = {key: why for encoded in group for key, why in encoded.failures.items()}
             for key in sorted([*found, *failures]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,19 @@ from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions, diverse_captions
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.terminal import escape_control
+
+# The full stop of scripts that have their own, by the first word of their characters' names;
+# Thai and Lao have none.
+FULL_STOPS = {
+    **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"), "\u3002"),
+    **dict.fromkeys(("DEVANAGARI", "BENGALI", "GURMUKHI", "ORIYA"), "\u0964"),
+    "MYANMAR": "\u104b",
+    "KHMER": "\u17d4",
+    "ARMENIAN": "\u0589",
+    "ETHIOPIC": "\u1362",
+    "THAI": "",
+    "LAO": "",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Caption:
     """One caption of an image.
 
     Attributes:
-        text: words, lower case, without a period.
+        text: words, lower case, without a period; see ``as_sentence``.
         log_probability: under the model, in nats; nearer to 0 is more certain.
         words: the tokens one by one, if details were asked for, else empty.
     """
@@ -82,6 +96,23 @@ def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> lis
         )
         for h in hypotheses
     ]
+
+
+def as_sentence(caption: Caption) -> Caption:
+    """Return a caption with a capital letter and the full stop of its script.
+
+    >>> as_sentence(Caption("a dog runs", -1.0)).text
+    'A dog runs.'
+    """
+    text, words = caption.text, caption.words
+    # Title case, unlike upper case, leaves letters of scripts without capitals (Georgian).
+    first = text[:1].title() if len(text[:1].title()) == 1 else text[:1]
+    scripts = (unicodedata.name(letter, " ").split(" ")[0] for letter in reversed(text))
+    stop = next((FULL_STOPS[script] for script in scripts if script in FULL_STOPS), ".")
+    stop = "" if text.endswith((".", stop)) or not text else stop
+    if words and text.startswith(words[0].text):
+        words = (replace(words[0], text=first + words[0].text[1:]), *words[1:])
+    return replace(caption, text=first + text[1:] + stop, words=words)
 
 
 @torch.inference_mode()

@@ -106,6 +106,7 @@ def caption_images(
     places: Destinations,
     search: SearchOptions,
     details: bool = False,
+    sentence: bool = False,
     batch_size: int | None = None,
     model: str = "",
     fingerprint: str = "",
@@ -118,6 +119,7 @@ def caption_images(
         places: where captions go.
         search: how to search; a page has several captions per image where the number is open.
         details: each word's probability, too; a page always has them.
+        sentence: see ``Captioner.stream``.
         batch_size: images per batch, see ``Captioner.stream``.
         model: its name, for the page.
         fingerprint: a string that differs for other model files.
@@ -146,7 +148,9 @@ def caption_images(
         # A progress bar would run through captions that appear on the same terminal.
         quiet = places.output is None and sys.stdout.isatty()
         bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
-        made = captioner.stream(images, options, batch_size=batch_size, details=with_words)
+        made = captioner.stream(
+            images, options, batch_size=batch_size, details=with_words, sentence=sentence
+        )
         for prediction in progress_bar(chain(done, made), total=len(wanted), **bar):
             failure = prediction.error or _write_beside(prediction, count, places, owners)
             if failure is not None:
@@ -164,7 +168,7 @@ def caption_images(
     if target is None:
         write_predictions(map(select, captioned(wanted)), places.layout, None)
         return outcome
-    settings = {"model": fingerprint, "search": config, "details": with_words}
+    settings = {"model": fingerprint, "search": config, "details": with_words, "sentence": sentence}
     with PartialResults(target, settings) as results:
         done = [path for path in wanted if path in results]
         remaining = [path for path in wanted if path not in results]
