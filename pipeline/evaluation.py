@@ -19,7 +19,7 @@ from pipeline.captioner import SEARCHED_AT_ONCE
 from pipeline.datasets.caption_table import CaptionPaths, CaptionTable, caption_paths
 from pipeline.datasets.encoded_captions import load_table, tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
-from pipeline.datasets.tar_shards import is_remote
+from pipeline.datasets.tar_shards import refuse_elsewhere
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.decoding.captions import Caption, caption_features
 from pipeline.decoding.options import SearchOptions, option_words
@@ -149,10 +149,10 @@ def evaluate_runs(
     data = options.data or settings.get("data")
     if not data:
         raise UserError(f"{runs[0]}: does not name the data it was trained on; give --data")
-    if options.data is None and is_remote(str(data)):
-        # A checkpoint from a stranger must not choose what this machine connects to.
-        raise UserError(f"{runs[0]}: was trained on remote data; to read them give --data '{data}'")
     own_data = str(data) == settings.get("data")
+    if own_data:
+        unset = [n for n in ("data", "captions", "features") if not getattr(options, n)]
+        refuse_elsewhere(settings, unset, runs[0])
     captions, encoding, features = options.captions, options.encoding, options.features
     if not captions and own_data:
         captions, encoding = settings.get("captions"), encoding or settings.get("encoding")

@@ -18,7 +18,7 @@ import re
 import tarfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -144,6 +144,26 @@ def is_tar_shards(data: str | os.PathLike[str]) -> bool:
 def is_remote(shard: str) -> bool:
     """True for a URL."""
     return "://" in shard or "::" in shard
+
+
+def is_elsewhere(path: str) -> bool:
+    r"""True for a URL or a network share, such as ``\\host\share``."""
+    return is_remote(path) or path.replace("\\", "/").startswith("//")
+
+
+def refuse_elsewhere(settings: Mapping[str, Any], names: Iterable[str], source: object) -> None:
+    """Check the paths that a model or a run names in its settings, which may be a stranger's.
+
+    Raises:
+        UserError: one is on another machine. Only the user chooses what this machine connects to.
+    """
+    for name in names:
+        value = settings.get(name)
+        for path in map(str, value if isinstance(value, list | tuple) else [value]):
+            if is_elsewhere(path):
+                raise UserError(
+                    f"{source}: was trained on remote data; to read them give --{name} '{path}'"
+                )
 
 
 def shards_folder(pattern: str) -> str:

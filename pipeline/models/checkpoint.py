@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.datasets.tar_shards import is_elsewhere
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint_file import (
     check_state,
@@ -31,6 +32,7 @@ from pipeline.models.pretrained import LAST as LAST
 from pipeline.models.pretrained import is_pretrained, pretrained_path
 from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
+from pipeline.utils.terminal import echo
 
 SCHEMA_VERSION = 2
 # A network is built only after its sizes are known to be possible.
@@ -273,11 +275,14 @@ def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> E
     checkpoint.refuse_other_features()
     wanted = checkpoint.encoder
     if checkpoint.encoder_weights is not None:
+        if weights is not None:
+            echo(f"--weights {weights}: not used, as the model contains its encoder", err=True)
         encoder = Encoder(wanted.weights_source, precision)
         load_trunk(encoder, checkpoint.encoder_weights, "the checkpoint's encoder")
     else:
         source = weights or wanted.weights_source
-        if weights is None and source not in NAMED_WEIGHTS and not Path(source).is_file():
+        found = source in NAMED_WEIGHTS or (not is_elsewhere(source) and Path(source).is_file())
+        if weights is None and not found:
             raise UserError(
                 f"the encoder's weights are no longer at {source}, where they were in training; "
                 "say where they are: --weights FILE"

@@ -51,7 +51,9 @@ class ReportData:
         return len(self.vocabulary) - len(SPECIALS)
 
 
-def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabulary) -> ReportData:
+def read_data(
+    settings: Mapping[str, Any], data: str | Path | None, vocabulary: Vocabulary
+) -> ReportData:
     """Read the captions of a run again.
 
     Args:
@@ -63,7 +65,8 @@ def read_data(settings: Mapping[str, Any], data: Path | None, vocabulary: Vocabu
         UserError: they cannot be read, or are not those of the training.
     """
     source = open_source(data or settings["data"])
-    captions = settings["captions"] if data is None else None
+    own = data is None or str(data) == settings["data"]
+    captions = settings["captions"] if own else None
     table = read_captions(source, captions, settings.get("encoding"))
     table, names = _used_in_training(table, source, Path(settings["features"]), settings)
     tokenizer = vocabulary.tokenizer.name

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from pipeline.datasets.images import ImageError
+from pipeline.datasets.tar_shards import refuse_elsewhere
 from pipeline.decoding.options import describe_search
 from pipeline.evaluation import EvaluationOptions, evaluate_runs
 from pipeline.metrics.coco import Scorer
@@ -82,12 +83,19 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
     best = f"epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f}"
     echo(f"best: {best} (val, beam 3)", err=True)
     settings = _read_json(run / CONFIG) or {}
-    options = EvaluationOptions(data=settings.get("data"), java=False)
+    # What the user gave to the training, not what a file names: see ``refuse_elsewhere``.
+    options = EvaluationOptions(
+        data=settings.get("data"),
+        captions=settings.get("captions"),
+        encoding=settings.get("encoding"),
+        features=Path(settings["features"]) if "features" in settings else None,
+        java=False,
+    )
     print_table({str(run): evaluate_runs([run], device, options)})
-    write_report(run)
+    write_report(run, settings.get("data"))
 
 
-def write_report(run: Path, data: Path | None = None) -> None:
+def write_report(run: Path, data: str | Path | None = None) -> None:
     """Write curves and ``report.html`` of a run; ``data`` is where its data moved, if they did.
 
     If the data cannot be read, the report lacks what is of them, and a message says so.
@@ -133,8 +141,11 @@ def epoch_reporter(run: Path) -> EpochCallback:
     return write
 
 
-def _read_run_data(run: Path, moved: Path | None) -> ReportData:
-    return read_data(_read_json(run / CONFIG), moved, load_checkpoint(run).vocabulary)
+def _read_run_data(run: Path, data: str | Path | None) -> ReportData:
+    settings = _read_json(run / CONFIG)
+    if data is None:
+        refuse_elsewhere(settings, ("data", "captions", "features"), run)
+    return read_data(settings, data, load_checkpoint(run).vocabulary)
 
 
 def _write_page(run: Path, data: ReportData | None, missing: str = "") -> None:
