@@ -9,8 +9,12 @@ from pipeline.utils.terminal import escape_control
 
 class _OneLineError(click.ClickException):
     def format_message(self) -> str:
-        """Return the text with control characters of file names escaped: always one line."""
-        return escape_control(self.message)
+        """Return the text with control characters of file names escaped: always one line.
+
+        Line ends of another library's error become spaces.
+        """
+        cause = str(self.__cause__ or "")
+        return escape_control(self.message.replace(cause, " ".join(cause.split())))
 
 
 class UserError(_OneLineError):
