@@ -5,9 +5,11 @@
 # make benchmark   measure every stage against common practice (15 to 20 minutes)
 #
 # Each first sets up .venv, once, and again when setup.cfg, pyproject.toml or constraints.txt
-# change. "make PYTHON=python3.12 demo" takes another Python.
+# change. "make PYTHON=python3.12 demo" takes another Python. On Linux without an NVIDIA GPU,
+# "make TORCH_INDEX=https://download.pytorch.org/whl/cpu demo" saves several GB of CUDA libraries.
 
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV = .venv
 ifeq ($(OS),Windows_NT)
 BIN = $(VENV)/Scripts
@@ -42,6 +44,16 @@ lint: $(READY)
 
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+ifneq ($(TORCH_INDEX),)
+	$(BIN)/python -m pip install --quiet torch torchvision --index-url $(TORCH_INDEX) \
+		--constraint constraints.txt
+else
+	@if [ "$$(uname)" = Linux ] && ! command -v nvidia-smi > /dev/null; then \
+		echo "No NVIDIA GPU found, yet pip downloads several GB of CUDA libraries with PyTorch."; \
+		echo "To avoid that, stop (Ctrl-C) and add this to the same make command:"; \
+		echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu"; \
+	fi
+endif
 	$(BIN)/python -m pip install --quiet --editable ".[test]" --constraint constraints.txt
 	touch $(READY)
 
