@@ -18,10 +18,11 @@ COMMANDS = {
     "train": "Train the caption decoder on cached features.",
     "finetune": "Fine-tune encoder and decoder jointly on images.",
     "caption": "Caption images with a trained model.",
-    "evaluate": "Score a run on a split: BLEU, ROUGE-L, CIDEr-D, METEOR, SPICE.",
-    "report": "Write the report of a training run as one HTML page.",
-    "export": "Export a captioner to ONNX, to run without PyTorch.",
-    "compress": "Write a captioner as one small checkpoint file.",
+    "evaluate": "Score a model: BLEU, ROUGE-L, CIDEr-D, METEOR, SPICE.",
+    "report": "Write a training run's report: curves, scores and captions on one page.",
+    "info": "Show what a model, a run or a feature cache contains.",
+    "export": "Export a model to ONNX, to run without PyTorch.",
+    "compress": "Pack models into one small checkpoint.",
 }
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from pipeline.cli import options
 from pipeline.datasets.find_images import describe_skipped
@@ -38,9 +37,9 @@ GROUPS = {
         "html",
         "thumbnails",
     ),
-    CAPTIONS: ("words",),
+    "Model and machine": ("model", "ensemble", "weights", "device", "batch_size"),
     "Local page": ("serve", "port"),
-    "Model and machine": ("model", "weights", "device", "batch_size"),
+    CAPTIONS: ("sentence", "words"),
 }
 
 
@@ -48,13 +47,18 @@ GROUPS = {
 @click.argument("images", nargs=-1)
 @options.path(
     "--model",
-    "A run folder or a checkpoint. Several --model, of runs with other seeds, caption as an "
-    "ensemble.  [default: runs/joint, else runs/decoder, else 'pretrained', the model that comes "
-    "with the program]",
+    "A run folder or a checkpoint; with --ensemble several, each with --model.  [default: "
+    "runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program]",
     multiple=True,
 )
+@options.ensemble
 @options.weights
 @options.from_dataclass(SearchOptions)
+@click.option(
+    "--sentence",
+    is_flag=True,
+    help="Write captions as sentences, with a capital letter and a period, everywhere.",
+)
 @click.option(
     "--words", is_flag=True, help="Write each word's probability as well, in json and jsonl."
 )
@@ -123,7 +127,9 @@ GROUPS = {
 def main(
     images: tuple[str, ...],
     model: tuple[Path, ...],
+    ensemble: bool,
     weights: str | None,
+    sentence: bool,
     words: bool,
     layout: str | None,
     output: Path | None,
@@ -160,6 +166,7 @@ def main(
     search_options = SearchOptions(**search)
     layout = layout or FORMATS.get(output.suffix.lower() if output else "", "text")
     _check(search_options, layout)
+    options.check_ensemble(model, ensemble)
     inputs = Inputs() if serve else collect(images)
     _check_targets(output, html, inputs.paths)
     models = model or (options.default_model(),)
@@ -191,6 +198,7 @@ def main(
             destinations,
             search_options,
             details=words,
+            sentence=sentence,
             batch_size=batch_size,
             model=name,
             fingerprint=_fingerprint(models),
@@ -204,8 +212,7 @@ def main(
 
 def _check(search: SearchOptions, layout: str) -> None:
     """Refuse options that contradict each other or have no effect, before anything is loaded."""
-    context = click.get_current_context()
-    given = context.params
+    given = click.get_current_context().params
     serve, images = given["serve"], given["images"]
     if not images and not serve:
         raise click.UsageError("name images or a folder of them, or use --serve")
@@ -214,6 +221,13 @@ def _check(search: SearchOptions, layout: str) -> None:
     if serve and search != SearchOptions():
         words = ", ".join(option_words(search))
         raise UserError(f"--serve: takes no search options ({words}); its page has its own")
+    if serve:
+        others = given.keys() - {"serve", "port", "model", "ensemble", "weights", "device"}
+        options.refuse_given([*others], "has no effect with --serve")
+    else:
+        options.refuse_given(["port"], "is for --serve")
+    if not search.sampling:
+        options.refuse_given(["seed"], "is for --temperature and --top-p")
     beside = given["sidecar"] or given["write_metadata"]
     if given["skip_existing"] and given["output"] is None and not beside:
         raise UserError("--skip-existing: needs --output, --sidecar or --write-metadata")
@@ -221,9 +235,8 @@ def _check(search: SearchOptions, layout: str) -> None:
         raise UserError("--skip-existing and --overwrite: contradict each other; choose one")
     if given["overwrite"] and not beside:
         raise UserError("--overwrite: is for --sidecar and --write-metadata")
-    thumbnails = context.get_parameter_source("thumbnails")
-    if thumbnails == ParameterSource.COMMANDLINE and given["html"] is None:
-        raise UserError("--thumbnails: is for the page of --html")
+    if given["html"] is None:
+        options.refuse_given(["thumbnails"], "is for the page of --html")
     if given["words"] and layout not in ("json", "jsonl"):
         raise UserError(f"--words: is for json and jsonl, not for {layout}; add --format jsonl")
 

@@ -170,7 +170,11 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--output: --compare writes no file")
     if html is not None and (compared or several):
         raise UserError("--html: is for one run, or several with --ensemble")
-    if ensemble and len(runs) < 2:
-        raise UserError("--ensemble: is for several runs")
+    if ensemble and not compared:
+        options.check_ensemble(runs, ensemble)
+    if compared:
+        searched = [field.name for field in dataclasses.fields(SearchOptions)]
+        unused = ["ensemble", "features", *searched]
+        options.refuse_given(unused, "has no effect with --compare")
     if given["tokenizer"] is not None and not compared:
         raise UserError("--tokenizer: is for --compare; a run is scored with its own")

@@ -13,6 +13,7 @@ from pipeline.utils.terminal import echo
 @options.command()
 @click.argument("runs", nargs=-1, type=click.Path(path_type=Path))
 @options.path("--model", "The same as RUNS, as in caption.py.", multiple=True)
+@options.ensemble
 @options.weights
 @options.path("--output", "Folder to write.", default="captioner-onnx")
 @click.option(
@@ -25,6 +26,7 @@ from pipeline.utils.terminal import echo
 def main(
     runs: tuple[Path, ...],
     model: tuple[Path, ...],
+    ensemble: bool,
     weights: str | None,
     output: Path,
     beam_size: int | None,
@@ -32,14 +34,15 @@ def main(
 ) -> None:
     """Export RUNS as ONNX files, with a program that captions without PyTorch.
 
-    RUNS are run folders or checkpoints; several are exported as an ensemble. By default
-    runs/joint, else runs/decoder, else 'pretrained', the model that comes with the program.
+    RUNS are run folders or checkpoints. By default runs/joint, else runs/decoder, else
+    'pretrained', the model that comes with the program.
 
     \b
     Example:
       captioner export runs/decoder --output captioner-onnx/
       python captioner-onnx/run_captioner.py photo.jpg
     """
+    options.check_ensemble([*runs, *model], ensemble)
     from pipeline.export.onnx import export_captioner
 
     models = [*runs, *model] or [options.default_model()]

@@ -12,7 +12,7 @@ import click
 from pipeline.cli import options
 from pipeline.datasets.find_images import describe_skipped
 from pipeline.datasets.image_sources import ImageFolder, open_source
-from pipeline.datasets.tar_shards import is_tar_shards
+from pipeline.datasets.tar_shards import is_elsewhere, is_tar_shards
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import HDF5
 from pipeline.utils.terminal import echo, echo_failure
@@ -121,6 +121,10 @@ def main(
     """
     from pipeline.utils.distributed import joined_world
 
+    if force:
+        options.refuse_given(["retry_failed"], "has no effect with --force, which starts over")
+    if is_tar_shards(data):
+        options.refuse_given(["download"], "needs a folder as --data")
     with joined_world() as world:
         if download:
             from pipeline.datasets.flickr8k import download_flickr8k
@@ -172,7 +176,8 @@ def _load_encoder(
     if begun is not None:
         precision = begun.precision if precision == "auto" else precision
         source = begun.weights_source
-        if weights == "auto" and (source in NAMED_WEIGHTS or Path(source).is_file()):
+        here = not is_elsewhere(source) and Path(source).is_file()
+        if weights == "auto" and (source in NAMED_WEIGHTS or here):
             weights = source
     precision = choose_precision(precision, device)
     encoder = world.local_main_first(lambda: load_encoder(weights, precision)).to(device)

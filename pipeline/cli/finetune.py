@@ -10,11 +10,12 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.training.options import JointOptions
+from pipeline.datasets.tar_shards import is_elsewhere, refuse_elsewhere
+from pipeline.training.options import MACHINE, TRAINING, JointOptions
 from pipeline.utils.terminal import echo_failure
 
 
-@options.command({"Machine": ("device", "workers")}, resumable=True)
+@options.command({TRAINING: (), MACHINE: ("weights", "workers", "tensorboard")}, resumable=True)
 @click.option(
     "--start",
     type=click.Path(),
@@ -70,6 +71,7 @@ def main(
     batch's images, and the result is that of one process (docs/scale.md).
     """
     from pipeline.datasets.caption_table import caption_paths
+    from pipeline.features.cache import default_cache_path
     from pipeline.reports.training_report import finish_run, make_callbacks
     from pipeline.training.finetune import finetune_joint, settings_to_start_from
     from pipeline.utils.devices import choose_device, choose_training_precision, default_workers
@@ -79,7 +81,9 @@ def main(
     with joined_world() as world:
         force = force and not world.restarted
         settings = settings_to_start_from(run, start, force)
+        features = settings["features"]
         if data is None:
+            refuse_elsewhere(settings, ["data"] if captions else ["data", "captions"], start[0])
             data = settings["data"]
             captions = captions or tuple(map(Path, caption_paths(settings["captions"])))
             encoding = encoding or settings.get("encoding")
@@ -89,7 +93,7 @@ def main(
             data=data,
             captions=tuple(map(str, captions)),
             encoding=encoding,
-            features=settings["features"],
+            features=str(default_cache_path(data)) if is_elsewhere(features) else features,
             **chosen,
         )
         precision = choose_training_precision(joint_options.precision, torch_device)

@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.datasets.tar_shards import is_tar_shards
-from pipeline.models.pretrained import BEST, PRETRAINED
+from pipeline.models.pretrained import BEST, LICENCE, PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import TEXT, check_replaceable, check_writable
 from pipeline.utils.terminal import echo, escape_control
@@ -117,11 +117,13 @@ class GroupedCommand(click.Command):
         """Write the options, heading by heading."""
         listed = {name: heading for heading, names in self.groups.items() for name in names}
         rows: dict[str, list[tuple[str, str]]] = {"Options": []}
-        rows |= {o.heading: [] for o in self.params if isinstance(o, HeadedOption)}
         rows |= {heading: [] for heading in self.groups}
+        rows |= {o.heading: [] for o in self.params if isinstance(o, HeadedOption)}
         for option in self.get_params(context):
             record = option.get_help_record(context)
             if record is not None and isinstance(option, click.Option):
+                # Click calls them INTEGER RANGE and FLOAT RANGE.
+                record = record[0].replace(" RANGE", "").replace(" FLOAT", " NUMBER"), record[1]
                 own = listed.get(option.name or "", "Options")
                 rows[getattr(option, "heading", own)].append(record)
         for heading, records in rows.items():
@@ -271,6 +273,13 @@ weights = click.option(
     "of finetune_joint.py contains them.",
 )
 
+ensemble = click.option(
+    "--ensemble",
+    is_flag=True,
+    help="Use several models as one, which averages their predictions of every word. They must "
+    "have the same encoder and recipe, and other seeds.",
+)
+
 force = click.option("--force", is_flag=True, help="Start the run over, discarding what is there.")
 
 tensorboard = click.option(
@@ -281,17 +290,30 @@ tensorboard = click.option(
 )
 
 
+def check_ensemble(models: Sequence[Path], ensemble: bool) -> None:
+    """Raise UserError for several models without ``--ensemble``, or the reverse."""
+    if len(models) > 1 and not ensemble:
+        raise UserError(f"{len(models)} models: add --ensemble to use them as one")
+    if ensemble and len(models) < 2:
+        raise UserError("--ensemble: is for several models")
+
+
+def refuse_given(names: Sequence[str], reason: str) -> None:
+    """Raise UserError if an option of the present command was given, by its parameter's name."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if given and parameter.name in names:
+            raise UserError(f"{[*parameter.opts, *parameter.secondary_opts][0]}: {reason}")
+
+
 def default_model() -> Path:
     """Return the model to use when none is named: the user's own, else the pretrained one."""
     for candidate in DEFAULT_MODELS:
         if Path(candidate).is_file():
             echo(f"model: {candidate}", err=True)
             return Path(candidate)
-    echo(
-        "model: the pretrained model (--model pretrained), trained on Flickr8k for "
-        "research and education; see data/pretrained/MODEL_CARD.md",
-        err=True,
-    )
+    echo(f"model: the pretrained model, {LICENCE}; captioner info pretrained shows more", err=True)
     return Path(PRETRAINED)
 
 

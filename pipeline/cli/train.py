@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from pipeline.cli import options
-from pipeline.training.options import DecoderOptions
+from pipeline.training.options import MACHINE, TRAINING, DecoderOptions
 from pipeline.utils.errors import UserError
 
 
-@options.command({"Machine": ("device", "feature_memory")}, resumable=True)
+@options.command({TRAINING: (), MACHINE: ("feature_memory", "tensorboard")}, resumable=True)
 @click.option(
     "--data",
     type=options.DataPath(),
@@ -89,6 +89,9 @@ def main(
         features=str(features or default_cache_path(chosen["data"])),
         **chosen,
     )
+    if not decoder_options.self_critical_epochs:
+        unused = ["self_critical_lr", "cross_entropy_weight"]
+        options.refuse_given(unused, "is for --self-critical-epochs")
     code = 0
     with joined_world() as world:
         force = force and not world.restarted

@@ -173,6 +173,8 @@ class SearchOptions:
         if beams == 1 and (self.consensus or self.matching):
             name = "--consensus" if self.consensus else "--matching"
             raise UserError(f"{name}: has nothing to choose from with --beam-size 1")
+        if beams == 1 and self.length_penalty != SearchConfig.length_penalty:
+            raise UserError("--length-penalty: has no effect with --beam-size 1")
         if self.max_length is not None:
             self._check_min_length(self.max_length)
 

@@ -17,11 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from pipeline.models.pretrained import DOCUMENT
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 
-# The key of the JSON document in a file's metadata.
-DOCUMENT = "captioner"
 # What version 0.1.0 called two sizes of the decoder, and a weight after one of them.
 RENAMED = {"image_state": "init_state_from_image", "tied": "tie_embeddings"}
 

@@ -8,9 +8,12 @@ from pipeline.utils.errors import UserError
 
 # Its name for --weights and --model.
 PRETRAINED = "pretrained"
-FILE = "captioner.pt"
+FILE, CARD = "captioner.pt", "MODEL_CARD.md"
+LICENCE = "trained on Flickr8k, for research and education only"
 # The checkpoints of a run folder: the one to use, and that of the last epoch.
 BEST, LAST = "best.safetensors", "last.safetensors"
+# The key of the JSON document in the metadata of a checkpoint.
+DOCUMENT = "captioner"
 
 
 def pretrained_path() -> Path:

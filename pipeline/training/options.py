@@ -12,9 +12,13 @@ from typing import Any
 from pipeline.datasets.tokenizers import ENGLISH, TOKENIZERS
 from pipeline.utils.options import option
 
-TRAINING = "Training"
-REGULARIZATION = "Regularization"
-AUGMENTATION = "Image augmentation"
+# Headings of --help; options without one come first: those that most trainings need.
+TRAINING = "Advanced: training"
+DECODER = "Advanced: decoder"
+REGULARIZATION = "Advanced: regularization"
+AUGMENTATION = "Advanced: image augmentation"
+SELF_CRITICAL = "Advanced: self-critical training"
+MACHINE = "Advanced: machine"
 
 
 def _fraction(default: float, help: str) -> Any:
@@ -72,7 +76,7 @@ class TrainingOptions:
         "Arithmetic of the network. auto takes bf16 on CPUs with AMX, and in stage 3 on GPUs that "
         "support it.",
         choices=["auto", "fp32", "bf16"],
-        heading="Machine",
+        heading=MACHINE,
     )
 
 
@@ -85,24 +89,21 @@ class DecoderOptions(TrainingOptions):
         "Passes over the captions. The learning rate falls to zero over all of them, so with more "
         "epochs it also falls more slowly.",
         min=1,
-        heading=TRAINING,
     )
     batch_size: int = option(128, "Captions per batch.", min=1, heading=TRAINING)
     lr: float = option(1e-3, "Peak learning rate.", min=0, open_min=True, heading=TRAINING)
-    embed_size: int = option(
-        256, "Width of the image and word embeddings.", min=1, heading="Decoder"
-    )
-    hidden_size: int = option(512, "Width of the LSTM.", min=1, heading="Decoder")
+    embed_size: int = option(256, "Width of the image and word embeddings.", min=1, heading=DECODER)
+    hidden_size: int = option(512, "Width of the LSTM.", min=1, heading=DECODER)
     init_state_from_image: bool = option(
         True,
         "Compute the LSTM's initial state from the image, which is its first input as well.",
-        heading="Decoder",
+        heading=DECODER,
     )
     tie_embeddings: bool = option(
         True,
         "Share the word embedding with the output layer (weight tying): fewer parameters, faster "
         "steps.",
-        heading="Decoder",
+        heading=DECODER,
     )
     dropout: float = _fraction(
         0.5,
@@ -118,14 +119,12 @@ class DecoderOptions(TrainingOptions):
         5,
         "Words that occur less often in the training captions become <unk>.",
         min=1,
-        heading="Vocabulary",
     )
     tokenizer: str = option(
         ENGLISH,
         "How captions are split: english; words, for other languages that put spaces between "
         "words; characters, for Chinese, Japanese and others that do not.",
         choices=[*TOKENIZERS],
-        heading="Vocabulary",
     )
     self_critical_epochs: int = option(
         0,
@@ -133,21 +132,21 @@ class DecoderOptions(TrainingOptions):
         "captions and learns from their CIDEr-D. Such an epoch takes about twice as long; on "
         "Flickr8k a single one brought no measurable gain.",
         min=0,
-        heading="Self-critical training",
+        heading=SELF_CRITICAL,
     )
     self_critical_lr: float = option(
         1e-4,
         "Peak learning rate of self-critical epochs.",
         min=0,
         open_min=True,
-        heading="Self-critical training",
+        heading=SELF_CRITICAL,
     )
     cross_entropy_weight: float = option(
         0.05,
         "Weight of the cross-entropy of training captions in self-critical epochs, which keeps "
         "the captions grammatical; 0: none.",
         min=0,
-        heading="Self-critical training",
+        heading=SELF_CRITICAL,
     )
 
 
@@ -162,7 +161,7 @@ class JointOptions(TrainingOptions):
 
     start: tuple[str, ...]
     weights: str | None = None
-    epochs: int = option(12, "Passes over the images.", min=1, heading=TRAINING)
+    epochs: int = option(12, "Passes over the images.", min=1)
     batch_size: int = option(
         16, "Images per batch, each with all its captions.", min=1, heading=TRAINING
     )

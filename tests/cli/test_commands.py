@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import subprocess
@@ -15,6 +16,7 @@ from conftest import REPOSITORY
 
 from pipeline.cli import COMMANDS, main
 from pipeline.cli.options import SCRIPTS, GroupedCommand
+from pipeline.utils.errors import UserError
 
 
 def command_of(name: str) -> GroupedCommand:
@@ -101,6 +103,25 @@ def test_the_shell_completes_commands_and_options(words: str, place: int, expect
     assert expected in result.stdout
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("compress a b", "2 models: add --ensemble"),
+        ("compress a --ensemble", "--ensemble: is for several models"),
+        ("export a --model b", "2 models: add --ensemble"),
+        ("export --ensemble", "--ensemble: is for several models"),
+        ("evaluate a --ensemble", "--ensemble: is for several models"),
+        ("train --self-critical-lr 1", "--self-critical-lr: is for --self-critical-epochs"),
+        ("train --cross-entropy-weight 0", "--cross-entropy-weight: is for --self-critical-epochs"),
+        ("extract --force --retry-failed", "--retry-failed: has no effect with --force"),
+        ("extract --download --data a{0..1}.tar", "--download: needs a folder as --data"),
+    ],
+)
+def test_options_without_effect_are_refused(words: str, message: str) -> None:
+    result = CliRunner().invoke(main, words.split())
+    assert result.exit_code == 2 and message in result.stderr, result.output
+
+
 @pytest.mark.parametrize("kind", ["python", "torch", "gpu"])
 def test_a_lack_of_memory_is_one_line(kind: str) -> None:
     def run(batch_size: int) -> None:
@@ -118,9 +139,38 @@ def test_a_lack_of_memory_is_one_line(kind: str) -> None:
     assert result.stderr == f"Error: {said}\n"
 
 
+def test_the_lines_of_another_librarys_error_become_one() -> None:
+    def run() -> None:
+        cause = RuntimeError("Error(s) in loading:\n\tMissing key")
+        raise UserError(f"a\nb.pt: damaged ({cause})") from cause
+
+    result = CliRunner().invoke(GroupedCommand("x", callback=run, groups={}), [])
+    assert result.stderr == "Error: a\\nb.pt: damaged (Error(s) in loading: Missing key)\n"
+
+
 def test_other_errors_of_the_program_are_not_hidden() -> None:
     def run() -> None:
         raise RuntimeError("a bug")
 
     result = CliRunner().invoke(GroupedCommand("x", callback=run, groups={}), [])
     assert isinstance(result.exception, RuntimeError)
+
+
+@pytest.mark.parametrize("name", ["train", "finetune"])
+def test_what_most_trainings_need_comes_first_and_the_rest_is_advanced(name: str) -> None:
+    text = CliRunner().invoke(command_of(name), ["--help"]).stdout
+    first, *others = re.findall(r"^(\S.*):$", text[text.index("\nOptions:") :], re.MULTILINE)
+    assert first == "Options" and all(heading.startswith("Advanced: ") for heading in others)
+    basics = text[text.index("\nOptions:") : text.index("\nAdvanced")]
+    wanted = {"--data", "--captions", "--run", "--epochs", "--device", "--force", "--help"}
+    assert wanted <= set(re.findall(r"--[a-z-]+", basics)) and basics.count("\n") < 40
+
+
+def test_no_error_has_several_lines() -> None:
+    """A line end in an error would show as a backslash and an n; file names alone have those."""
+    for path in (REPOSITORY / "pipeline").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            if getattr(called, "id", getattr(called, "attr", "")) in ("UserError", "InputError"):
+                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+                assert not any(isinstance(text, str) and "\n" in text for text in texts), path

@@ -13,12 +13,16 @@ from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
 
 import evaluate as command
+import finetune_joint
+from pipeline import Captioner
+from pipeline.cli import report
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.evaluation import Evaluation
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.reports.score_table import print_table
+from pipeline.utils.errors import UserError
 
 
 def evaluate(*arguments: object) -> Result:
@@ -226,15 +230,55 @@ def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_
     assert own == {name: (run / name).read_bytes() for name in own}
 
 
-def test_remote_data_named_in_a_checkpoint_are_not_opened(
-    drawn_run: DrawnRun, tmp_path: Path
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        ("data", "ftp://127.0.0.1:9/{0..1}.tar"),
+        ("captions", r"\\host\captions.csv"),
+        ("features", "//host/share/x.h5"),
+    ],
+)
+def test_what_a_strangers_files_name_on_other_machines_is_not_opened(
+    drawn_run: DrawnRun, tmp_path: Path, name: str, place: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(drawn_run.run, run)
+    checkpoint = load_checkpoint(run)
+    checkpoint.settings[name] = place
+    save_checkpoint(run / "best.safetensors", checkpoint)
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**settings, name: place}))
+    words = ["--start", str(run), "--unfreeze-from", "x"]  # refused later
+    tuned = CliRunner().invoke(finetune_joint.main, words)
+    reported = CliRunner().invoke(report.main, [str(run)])
+    assert reported.exit_code == 0
+    for result in (evaluate(run), reported, *([tuned] if name != "features" else [])):
+        assert "was trained on remote data; to read them give --" in result.stderr
+        assert f"'{place}'" in result.stderr
+
+
+def test_weights_that_a_checkpoint_names_on_another_machine_are_not_looked_for(
+    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = load_checkpoint(drawn_run.run)
-    checkpoint.settings["data"] = "ftp://127.0.0.1:9/{0..1}.tar"
-    save_checkpoint(tmp_path / "best.safetensors", checkpoint)
-    refused = evaluate(tmp_path / "best.safetensors")
+    identity = replace(checkpoint.encoder, weights_source=r"\\host\weights.pth")
+    save_checkpoint(tmp_path / "x.safetensors", replace(checkpoint, encoder=identity))
+    is_file = Path.is_file
+
+    def watched(path: Path) -> bool:
+        assert "host" not in str(path)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", watched)
+    with pytest.raises(UserError, match="--weights FILE"):
+        Captioner.load(tmp_path / "x.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize("option", ["--beam-size 2", "--features x", "--consensus 0", "--ensemble"])
+def test_options_without_effect_on_a_comparison_are_refused(option: str) -> None:
+    refused = evaluate("--compare", "a.json", "b.json", *option.split())
     assert refused.exit_code == 2
-    assert "was trained on remote data; to read them give --data 'ftp://" in refused.stderr
+    assert f"{option.split()[0]}: has no effect with --compare" in refused.stderr
 
 
 def test_a_score_that_one_run_lacks_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:

@@ -216,7 +216,7 @@ def test_several_decoders_are_one_graph(
     monkeypatch.setattr(onnx_graphs, "to_onnx", encoder_known)
     models = [drawn_run.run, tmp_path / "other.safetensors"]
     words = ("--output", tmp_path / "both", "--beam-size", 5)
-    result = export(models[0], "--model", models[1], *words)
+    result = export(models[0], "--model", models[1], "--ensemble", *words)
     assert result.exit_code == 0, result.output
     both = onnx_runner.Captioner(tmp_path / "both")
     assert both.settings["decoders"] == 2 and both.settings["state_size"] == 2 * 48

@@ -167,7 +167,7 @@ def test_commands_take_several_models(drawn_run: DrawnRun, tmp_path: Path) -> No
     image = str(next((drawn_run.data / "Images").glob("*.jpg")))
     lines = [
         CliRunner().invoke(caption.main, [image, *SAME, *models]).stdout
-        for models in (["--model", run], ["--model", run, "--model", run])
+        for models in (["--model", run], ["--ensemble", "--model", run, "--model", run])
     ]
     assert lines[0] and lines[0] == lines[1]
     outputs = [tmp_path / "one" / "predictions.json", tmp_path / "two" / "predictions.json"]

@@ -98,7 +98,7 @@ def test_a_compressed_model_is_its_own_encoder_and_tells_no_paths(
 
 def test_a_run_of_stage_2_takes_its_encoder_along(drawn_run: DrawnRun, tmp_path: Path) -> None:
     """Two decoders, together with the encoder whose features they were trained on."""
-    runs = [str(drawn_run.run)] * 2
+    runs = ["--ensemble", *[str(drawn_run.run)] * 2]
     result = CliRunner().invoke(
         command.main, [*runs, "--output", str(tmp_path / "small.safetensors")]
     )
@@ -229,7 +229,10 @@ def test_caption_uses_it_and_says_so(
     image = str(next((drawn_run.data / "Images").glob("*.jpg")))
     result = CliRunner().invoke(caption.main, [image, "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    assert "the pretrained model" in result.stderr and "MODEL_CARD.md" in result.stderr
+    assert (
+        "model: the pretrained model, trained on Flickr8k, for research and education only; "
+        "captioner info pretrained shows more\n"
+    ) in result.stderr
     assert result.stdout.startswith(f"{image}\t") and len(result.stdout.split("\t")[1]) > 5
 
 

@@ -400,6 +400,12 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--overwrite"), "--overwrite: is for --sidecar"),
         ((album, "--thumbnails", "beside"), "--thumbnails: is for the page"),
         (("--serve", "--beam-size", 2), "--serve: takes no search options (beam-size-2)"),
+        (("--serve", "--sentence"), "--sentence: has no effect with --serve"),
+        (("--serve", "--output", "x.csv"), "--output: has no effect with --serve"),
+        ((album, "--port", 1), "--port: is for --serve"),
+        ((album, "--seed", 1), "--seed: is for --temperature and --top-p"),
+        ((album, "--beam-size", 1, "--length-penalty", 0), "--length-penalty: has no effect"),
+        ((album, "--model", drawn_run.run), "2 models: add --ensemble to use them as one"),
         (("-",), "standard input: no images there"),
     ):
         result = caption(drawn_run, *arguments)
@@ -436,3 +442,18 @@ def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) ->
     for drawn in ("\r", "\rcaptioning: 5 of 30 images   ", "", "\n"):
         lines.write(drawn)
     assert capsys.readouterr().err == "captioning: 5 of 30 images\n"
+
+
+@pytest.mark.parametrize("layout", [*WRITERS])
+def test_captions_are_sentences_everywhere(
+    drawn_run: DrawnRun, album: Path, tmp_path: Path, layout: str
+) -> None:
+    plain, page, output = (tmp_path / name for name in ("plain.csv", "page.html", "out"))
+    assert caption(drawn_run, album / "a.jpg", "--output", plain).exit_code == 0
+    [text] = [row["caption"] for row in csv.DictReader(plain.open(encoding="utf-8"))]
+    words = ["--format", layout, "--output", output, "--html", page, "--sidecar", "--sentence"]
+    result = caption(drawn_run, album / "a.jpg", *words)
+    assert result.exit_code == 0, result.output
+    sentence = text[0].upper() + text[1:] + "."
+    for file in (output, page, album / "a.txt"):
+        assert sentence in file.read_text(encoding="utf-8")
