@@ -70,9 +70,10 @@ def main(
     At the end an image-text matcher is trained for reranking, which takes a minute or two.
     RUN/report.html shows curves and captions, also while the training runs. If it is stopped, the
     same command resumes it after the last finished epoch. Captions come from Flickr8k (either
-    layout), Karpathy's or COCO's JSON, CSV, JSON Lines, or a .txt file beside each image; data
-    without a split are split by a hash of the image names. docs/own-data.md explains every step
-    with your own images.
+    layout), Karpathy's or COCO's JSON, CSV, JSON, Hugging Face's imagefolder, or a text file beside
+    each image (docs/file-formats.md lists them); data without a split are split by folders of that
+    name, else by a hash of the image names. docs/own-data.md explains every step with your own
+    images.
 
     For several GPUs or machines, start it with torchrun: each process takes a share of every batch,
     and the result is that of one process (docs/scale.md).
