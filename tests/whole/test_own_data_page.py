@@ -104,7 +104,7 @@ def test_the_examples_hold_the_same_captions_in_every_layout(tmp_path: Path) -> 
     tables = {}
     for name, layout in (
         ("csv", "CSV"),
-        ("coco", "COCO JSON"),
+        ("coco", "COCO JSON, 2 files"),
         ("text", "folder of .txt captions"),
         ("german", "CSV"),
         ("chinese", "CSV"),
