@@ -58,7 +58,7 @@ class EvaluationOptions:
         search: how captions are searched.
         output: the predictions file; None for the name of ``predictions_path``.
         java: compute METEOR and SPICE.
-        words: compute each word's probability as well.
+        page: a page of the images that is to be written; captions then have details.
     """
 
     data: str | Path | None = None
@@ -69,7 +69,7 @@ class EvaluationOptions:
     search: SearchOptions = field(default_factory=SearchOptions)
     output: Path | None = None
     java: bool = True
-    words: bool = False
+    page: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,7 @@ def evaluate_runs(
         scores_path(output),
         {
             "predictions": output.name,
+            "page": str(options.page.resolve()) if options.page else None,
             **result.facts,
             "scores": result.scores,
             "intervals_95_percent": {k: [v.low, v.high] for k, v in result.intervals.items()},
@@ -239,7 +240,7 @@ def evaluate(
                 reranker,
                 vocabulary,
                 most=KEPT_CAPTIONS,
-                details=options.words,
+                details=options.page is not None,
             )
 
     bar = progress_bar(captioned(), total=len(references), unit="image", desc="captioning")

@@ -139,7 +139,7 @@ def main(
         search=search_options,
         output=output,
         java=java,
-        words=html is not None,
+        page=html,
     )
     chosen = choose_device(device)
     groups = [runs] if ensemble else [(run,) for run in runs]
@@ -153,6 +153,11 @@ def main(
         [(run, result)] = results.items()
         write_page(result, run, html)
         echo(f"page: {html}", err=True)
+    for folder in runs:
+        if (folder / "report.html").is_file():
+            from pipeline.reports.training_report import write_report
+
+            write_report(folder)  # with these scores
     if any(result.unreadable for result in results.values()):
         sys.exit(1)
 

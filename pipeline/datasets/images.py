@@ -192,7 +192,7 @@ def _why_unidentified(content: bytes) -> str:
         return "empty file"
     if HEIC_START.match(content) and not _register_heif():
         return "a HEIC image, which needs a plugin: pip install pillow-heif"
-    return "not an image that Pillow reads"
+    return "not a supported image"
 
 
 @functools.cache

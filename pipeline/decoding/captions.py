@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -47,11 +47,14 @@ class Caption:
         text: words, lower case, without a period; see ``as_sentence``.
         log_probability: under the model, in nats; nearer to 0 is more certain.
         words: the tokens one by one, if details were asked for, else empty.
+        score_parts: the addends of the score that ranks captions, if details were asked for:
+            ``likelihood``, and ``matching`` and ``consensus`` where they were used.
     """
 
     text: str
     log_probability: float
     words: tuple[Word, ...] = ()
+    score_parts: Mapping[str, float] = field(default_factory=dict)
 
 
 def caption_features(
@@ -79,12 +82,13 @@ def caption_features(
         return captions
     tokens = [[h.tokens for h in group] for group in best]
     probabilities = token_log_probabilities(decoder, features, tokens)
-    for group, of_group, values in zip(captions, tokens, probabilities, strict=True):
-        for place, (ids, nats) in enumerate(zip(of_group, values, strict=True)):
-            words = map(escape_control, vocabulary.decode(ids))
+    for group, hypotheses, values in zip(captions, best, probabilities, strict=True):
+        for place, (h, nats) in enumerate(zip(hypotheses, values, strict=True)):
+            words = map(escape_control, vocabulary.decode(h.tokens))
             # The last number is that of <end>.
             chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
-            group[place] = replace(group[place], words=chances)
+            parts = {"likelihood": h.score - sum(h.added.values()), **h.added}
+            group[place] = replace(group[place], words=chances, score_parts=parts)
     return captions
 
 

@@ -73,7 +73,8 @@ class Consensus:
             found, neighbours.numpy(), shares.numpy(), strict=True
         ):
             agreement = self._agreement([h.tokens for h in hypotheses], nearest, share, slots)
-            ranked.append(add_scores(hypotheses, [weight * value for value in agreement.tolist()]))
+            added = [weight * value for value in agreement.tolist()]
+            ranked.append(add_scores(hypotheses, added, "consensus"))
         return ranked
 
     def _agreement(

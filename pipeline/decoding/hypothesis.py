@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ class Hypothesis:
         tokens: token ids, without <start> and <end>.
         log_probability: of the tokens and the <end> under the model, in nats.
         score: the length-normalised log-probability, plus what rerankers add; the highest wins.
+        added: what each reranker added to the score, by its name.
     """
 
     tokens: list[int]
     log_probability: float
     score: float
+    added: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_hypothesis(tokens: list[int], total: float, config: SearchConfig) -> Hypothesis:
@@ -41,9 +43,14 @@ def best_first(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
     return sorted(hypotheses, key=lambda hypothesis: hypothesis.score, reverse=True)
 
 
-def add_scores(group: Sequence[Hypothesis], scores: Sequence[float]) -> list[Hypothesis]:
-    """Return hypotheses with these numbers added to their scores, best first."""
-    return best_first(replace(h, score=h.score + s) for h, s in zip(group, scores, strict=True))
+def add_scores(
+    group: Sequence[Hypothesis], scores: Sequence[float], reranker: str
+) -> list[Hypothesis]:
+    """Return hypotheses with these numbers of a reranker added to their scores, best first."""
+    return best_first(
+        replace(h, score=h.score + s, added={**h.added, reranker: s})
+        for h, s in zip(group, scores, strict=True)
+    )
 
 
 def forbid_tokens(logits: Tensor, length: int, config: SearchConfig) -> Tensor:

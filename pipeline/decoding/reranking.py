@@ -54,7 +54,7 @@ class Reranker:
         if self.matcher is not None and config.matching:
             cosines = self.matcher.fit(features, [[h.tokens for h in group] for group in found])
             found = [
-                add_scores(group, [config.matching * value for value in values.tolist()])
+                add_scores(group, [config.matching * v for v in values.tolist()], "matching")
                 for group, values in zip(found, cosines, strict=True)
             ]
         if self.consensus is not None and config.consensus:

@@ -207,7 +207,7 @@ def read_square(path: str | os.PathLike[str], size: int = 299) -> numpy.ndarray:
                     image.draft(None, (2 * size, 2 * size))
                 photo = _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
-        raise ImageError("not an image that Pillow reads") from error
+        raise ImageError("not a supported image") from error
     except FileNotFoundError as error:
         raise ImageError("no such file") from error
     except MemoryError:

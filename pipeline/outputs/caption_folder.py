@@ -7,7 +7,9 @@ captioned if any destination needs its caption. Captions for a file are recorded
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
@@ -161,7 +163,7 @@ def caption_images(
         """Leave out what only the page needs."""
         captions = prediction.captions[:count]
         if not details:
-            captions = [replace(caption, words=()) for caption in captions]
+            captions = [replace(caption, words=(), score_parts={}) for caption in captions]
         return replace(prediction, captions=captions)
 
     target = places.output or places.page
@@ -182,9 +184,12 @@ def caption_images(
             new = ((path, select(results[path])) for path in wanted)
             write_predictions(_merge(new, paths, kept, places), places.layout, places.output)
         if places.page:
-            facts = {"model": model, "search": describe_search(config)}
-            items = map(_gallery_item, map(results.__getitem__, wanted))
-            write_gallery(items, places.page, "Captions", facts, places.thumbnails)
+            folder = _common_folder(wanted)
+            facts = {"Model": model, "Search": describe_search(config)}
+            facts["Date"] = time.strftime("%Y-%m-%d %H:%M")
+            items = (_gallery_item(results[path], folder) for path in wanted)
+            title = decodable(folder.resolve().name) if folder else ""
+            write_gallery(items, places.page, title or "Captions", facts, places.thumbnails)
     return outcome
 
 
@@ -207,9 +212,18 @@ def _merge(
             yield kept[name]
 
 
-def _gallery_item(prediction: Prediction) -> GalleryItem:
-    path = prediction.path
-    return GalleryItem(Path(path), decodable(path), prediction.captions, prediction.error)
+def _common_folder(paths: Iterable[str]) -> Path | None:
+    """Return the innermost folder of all these paths; None for those on several drives."""
+    try:
+        return Path(os.path.commonpath([Path(path).parent for path in paths]))
+    except ValueError:  # or if some are absolute
+        return None
+
+
+def _gallery_item(prediction: Prediction, folder: Path | None) -> GalleryItem:
+    path = Path(prediction.path)
+    name = str(path.relative_to(folder) if folder else path)
+    return GalleryItem(path, decodable(name), prediction.captions, prediction.error)
 
 
 def _sidecar_owners(paths: Iterable[str]) -> dict[Path, str]:

@@ -66,6 +66,9 @@ def as_record(prediction: Prediction) -> dict[str, Any]:
                 {"text": word.text, "probability": round(word.probability, 4)}
                 for word in caption.words
             ]
+        if caption.score_parts:
+            parts = {name: round(part, 4) for name, part in caption.score_parts.items()}
+            record["captions"][-1]["score_parts"] = parts
     return record
 
 
@@ -80,6 +83,7 @@ def from_record(record: dict[str, Any]) -> Prediction:
             caption["caption"],
             caption["log_probability"],
             tuple(Word(word["text"], word["probability"]) for word in caption.get("words", ())),
+            caption.get("score_parts", {}),
         )
         for caption in record.get("captions", ())
     ]

@@ -30,7 +30,7 @@ from pipeline.utils.files import (
     check_writable,
     temporary_path,
 )
-from pipeline.utils.html import TEMPLATES, environment
+from pipeline.utils.html import environment, read_asset, tidy
 from pipeline.utils.threads import prefetch
 
 THUMBNAIL_SIDE = 320  # pixels on the long side
@@ -80,6 +80,7 @@ def write_gallery(
     title: str,
     facts: Mapping[str, str],
     thumbnails: str = "inside",
+    tiles: Sequence[tuple[str, str, str]] = (),
 ) -> None:
     """Write ``items`` to the HTML file ``target``, replacing an earlier one.
 
@@ -91,9 +92,11 @@ def write_gallery(
         items: the images, in the order that is kept where others are equal.
         target: the page.
         title: its heading.
-        facts: names and values to show: model, search, date, scores.
+        facts: names and values to show, such as the search; ``Model`` and ``Date`` are also the
+            subtitle.
         thumbnails: ``inside`` makes a page that can be sent alone, about 15 kB per image;
             ``beside`` writes them to the folder NAME_files, and the page opens at once.
+        tiles: figures to show at the top: name, value, and a note below it.
 
     Raises:
         UserError: the page or its folder cannot be written.
@@ -117,7 +120,7 @@ def write_gallery(
 
     try:
         with atomic_write(target) as handle:
-            handle.writelines(_page(title, facts, records()))
+            handle.writelines(_page(title, facts, tiles, records()))
     finally:
         thumbnailed.close()  # type: ignore[attr-defined]
     _delete_thumbnails(folder, keep=names)
@@ -159,7 +162,7 @@ def confidence(caption: Caption) -> float | None:
     return math.exp(min(0.0, mean)) if math.isfinite(mean) else None
 
 
-def _relative_url(path: Path, page: Path) -> str | None:
+def relative_url(path: Path, page: Path) -> str | None:
     """Return the address of ``path`` relative to ``page``; None on another drive (Windows)."""
     try:
         return _quoted(os.path.relpath(path, page.parent))
@@ -219,17 +222,18 @@ def _record(
                 "logProbability": _number(caption.log_probability),
                 "confidence": _number(confidence(caption)),
                 "words": [[_text(word.text), _number(word.probability)] for word in caption.words],
+                "parts": {n: _number(part) for n, part in caption.score_parts.items()},
             }
             for caption in item.captions
         ],
-        "references": [_text(reference) for reference in item.references],
+        "references": [_text(tidy(reference)) for reference in item.references],
         "score": _number(item.score),
         "error": None if item.error is None else _text(item.error),
         "missing": None if missing is None else _text(missing),
         "thumbnail": source,
         "width": thumbnail.width if thumbnail else None,
         "height": thumbnail.height if thumbnail else None,
-        "original": _relative_url(item.path, target) if shown else None,
+        "original": relative_url(item.path, target) if shown else None,
     }
 
 
@@ -245,17 +249,20 @@ def _number(value: float | None) -> float | None:
 
 
 def _page(
-    title: str, facts: Mapping[str, str], records: Iterable[Mapping[str, Any]]
+    title: str,
+    facts: Mapping[str, str],
+    tiles: Sequence[tuple[str, str, str]],
+    records: Iterable[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Fill in the template; the records pass through one by one."""
-    style = (TEMPLATES / "gallery.css").read_text(encoding="utf-8")
-    script = (TEMPLATES / "gallery.js").read_text(encoding="utf-8")
+    style, script = read_asset("base.css", "gallery.css"), read_asset("words.js", "gallery.js")
     return (
         environment()
         .get_template("gallery.html")
         .generate(
             title=_text(title),
             facts={_text(name): _text(value) for name, value in facts.items()},
+            tiles=tiles,
             records=records,
             style=Markup(style),
             script=Markup(script),

@@ -27,7 +27,7 @@ PANELS = {
 }
 HEIGHTS = [3, 3, 1]
 COLORS = ["#0969da", "#bc4c00", "#1a7f37"]
-BEST_COLOR = "#8250df"
+BEST_COLOR = "#5c6068"
 # The same log gives the same bytes; text stays text.
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "curves",
@@ -59,9 +59,21 @@ def write_curves(run: Path) -> None:
 
 
 def read_svg(run: Path) -> str:
-    """Return ``curves.svg`` of a run folder as an element to embed in a page."""
+    """Return ``curves.svg`` of a run folder as an element to embed in a page.
+
+    An epoch's values show when the mouse points at it.
+    """
     text = (run / CURVES).read_text(encoding="utf-8")
-    return re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    epochs = {record["epoch"]: record for record in read_epochs(run / LOG)}
+
+    def with_title(found: re.Match[str]) -> str:
+        record = epochs.get(int(found[1]), {})
+        values = {label: _value(record, name) for s in PANELS.values() for label, name in s.items()}
+        lines = [f"{label} {value:.4g}" for label, value in values.items() if value == value]
+        return f"{found[0]}<title>epoch {found[1]}\n" + "\n".join(lines) + "</title>"
+
+    return re.sub(r'<g id="epoch-(\d+)">', with_title, text)
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
@@ -70,7 +82,7 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 6.6))
-    figure.subplots_adjust(left=0.08, right=0.98, top=0.95, bottom=0.07, hspace=0.28)
+    figure.subplots_adjust(left=0.09, right=0.98, top=0.95, bottom=0.07, hspace=0.28)
     panels = figure.subplots(len(PANELS), 1, sharex=True, height_ratios=HEIGHTS)
     best = best_record(log)
     for axes, (title, series) in zip(panels, PANELS.items(), strict=True):
@@ -79,6 +91,9 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
         axes.axvline(best["epoch"], color=BEST_COLOR, linestyle="--", linewidth=1.2)
         _draw_series(axes, log, series)
+        for record in log:  # what the mouse points at, see ``read_svg``
+            epoch = record["epoch"]
+            axes.axvspan(epoch - 0.5, epoch + 0.5, alpha=0, linewidth=0, gid=f"epoch-{epoch}")
     title = f"best: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.1f}"
     panels[0].set_title(title, loc="right", fontsize=10, color=BEST_COLOR)
     panels[-1].set_xlabel("epoch")

@@ -23,7 +23,7 @@ def write_page(result: Evaluation, run: str, target: Path) -> None:
     total = len(result.images) + len(result.unreadable)
     items = progress_bar(_items(result), total=total, unit="image", desc="page")
     title = f"Captions of {result.facts['split']} by {run}"
-    write_gallery(items, target, title, _facts(result, run))
+    write_gallery(items, target, title, _facts(result, run), tiles=_tiles(result))
 
 
 def _items(result: Evaluation) -> Iterator[GalleryItem]:
@@ -36,19 +36,24 @@ def _items(result: Evaluation) -> Iterator[GalleryItem]:
 
 
 def _facts(result: Evaluation, run: str) -> dict[str, str]:
-    """Return what was scored and how, then the scores with their intervals."""
+    """Return what was scored and how."""
     facts = result.facts
-    described = {
-        "Run": run,
+    return {
+        "Model": run,
         "Split": f"{facts['split']} ({facts['split_sha256']})",
-        "Size": f"{facts['images']:,} images, {facts['references']:,} references",
         "Search": describe_search(facts["search"]),
+        "Distinct captions": f"{result.scores['distinct_captions']:,}",
         "Date": time.strftime("%Y-%m-%d %H:%M"),
     }
-    for name, value in result.scores.items():
-        if name[0].isupper():  # a score, not a count
-            interval = result.intervals.get(name)
-            spread = f" (95 %: {interval.low:.1f} to {interval.high:.1f})" if interval else ""
-            described[name] = f"{value:.1f}{spread}"
-    described["Distinct captions"] = f"{result.scores['distinct_captions']:,}"
-    return described
+
+
+def _tiles(result: Evaluation) -> list[tuple[str, str, str]]:
+    """Return the scores, CIDEr-D first, with their intervals; then the size of the split."""
+    names = [name for name in result.scores if name[0].isupper()]  # scores, not counts
+    tiles = []
+    for name in sorted(names, key=lambda name: name != "CIDEr-D"):
+        interval = result.intervals.get(name)
+        note = f"95 %: {interval.low:.1f} to {interval.high:.1f}" if interval else ""
+        tiles.append((name, f"{result.scores[name]:.1f}", note))
+    facts = result.facts
+    return [*tiles, ("Images", f"{facts['images']:,}", f"{facts['references']:,} references")]

@@ -25,7 +25,7 @@ from pipeline.decoding.options import describe_search
 from pipeline.evaluation import EvaluationOptions, evaluate_runs
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.outputs.gallery import data_uri, make_thumbnail
+from pipeline.outputs.gallery import data_uri, make_thumbnail, relative_url
 from pipeline.reports.curves import best_record, read_svg, write_curves
 from pipeline.reports.report_data import ReportData, read_data
 from pipeline.reports.score_table import print_table
@@ -39,12 +39,13 @@ from pipeline.training.run_folder import (
     REPORT,
     SAMPLES,
     SCORES,
+    SESSIONS,
     read_epochs,
 )
 from pipeline.training.stage import EpochCallback
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
-from pipeline.utils.html import environment
+from pipeline.utils.html import environment, read_asset
 from pipeline.utils.terminal import echo
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 224  # pixels, the longer side
 EXTREMES = 8  # predictions shown, of the worst and of the best
-COLUMNS = "BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR SPICE ROUGE-L CIDEr-D distinct".split()
+COLUMNS = "CIDEr-D BLEU-4 METEOR SPICE ROUGE-L BLEU-1 BLEU-2 BLEU-3 distinct".split()
 # Curves and report may take this share of the time since they were last written.
 SHARE = 0.01
 
@@ -134,7 +135,7 @@ def epoch_reporter(run: Path) -> EpochCallback:
                 _read_json(run / CONFIG), None, load_checkpoint(run).vocabulary
             )
         write_curves(run)
-        _write_page(run, data)
+        _write_page(run, data, running=True)
         ended = time.monotonic()
         due = ended + (ended - began) / SHARE
 
@@ -148,24 +149,29 @@ def _read_run_data(run: Path, data: str | Path | None) -> ReportData:
     return read_data(settings, data, load_checkpoint(run).vocabulary)
 
 
-def _write_page(run: Path, data: ReportData | None, missing: str = "") -> None:
-    """Render the page; ``missing`` says why there is no ``data``."""
+def _write_page(
+    run: Path, data: ReportData | None, missing: str = "", running: bool = False
+) -> None:
+    """Render the page; ``missing`` says why there is no ``data``. A ``running`` one reloads."""
     settings = _read_json(run / CONFIG)
     log = read_epochs(run / LOG)
     best = best_record(log)
-    scores = _read_json(run / SCORES)
-    if scores and scores["split"] != "val":
-        scores = None
-    rows = _score_rows(log, best, scores)
+    evaluations = _evaluations(run)
+    scores = next((each for each in evaluations if each["file"] == SCORES), None)
+    rows = _score_rows(log, best, evaluations)
     scored = _scored_predictions(_read_json(run / PREDICTIONS) or [], data)
     shown = min(EXTREMES, len(scored) // 2)
     page = environment().get_template("report.html").render(
+        style=Markup(read_asset("base.css", "report.css")),
         run=run.name or str(run),
         joint=_is_joint(settings),
         settings=describe_settings(settings),
         options=settings,
         log=log,
         best=best,
+        final=rows[-len(evaluations)] if scores else None,
+        running=running,
+        sessions=read_epochs(run / SESSIONS),
         curves=Markup(read_svg(run)),
         rows=rows,
         columns=[name for name in COLUMNS if any(name in row["scores"] for row in rows)],
@@ -220,24 +226,38 @@ def _in_words(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """Return the scores files of a run, with their names: that of the run itself first."""
+    files = sorted(run.glob("scores*.json"), key=lambda path: (path.name != SCORES, path.name))
+    found = ((path.name, _read_json(path)) for path in files)
+    return [{**each, "file": name, "run": run} for name, each in found if isinstance(each, dict)]
+
+
 def _score_rows(
-    log: Sequence[Mapping[str, Any]], best: Mapping[str, Any], scores: Mapping[str, Any] | None
+    log: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return the score table: start, best and last epoch, and the best one's final scores."""
+    """Return the score table: start, best and last epoch during training, then evaluations."""
     roles = {"before training": 0, "best": best["epoch"], "last": log[-1]["epoch"]}
     rows: list[dict[str, Any]] = []
+    row: dict[str, Any] = {"intervals": {}, "page": None}
     for record in log:
         words = [role for role, epoch in roles.items() if epoch == record["epoch"]]
         if words:
             name = f"epoch {record['epoch']}, {', '.join(words)}"
-            rows.append({"name": name, "search": "beam 3", "scores": record, "intervals": {}})
-    if scores:
+            search = "val, during training, beam 3"
+            rows.append({**row, "name": name, "search": search, "scores": record})
+    for each in evaluations:
+        own = each["file"] == SCORES
+        page = Path(each.get("page") or "")
         rows.append(
             {
-                "name": f"best checkpoint, epoch {scores['epoch']}",
-                "search": describe_search(scores["search"]),
-                "scores": {**scores["scores"], "distinct": scores["scores"]["distinct_captions"]},
-                "intervals": scores.get("intervals_95_percent", {}),
+                "name": f"best checkpoint, epoch {each['epoch']}" if own else each["file"],
+                "search": f"{each['split']}, {describe_search(each['search'])}",
+                "scores": {**each["scores"], "distinct": each["scores"]["distinct_captions"]},
+                "intervals": each.get("intervals_95_percent", {}),
+                "page": relative_url(page, each["run"] / REPORT) if page.is_file() else None,
             }
         )
     return rows

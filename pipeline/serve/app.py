@@ -11,6 +11,7 @@ import hashlib
 import socket
 import tempfile
 import threading
+import time
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 from pipeline.captioner import Captioner
 from pipeline.decoding.options import SearchOptions
+from pipeline.models.pretrained import PRETRAINED, pretrained_path
 from pipeline.outputs.formats import as_record
 from pipeline.utils.errors import UserError
-from pipeline.utils.html import TEMPLATES, environment
+from pipeline.utils.html import environment, read_asset
 from pipeline.utils.terminal import as_json, echo
 
 try:
@@ -115,6 +117,12 @@ class SameOriginOnly:
         await app(scope, receive, send_with_headers)
 
 
+def model_card(model_name: str) -> str:
+    """Return the text of the pretrained model's card; of other models there is none."""
+    path = pretrained_path().with_name("MODEL_CARD.md") if model_name == PRETRAINED else None
+    return path.read_text(encoding="utf-8") if path and path.is_file() else ""
+
+
 def make_app(captioner: Captioner, model_name: str) -> Starlette:
     """Return the application: the page, ``POST /caption`` and ``GET /health``."""
     requests = 0  # that upload, wait or are being captioned
@@ -133,8 +141,10 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
                 async with captioning:
                     if await request.is_disconnected():
                         raise ClientDisconnect
+                    began = time.perf_counter()
                     results = await run_in_threadpool(caption_uploads, captioner, images, fields)
-                return respond({"model": model_name, "images": results})
+                    seconds = round(time.perf_counter() - began, 3)
+                return respond({"model": model_name, "images": results, "seconds": seconds})
         finally:
             requests -= 1
 
@@ -144,11 +154,22 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
     def static(address: str, text: str, media_type: str) -> Route:
         return Route(address, lambda _: Response(text, media_type=media_type))
 
-    style, script = ((TEMPLATES / f"serve.{end}").read_text("utf-8") for end in ("css", "js"))
+    style, script = read_asset("base.css", "serve.css"), read_asset("words.js", "serve.js")
     page = environment().get_template("serve.html")
-    text = page.render(model=model_name, ranges=FIELDS, max_file_bytes=MAX_IMAGE_BYTES)
+    card = model_card(model_name)
+    search = captioner.search_config()
+    text = page.render(
+        model=model_name,
+        model_card=card,
+        ranges=FIELDS,
+        max_file_bytes=MAX_IMAGE_BYTES,
+        beam_size=search.beam_size,
+        reranked=bool(search.consensus or search.matching),
+    )
+    cards = [static("/model-card", card, "text/plain")] if card else []
     return Starlette(
         routes=[
+            *cards,
             static("/", text, "text/html"),
             static("/page.css", style, "text/css"),
             static("/page.js", script, "text/javascript"),

@@ -1,5 +1,3 @@
-"use strict";
-
 // Builds the page from its records. Text is only ever set as textContent, never as markup.
 (() => {
   const FIRST = 24; // cards drawn first, so that typing stays quick; more follow on scrolling
@@ -26,10 +24,6 @@
     .sort((a, b) => collator.compare(a.name, b.name))
     .forEach((record, rank) => { record.rank = rank; });
 
-  const percent = (share) => {
-    const value = 100 * share;
-    return `${value < 1 ? "< 1" : Math.round(value)} %`;
-  };
   const count = (number, noun) =>
     `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
   const bestText = (record) => (record.captions.length ? record.captions[0].text : "");
@@ -74,14 +68,29 @@
   let shown = [];
   let drawn = 0;
 
+  function confidence(share) {
+    const part = make("span", "explained", `confidence ${percent(share)}`);
+    part.title = "The mean probability of the caption’s words (geometric) under the model";
+    return part;
+  }
+
+  // A long name is cut in the middle: its beginning shrinks, its end stays.
+  function showName(element, name) {
+    const letters = [...name];
+    const end = letters.length > 24 ? letters.slice(-16).join("") : "";
+    element.title = name;
+    element.replaceChildren(
+      make("bdi", "head", letters.slice(0, end ? -16 : letters.length).join("")),
+      ...(end ? [make("bdi", "", end)] : []),
+    );
+  }
+
   function figures(record, parent) {
     if (record.score !== null) {
       parent.append(make("span", "", `CIDEr-D ${record.score.toFixed(1)}`));
     }
     if (record.confidence !== null) {
-      const part = make("span", "", `${percent(record.confidence)} per word`);
-      part.title = "The mean probability of the caption’s words (geometric)";
-      parent.append(part);
+      parent.append(confidence(record.confidence));
     }
   }
 
@@ -115,7 +124,7 @@
     const item = byId("card").content.firstElementChild.cloneNode(true);
     item.querySelector(".open").append(thumbnail(record));
     item.querySelector(".caption").textContent = bestText(record);
-    item.querySelector(".name bdi").textContent = record.name;
+    showName(item.querySelector(".name"), record.name);
     figures(record, item.querySelector(".figure"));
     item.querySelector(".copy").hidden = !bestText(record);
     return item;
@@ -131,12 +140,14 @@
 
   function refresh() {
     const words = fold(byId("search").value).split(/\s+/).filter(Boolean);
-    shown = ordered.filter((record) => words.every((word) => record.searched.includes(word)));
+    shown = ordered.filter((record) =>
+      words.every((word) => record.searched.includes(word)) && inRange(record));
     grid.replaceChildren();
     drawn = 0;
     draw(FIRST);
-    byId("nothing").hidden = shown.length > 0 || words.length === 0;
+    byId("nothing").hidden = shown.length > 0 || (words.length === 0 && range === null);
     showCount();
+    remember();
   }
 
   function sort() {
@@ -150,6 +161,66 @@
       shown.length < all.length ? `${shown.length.toLocaleString("en")} of ${total}` : total;
   }
 
+  // The histogram of scores: bars that choose a range of them
+
+  const BARS = 20;
+  const highest = Math.max(1e-9, ...all.map((record) => record.score ?? 0));
+  const barOf = (score) => Math.min(BARS - 1, Math.floor(BARS * Math.max(0, score) / highest));
+  let range = null; // the first and the last bar chosen
+  const inRange = ({ score }) =>
+    range === null || (score !== null && barOf(score) >= range[0] && barOf(score) <= range[1]);
+
+  function showRange() {
+    [...byId("histogram").children].forEach((bar, place) => {
+      bar.setAttribute("aria-pressed", range !== null && place >= range[0] && place <= range[1]);
+    });
+  }
+
+  function drawHistogram() {
+    const counts = Array(BARS).fill(0);
+    for (const { score } of all) if (score !== null) counts[barOf(score)] += 1;
+    counts.forEach((number, place) => {
+      const bar = make("button");
+      const from = (limit) => (limit * highest / BARS).toFixed(0);
+      bar.type = "button";
+      bar.title = `CIDEr-D ${from(place)} to ${from(place + 1)}: ${count(number, "image")}`;
+      bar.setAttribute("aria-label", bar.title);
+      const filled = make("span");
+      filled.style.height = `${100 * number / Math.max(...counts)}%`;
+      bar.append(filled);
+      bar.addEventListener("click", () => {
+        if (range === null) range = [place, place];
+        else if (place >= range[0] && place <= range[1]) range = null;
+        else range = [Math.min(range[0], place), Math.max(range[1], place)];
+        showRange();
+        refresh();
+      });
+      byId("histogram").append(bar);
+    });
+    showRange();
+    byId("highest").textContent = highest.toFixed(0);
+    byId("spread").hidden = false;
+  }
+
+  // Search, order and open image are kept in the address, so that a reload or a link restores them.
+
+  function remember() {
+    const state = new URLSearchParams();
+    if (byId("search").value) state.set("search", byId("search").value);
+    if (byId("order").selectedIndex) state.set("sort", byId("order").value);
+    if (byId("viewer").open) state.set("image", shown[current].name);
+    history.replaceState(null, "", `#${state}`);
+  }
+
+  function restore() {
+    const state = new URLSearchParams(location.hash.slice(1));
+    byId("search").value = state.get("search") ?? "";
+    if (orders.has(state.get("sort"))) byId("order").value = state.get("sort");
+    sort();
+    const position = shown.findIndex((record) => record.name === state.get("image"));
+    if (position >= 0) open(position);
+  }
+
   byId("search").addEventListener("input", refresh);
   byId("order").addEventListener("change", () => {
     sort();
@@ -157,6 +228,8 @@
   });
   byId("clear").addEventListener("click", () => {
     byId("search").value = "";
+    range = null;
+    showRange();
     byId("search").focus();
     refresh();
   });
@@ -213,33 +286,21 @@
     const item = byId("spoken").content.firstElementChild.cloneNode(true);
     const line = item.querySelector(".caption");
     item.classList.toggle("best", best);
+    line.append(...captionNodes(caption.text, caption.words));
     if (caption.words.length) {
-      let written = 0; // position in the text, which joins some tokens, such as "man" and "'s"
-      for (const [text, probability] of caption.words) {
-        const start = caption.text.indexOf(text, written);
-        if (start < 0) continue;
-        const word = make("span", "word", text);
-        if (probability !== null) {
-          word.style.setProperty("--doubtful", (1 - probability).toFixed(3));
-          word.title = percent(probability);
-          word.dataset.probability = Math.round(100 * probability);
-        }
-        line.append(caption.text.slice(written, start), word);
-        written = start + text.length;
-      }
-      line.append(caption.text.slice(written));
       item.querySelector(".probabilities").textContent = `Word by word: ${caption.words
         .map(([text, probability]) => `${text} ${probability === null ? "" : percent(probability)}`)
         .join(", ")}`;
-    } else {
-      line.textContent = caption.text;
     }
     const figure = item.querySelector(".figure");
-    if (caption.confidence !== null) {
-      figure.append(make("span", "", `${percent(caption.confidence)} per word`));
-    }
+    if (caption.confidence !== null) figure.append(confidence(caption.confidence));
     if (caption.logProbability !== null) {
-      figure.append(make("span", "", `log-probability ${caption.logProbability.toFixed(2).replace("-", "−")}`));
+      const scored = Object.keys(caption.parts).length > 0;
+      const part = make("span", "explained", scored
+        ? `score ${signed(scoreOf(caption.parts))}`
+        : `log-probability ${signed(caption.logProbability)}`);
+      if (scored) part.title = explainScore(caption.parts, caption.logProbability);
+      figure.append(part);
     }
     item.querySelector(".copy").addEventListener("click", (event) => {
       copy(event.currentTarget, caption.text);
@@ -251,7 +312,14 @@
     const shownImage = thumbnail(record);
     shownImage.loading = "eager";
     byId("stage").replaceChildren(shownImage);
-    if (record.original === null) return;
+    const limit = (width, height) => { // enlarged at most twice
+      shownImage.style.maxWidth = `${2 * width}px`;
+      shownImage.style.maxHeight = `${2 * height}px`;
+    };
+    if (record.original === null) {
+      if (record.thumbnail !== null) limit(record.width, record.height);
+      return;
+    }
     // The thumbnail stays until the image has loaded, and forever if it is missing.
     const large = new Image();
     large.src = record.original;
@@ -260,6 +328,7 @@
         if (!shownImage.isConnected) return;
         shownImage.width = large.naturalWidth;
         shownImage.height = large.naturalHeight;
+        limit(large.naturalWidth, large.naturalHeight);
         shownImage.src = record.original;
       },
       () => {},
@@ -270,12 +339,12 @@
     const record = shown[position];
     current = position;
     showLarge(record);
-    byId("viewer-name").firstElementChild.textContent = record.name;
+    showName(byId("viewer-name"), record.name);
     byId("viewer-place").textContent =
       `${(position + 1).toLocaleString("en")} of ${shown.length.toLocaleString("en")}`;
-    byId("viewer-captions").replaceChildren(
-      ...record.captions.map((caption, rank) => spoken(caption, rank === 0)),
-    );
+    const [best, ...others] = record.captions.map((caption, rank) => spoken(caption, rank === 0));
+    byId("viewer-best").replaceChildren(...(best ? [best] : []));
+    byId("viewer-others").replaceChildren(...others);
     byId("legend").hidden = !record.captions.some((caption) => caption.words.length);
     const references = byId("viewer-references");
     references.hidden = record.references.length === 0 && record.score === null;
@@ -287,15 +356,22 @@
       }),
     );
     byId("viewer-score").textContent =
-      record.score === null ? "" : `CIDEr-D of the best caption: ${record.score.toFixed(1)}`;
+      record.score === null ? "" : `CIDEr-D ${record.score.toFixed(1)}`;
     byId("previous").setAttribute("aria-disabled", position === 0);
     byId("next").setAttribute("aria-disabled", position === shown.length - 1);
     byId("sheet").scrollTop = 0;
+    remember();
+  }
+
+  function open(position) {
+    byId("announcement").textContent = "";
+    viewer.showModal();
+    show(position);
   }
 
   function step(distance) {
     const position = current + distance;
-    if (position < 0 || position >= shown.length) return;
+    if (position < 0 || position >= shown.length || !distance) return;
     show(position);
     byId("announcement").textContent =
       `${byId("viewer-place").textContent}: ${bestText(shown[position]) || shown[position].name}`;
@@ -309,9 +385,7 @@
     if (copier) {
       copy(copier, bestText(shown[position]));
     } else if (event.target.closest(".open")) {
-      byId("announcement").textContent = "";
-      show(position);
-      viewer.showModal();
+      open(position);
     }
   });
   byId("previous").addEventListener("click", () => step(-1));
@@ -320,14 +394,23 @@
   viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });
   viewer.addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-    const distance = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (distance) {
+    const distance = {
+      ArrowLeft: -1, ArrowRight: 1, Home: -current, End: shown.length - 1 - current,
+    }[event.key];
+    if (distance !== undefined) {
       event.preventDefault();
       step(distance);
     }
   });
+  addEventListener("keydown", (event) => {
+    const typing = event.target.matches("input, select, textarea");
+    if (event.key !== "/" || typing || viewer.open || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    byId("search").focus();
+  });
   // Focus returns to the card of the image shown last.
   viewer.addEventListener("close", () => {
+    remember();
     draw(current + 1);
     byId("stage").replaceChildren();
     grid.children[current].querySelector(".open").focus();
@@ -339,8 +422,13 @@
   const root = document.documentElement;
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const showTheme = () => byId("theme").setAttribute("aria-pressed", isDark());
+  // Browsers may refuse storage to a page that is a file.
+  const stored = (use) => { try { return use(localStorage); } catch { return null; } };
+  const theme = stored((storage) => storage.getItem("theme"));
+  if (theme === "light" || theme === "dark") root.dataset.theme = theme;
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
+    stored((storage) => storage.setItem("theme", root.dataset.theme));
     showTheme();
   });
   system.addEventListener("change", showTheme);
@@ -361,5 +449,7 @@
       }),
     );
   }
-  sort();
+  byId("total").textContent = count(all.length, "image");
+  if (scored) drawHistogram();
+  restore();
 })();

@@ -1,8 +1,7 @@
-"use strict";
-
 // Simultaneous requests: one is captioned while the next one uploads.
 const AT_ONCE = 2;
 const MAX_FILE_BYTES = Number(document.body.dataset.maxFileBytes);
+const BEAM_SIZE = Number(document.body.dataset.beamSize);
 const IMAGE = /\.(jpe?g|jpe|jfif|jp2|png|webp|avif|gif|tiff?|bmp|tga|p[pgb]m|hei[cf])$/i;
 
 const find = (id) => document.getElementById(id);
@@ -19,11 +18,18 @@ function add(files) {
     const card = {
       file, element, address: URL.createObjectURL(file), state: "waiting", captions: [], error: "",
       note: part(".note"), list: part(".captions"), retry: part(".retry"), cancel: null,
+      time: part(".time"),
     };
     const image = part("img");
     image.alt = `Image ${file.name}`;
-    image.addEventListener("error", () => image.replaceWith("No preview in this browser"));
+    image.addEventListener("error", () => part(".enlarge").replaceWith("No preview in this browser"));
     image.src = card.address;
+    part(".enlarge").setAttribute("aria-label", `Enlarge ${file.name}`);
+    part(".enlarge").addEventListener("click", () => {
+      find("large").src = card.address;
+      find("large").alt = image.alt;
+      find("viewer").showModal();
+    });
     part("h2").textContent = file.name;
     part("h2").title = file.name;
     part(".remove").setAttribute("aria-label", `Remove ${file.name}`);
@@ -34,6 +40,7 @@ function add(files) {
     enqueue(card);
   }
   pump();
+  cards.at(-files.length)?.element.scrollIntoView({ block: "nearest" });
 }
 
 function remove(card) {
@@ -120,7 +127,7 @@ function enqueue(card) {
   if (card.file.size > MAX_FILE_BYTES) {
     card.state = "failed";
     card.final = true; // no setting changes this
-    card.error = `Larger than ${MAX_FILE_BYTES / 1e6} MB, the largest size accepted.`;
+    card.error = `File exceeds the ${MAX_FILE_BYTES / 1e6} MB limit`;
   }
   show(card);
 }
@@ -141,10 +148,11 @@ async function run(card) {
   running += 1;
   show(card);
   try {
-    const answer = await ask(card.file, cancel.signal);
+    const [answer, seconds] = await ask(card.file, cancel.signal);
     if (card.cancel !== cancel) return; // the settings have changed since
     card.captions = answer.captions ?? [];
-    card.error = answer.error ? `Cannot be captioned: ${answer.error}.` : "";
+    card.error = answer.error ? answer.error[0].toUpperCase() + answer.error.slice(1) : "";
+    card.seconds = answer.error ? null : seconds;
     card.state = answer.error ? "failed" : "done";
     card.final = Boolean(answer.error);
   } catch (error) {
@@ -174,7 +182,7 @@ async function ask(file, signal) {
     }
     const answer = await response.json();
     if (!response.ok) throw new Error(answer.error);
-    return answer.images[0];
+    return [answer.images[0], answer.seconds];
   }
 }
 
@@ -188,51 +196,26 @@ function show(card) {
   element.setAttribute("aria-busy", busy);
   card.retry.hidden = state !== "failed" || card.final === true;
   card.note.textContent = state === "failed" ? card.error
-    : card.list.childElementCount ? "" : state === "running" ? "Looking…" : state === "waiting" ? "Waiting" : "";
+    : card.list.childElementCount ? "" : state === "running" ? "Captioning…" : state === "waiting" ? "Waiting" : "";
+  card.time.textContent = state === "done" ? `${card.seconds.toFixed(2)} s` : "";
   if (!busy) card.list.replaceChildren(...(state === "done" ? card.captions.map(captionElement) : []));
 }
 
-function captionElement({ caption, log_probability: score, words }) {
+function captionElement({ caption, log_probability: logProbability, words, score_parts: parts }) {
   const element = find("caption").content.firstElementChild.cloneNode(true);
   const part = (selector) => element.querySelector(selector);
   part(".whole").textContent = caption;
-  part(".words").append(...shaded(caption, words));
+  part(".words").append(...captionNodes(caption, words.map((word) => [word.text, word.probability])));
   part("ul").append(...words.map(({ text, probability }) => {
     const item = document.createElement("li");
-    item.textContent = `${text}: ${percent(probability)} %`;
+    item.textContent = `${text}: ${percent(probability)}`;
     return item;
   }));
-  part(".value").textContent = score.toFixed(2).replace("-", "−");
-  part(".score").title = `log-probability ${score}`;
+  part(".value").textContent = signed(scoreOf(parts));
+  part(".score").title = explainScore(parts, logProbability);
   part(".copy").setAttribute("aria-label", `Copy: ${caption}`);
   part(".copy").addEventListener("click", () => copy(caption, "Caption copied"));
   return element;
-}
-
-// The caption with its words shaded. The words are the model's tokens; the text between them is the
-// caption's, where "dog 's" may have become "dog's".
-function shaded(caption, words) {
-  const nodes = [];
-  let place = 0;
-  for (const { text, probability } of words) {
-    const start = caption.indexOf(text, place);
-    if (start < 0) continue;
-    nodes.push(caption.slice(place, start));
-    const word = document.createElement("span");
-    word.className = "word";
-    word.textContent = text;
-    word.title = `${percent(probability)} %`;
-    word.dataset.percent = percent(probability);
-    word.style.setProperty("--probability", probability);
-    nodes.push(word);
-    place = start + text.length;
-  }
-  nodes.push(caption.slice(place));
-  return nodes;
-}
-
-function percent(probability) {
-  return probability < 0.01 ? "<1" : String(Math.round(100 * probability));
 }
 
 function report() {
@@ -241,13 +224,15 @@ function report() {
   const left = count("waiting") + count("running");
   const images = cards.length === 1 ? "image" : "images";
   document.body.classList.toggle("filled", cards.length > 0);
-  find("bar").hidden = find("legend").hidden = !cards.length;
-  if (left) say(`${cards.length - left} of ${cards.length} ${images} done`);
-  else say(`${cards.length} ${images}${failed ? `, ${failed} not captioned` : ""}`);
+  find("legend").hidden = find("actions").hidden = !cards.length;
+  if (left) say(`${cards.length - left} of ${cards.length} ${images} captioned`);
+  else if (failed) say(`${cards.length - failed} of ${cards.length} ${images} captioned, ${failed} failed`);
+  else say(cards.length ? `${cards.length} ${images}` : "");
 }
 
+// Without cards the bar is there for a message only, without its buttons.
 function say(text) {
-  find("bar").hidden = false;
+  find("bar").hidden = !text;
   find("status").textContent = text;
 }
 
@@ -263,10 +248,6 @@ async function copy(text, done) {
 // --- Controls --------------------------------------------------------------------------------------
 
 function recaption() {
-  const beam = controls.elements.beam_size;
-  const number = controls.elements.num_captions;
-  const tooFew = !beam.disabled && beam.value !== "" && Number(number.value) > Number(beam.value);
-  number.setCustomValidity(tooFew ? `At most the beam size, ${beam.value}.` : "");
   const wrong = Array.from(controls.elements).find((field) => field.willValidate && !field.validity.valid);
   find("complaint").textContent = wrong
     ? `${wrong.labels[0].textContent.trim()}: ${wrong.validationMessage}` : "";
@@ -276,7 +257,15 @@ function recaption() {
 }
 
 let pause;
-controls.addEventListener("input", () => {
+controls.addEventListener("input", ({ target }) => {
+  const { beam_size: beam, num_captions: number } = controls.elements;
+  // There are at most as many captions as beams: the other field follows the one that is changed.
+  if (beam.value !== "" && Number(number.value) > Number(beam.value) && beam.value > 0) {
+    if (target === beam) number.value = beam.value;
+    else beam.value = number.value;
+  }
+  beam.placeholder = `auto (${Math.max(BEAM_SIZE, Number(number.value))})`;
+  for (const { element } of cards) element.classList.add("stale"); // made with other settings
   clearTimeout(pause);
   pause = setTimeout(recaption, 300);
 });
@@ -295,13 +284,36 @@ find("again").addEventListener("click", () => {
 find("numbers").addEventListener("change", (event) => {
   document.body.classList.toggle("numbers", event.target.checked);
 });
+// A spreadsheet would evaluate text that begins like a formula.
+const safe = (text) => text.replace(/[\t\r\n]+/g, " ").replace(/^(?='*[=+\-@])/, "'");
+const COLUMNS = ["image", "rank", "caption", "log_probability"];
+const rows = () => cards.filter(({ state }) => state === "done").flatMap(({ file, captions }) =>
+  captions.map((each, place) => [safe(file.name), place + 1, safe(each.caption), each.log_probability]));
+
+function download(name, type, text) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type }));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
 find("copy-all").addEventListener("click", () => {
-  // A spreadsheet would evaluate text that begins like a formula.
-  const clean = (text) => text.replace(/[\t\r\n]+/g, " ").replace(/^(?='*[=+\-@])/, "'");
-  const rows = cards.flatMap(({ file, state, captions }) => (state === "failed" ? [] : captions)
-    .map((each) => [clean(file.name), clean(each.caption), each.log_probability].join("\t")));
-  copy(["image\tcaption\tlog_probability", ...rows, ""].join("\n"), `${rows.length} captions copied`);
+  const all = rows();
+  const lines = [COLUMNS, ...all].map((cells) => `${cells.join("\t")}\n`);
+  copy(lines.join(""), `${all.length} ${all.length === 1 ? "caption" : "captions"} copied`);
 });
+find("csv").addEventListener("click", () => {
+  const cell = (value) => `"${String(value).replaceAll('"', '""')}"`;
+  const lines = [COLUMNS, ...rows()].map((cells) => `${cells.map(cell).join(",")}\n`);
+  download("captions.csv", "text/csv", lines.join(""));
+});
+find("json").addEventListener("click", () => {
+  const records = cards.filter(({ state }) => state === "done")
+    .map(({ file, captions }) => ({ image: file.name, captions }));
+  download("captions.json", "application/json", `${JSON.stringify(records, null, 2)}\n`);
+});
+find("viewer").addEventListener("click", () => find("viewer").close());
 find("clear").addEventListener("click", () => {
   cards.splice(0).forEach(forget);
   report();

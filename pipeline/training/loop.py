@@ -28,6 +28,7 @@ from pipeline.training.run_folder import (
     SAMPLES,
     append_epoch,
     read_epochs,
+    record_session,
     trim_epochs,
 )
 from pipeline.training.stage import SEED_STRIDE, EpochCallback, Loss, LossError, Phase, Stage
@@ -125,6 +126,8 @@ class Training:
             check_writable(path)
             for name in (LOG, SAMPLES):
                 trim_epochs(self.run / name, -1 if saved is None else self.progress.epoch)
+            if self.progress.epoch < self.epochs:
+                record_session(self.run, self.progress.epoch, self.stage.device)
         return saved is not None
 
     def train_epoch(self, epoch: int) -> float:

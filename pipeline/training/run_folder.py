@@ -5,9 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import platform
+import shlex
 import shutil
+import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline.datasets.caption_table import CaptionTable
 from pipeline.features.cache import FeatureCache
@@ -22,13 +28,14 @@ RESUME = "resume.safetensors"
 CONFIG = "config.json"
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"
+SESSIONS = "sessions.jsonl"
 CURVES = "curves.svg"
 CURVES_PNG = "curves.png"
 REPORT = "report.html"
 PREDICTIONS = "predictions.json"
 SCORES = "scores.json"
 RESULTS = (CURVES, CURVES_PNG, REPORT, PREDICTIONS, SCORES)
-RUN_FILES = (BEST, LAST, RESUME, LOG, SAMPLES, *RESULTS, CONFIG)
+RUN_FILES = (BEST, LAST, RESUME, LOG, SAMPLES, SESSIONS, *RESULTS, CONFIG)
 TENSORBOARD = "tensorboard"  # a folder
 # These may change when a run is resumed, as data may move; the hashes of the splits may not.
 PATH_OPTIONS = {"data", "captions", "encoding", "features", "weights"}
@@ -139,6 +146,20 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: not a file of one JSON object per epoch") from error
+
+
+def record_session(run: Path, epoch: int, device: torch.device) -> None:
+    """Note that training starts or resumes after ``epoch``: command, time, device and versions."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else f"{device}, {platform.machine()}"
+    session = {
+        "epoch": epoch,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "device": name,
+        "versions": f"Python {platform.python_version()}, PyTorch {torch.__version__}",
+    }
+    append_epoch(run / SESSIONS, session)
 
 
 def trim_epochs(path: Path, epoch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import jinja2
@@ -23,4 +24,15 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     made.filters["duration"] = duration
+    made.filters["tidy"] = tidy
     return made
+
+
+def read_asset(*names: str) -> str:
+    """Return files of the templates, style sheets or scripts, as one text."""
+    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
+
+
+def tidy(reference: str) -> str:
+    """Return a reference without the space before punctuation: "a dog ." becomes "a dog."."""
+    return re.sub(r"\s+(?=[.,!?;:](\s|$))", "", reference)

@@ -135,7 +135,7 @@ def test_the_runner_captions_as_the_captioner_and_names_unreadable_images(
     assert first.startswith(f"failed: {broken}: ") and "truncated" in first
     assert lines == [
         f"failed: {tmp_path / 'none.jpg'}: no such file",
-        f"failed: {text}: not an image that Pillow reads",
+        f"failed: {text}: not a supported image",
         "3 of 11 images could not be read",
     ]
 

@@ -67,7 +67,7 @@ def test_broken_images_are_recorded(images: Path, tmp_path: Path) -> None:
     result = run(images, tmp_path / "x.h5", StubEncoder())
     assert result.cache.failures() == {
         "1.png": "empty file",
-        "5.png": "not an image that Pillow reads",
+        "5.png": "not a supported image",
     }
     assert (result.encoded, result.kept) == (8, 0)
     assert result.cache.complete

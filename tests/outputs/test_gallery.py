@@ -162,14 +162,14 @@ def test_items_are_taken_as_they_are_written(
     taken, done, ahead = 0, 0, 0
     page = gallery._page
 
-    def counted(title: str, facts: Any, records: Iterator[Any]) -> Iterator[str]:
+    def counted(title: str, facts: Any, tiles: Any, records: Iterator[Any]) -> Iterator[str]:
         def passed() -> Iterator[Any]:
             nonlocal done
             for record in records:
                 done += 1
                 yield record
 
-        return page(title, facts, passed())
+        return page(title, facts, tiles, passed())
 
     def items() -> Iterator[GalleryItem]:
         nonlocal taken, ahead
@@ -197,7 +197,7 @@ def test_images_that_cannot_be_read_keep_their_captions_or_their_reason(tmp_path
     names = ("missing", "error", "original")
     assert [tuple(record[name] for name in names) for record in records] == [
         ("no such file", None, None),
-        ("not an image that Pillow reads", None, None),
+        ("not a supported image", None, None),
         (None, "not an image", None),
         (None, None, "good.png"),
     ]
@@ -314,9 +314,9 @@ def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> 
         assert (tmp_path / record["original"]).resolve().is_file()
     scores = json.loads((tmp_path / "scores.json").read_text())
     for text in (
-        f"{scores['scores']['CIDEr-D']:.1f} (95 %: ",
+        f"CIDEr-D{scores['scores']['CIDEr-D']:.1f}95 %: ",
         f"train ({table.split_hash('train')})",
-        "24 images, 120 references",
+        "Images24120 references",
         "beam 10, consensus 2, matching 2",
     ):
         assert text in parsed.text
@@ -442,12 +442,12 @@ def test_search_and_sort(tmp_path: Path) -> None:
 
 def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
     images = [draw(tmp_path / f"{n}.png", n, (640, 480)) for n in range(3)]
-    words = (Word("a", 0.9), Word("man", 0.5), Word("'s", 0.004), Word("dog", 1.0))
+    words = (Word("a", 0.9), Word("man", 0.05), Word("'s", 0.004), Word("dog", 0.2))
     items = [
         item(p, captions=[Caption("a man's dog", -4.0, words), Caption(f"number {n}", -5.0)])
         for n, p in enumerate(images)
     ]
-    items[2] = item(tmp_path / "gone.png", "gone", references=["it was <here>"], score=12.34)
+    items[2] = item(tmp_path / "gone.png", "gone", references=["it was <here> ."], score=12.34)
     target = tmp_path / "page.html"
     write_gallery(items, target, "t", {})
     options = {"permissions": ["clipboard-read", "clipboard-write"]}
@@ -462,13 +462,15 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         page.wait_for_selector('#stage img[src="0.png"]')
         assert dialog.locator(".caption").all_text_contents() == ["a man's dog", "number 0"]
         assert dialog.locator(".probabilities").first.text_content() == (
-            "Word by word: a 90 %, man 50 %, 's < 1 %, dog 100 %"
+            "Word by word: a 90 %, man 5 %, 's < 1 %, dog 20 %".replace(" %", "\u00a0%")
         )
         shades = dialog.locator(".word").evaluate_all(
             "all => all.map(e => getComputedStyle(e).backgroundColor)"
         )
-        assert len(set(shades)) == 4
-        assert dialog.locator(".word").nth(1).get_attribute("title") == "50 %"
+        article, man, possessive, dog = shades
+        assert article == possessive, "words of grammar are not doubted"
+        assert len({article, man, dog}) == 3
+        assert dialog.locator(".word").nth(1).get_attribute("title") == "5\u00a0%"
         page.keyboard.press("ArrowLeft")  # there is none before the first
         assert page.get_by_role("dialog", name="0.png").is_visible()
         page.keyboard.press("ArrowRight")
@@ -478,15 +480,66 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         page.get_by_role("dialog").get_by_role("button", name="Copy").nth(1).press("Enter")
         page.wait_for_selector(".copy.done")
         assert page.evaluate("navigator.clipboard.readText()") == "number 1"
-        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Home")
+        assert page.locator("#viewer-place").inner_text() == "1 of 3"
+        page.keyboard.press("End")
         dialog = page.get_by_role("dialog", name="gone.png")
         assert "no such file" in page.locator("#stage").inner_text()
-        assert dialog.locator(".references li").all_inner_texts() == ["it was <here>"]
+        assert dialog.locator(".references li").all_inner_texts() == ["it was <here>."]
         assert "12.3" in page.locator("#viewer-score").inner_text()
         page.keyboard.press("Escape")
         assert not page.locator("#viewer").is_visible()
         # Not by wait_for_function, whose polling the page's security policy refuses.
         page.locator(".card:focus-within .name", has_text="gone.png").wait_for()
+        assert problems == []
+
+
+def test_state_survives_a_reload_and_scores_are_filtered(tmp_path: Path) -> None:
+    image = draw(tmp_path / "a.png")
+    long = f"a/{'long/' * 20}name.png"
+    parts = {"likelihood": -0.5, "matching": 1.25}
+    best = Caption("a dog", -4.0, (Word("a", 0.5), Word("dog", 0.1)), parts)
+    items = [item(image, f"dog {n}", name=f"{n}.png", score=float(10 * n)) for n in range(1, 9)] + [
+        item(image, name=long, captions=[best], score=0.0)
+    ]
+    target = tmp_path / "page.html"
+    tiles = [("CIDEr-D", "62.7", "95 %: 60 to 65")]
+    write_gallery(items, target, "t", {"Model": "mine", "Search": "beam 3"}, tiles=tiles)
+    with browser_page(own=target.as_uri(), viewport={"width": 800, "height": 600}) as (
+        page,
+        problems,
+    ):
+        page.goto(target.as_uri())
+        assert page.locator("header .quiet").first.inner_text() == "mine · 9 images"
+        assert page.locator(".tiles").inner_text().split("\n") == list(tiles[0])
+        cut = page.locator(f'.name[title="{long}"]')
+        assert cut.inner_text().replace("\n", "") == long
+        assert cut.locator("bdi").last.inner_text().endswith("name.png")
+        assert cut.evaluate("e => e.scrollWidth <= e.clientWidth")
+
+        bars = page.locator("#histogram button")
+        bars.first.click()
+        assert captions_shown(page) == ["a dog"]
+        page.get_by_role("button", name="CIDEr-D 76 to 80: 1 image").click()
+        assert len(captions_shown(page)) == 9
+        bars.nth(3).click()
+        assert page.get_by_role("status").first.inner_text() == "9 images"
+
+        page.keyboard.press("/")
+        page.keyboard.type("dog")
+        page.get_by_label("Sort").select_option("Name")
+        page.get_by_role("button", name="Dark colours").click()
+        page.locator("#grid .open").nth(8).click()
+        assert page.locator("#viewer-best .figure span").last.inner_text() == "score 0.75"
+        title = page.locator("#viewer-best .figure span").last.get_attribute("title")
+        assert title and "1.25  image-text match" in title and "−4.00 nats" in title
+        page.reload()
+        assert page.locator("#viewer").is_visible()
+        assert page.locator("#viewer-place").inner_text() == "9 of 9"
+        page.keyboard.press("Escape")
+        assert page.locator("#search").input_value() == "dog"
+        assert page.locator("#order").input_value() == "name"
+        assert page.locator("html").get_attribute("data-theme") == "dark"
         assert problems == []
 
 

@@ -472,7 +472,7 @@ def test_no_images(tmp_path: Path) -> None:
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     (tmp_path / "folder.jpg").mkdir()
     assert reason(empty) == "empty file"
-    assert reason(text) == "not an image that Pillow reads"
+    assert reason(text) == "not a supported image"
     assert "truncated" in reason(half)
     assert reason(tmp_path / "folder.jpg") == "it is a folder"
     assert reason(tmp_path / "missing.jpg") == "no such file"

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from drawn_run import DrawnRun
 from small_data import make_small_data
 
+import evaluate
 import finetune_joint
 import train_decoder
 from pipeline.cli.report import main
@@ -26,7 +27,7 @@ from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.reports.curves import draw_curves, write_curves
+from pipeline.reports.curves import draw_curves, read_svg, write_curves
 from pipeline.reports.report_data import read_data
 from pipeline.reports.training_report import describe_settings, epoch_reporter, write_report
 from pipeline.training.run_folder import append_epoch, read_epochs, split_hashes
@@ -158,6 +159,8 @@ def test_equal_logs_give_equal_files(tmp_path: Path) -> None:
         write_curves(tmp_path / name)
         files.append([(tmp_path / name / f"curves.{kind}").read_bytes() for kind in ("svg", "png")])
     assert files[0] == files[1]
+    svg = read_svg(tmp_path / "one")
+    assert "<title>epoch 1\ntrain 5\nval 3\nCIDEr-D 20\nBLEU-4 10</title>" in svg
     assert b"<text" in files[0][0] and files[0][1].startswith(b"\x89PNG")
 
 
@@ -176,6 +179,10 @@ def test_the_report_of_a_training_has_every_part(drawn_run: DrawnRun) -> None:
         assert f"{low:.1f} to {high:.1f}" in page.text, name
     for score in scores["scores"]["ROUGE-L"], best["ROUGE-L"]:
         assert f"{score:.1f}" in page.text
+    assert f"CIDEr-D on val{scores['scores']['CIDEr-D']:.1f}final, beam 10" in page.text
+    assert f"during training, beam 3: {best['CIDEr-D']:.1f}" in page.text
+    (session,) = read_epochs(drawn_run.run / "sessions.jsonl")
+    assert all(session[name] in page.text for name in ("command", "started", "versions"))
     for line in read_epochs(drawn_run.run / "samples.jsonl")[-1:]:
         for name, caption in line["captions"].items():
             assert name in page.text and caption in page.text
@@ -184,6 +191,28 @@ def test_the_report_of_a_training_has_every_part(drawn_run: DrawnRun) -> None:
     settings = json.loads((drawn_run.run / "config.json").read_text())
     assert settings["val_images"] in page.text and settings["train_images"] in page.text
     assert len(page.all("tr", "changed")) >= 5, "settings that are not the defaults"
+
+
+def test_an_evaluation_renews_the_report(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
+    options = ["--split", "test", "--no-java", "--device", "cpu", "--html", str(run / "test.html")]
+    result = CliRunner().invoke(evaluate.main, [str(run), *options])
+    assert result.exit_code == 0, result.output
+    scores = json.loads((run / "scores-test.json").read_text())["scores"]
+    report = Page(run / "report.html")
+    row = report.text[report.text.index("scores-test.json") :].split("\n", 2)
+    assert row[0] == "scores-test.jsontest, beam 10, consensus 2, matching 2images"
+    assert row[1].startswith(f"{scores['CIDEr-D']:.1f}")
+    assert [a["href"] for a in report.all("a")].count("test.html") == 1
+    assert f"CIDEr-D on test{scores['CIDEr-D']:.1f}" not in report.text
+
+
+def test_a_report_reloads_while_the_training_runs(drawn_run: DrawnRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
+    epoch_reporter(run)({}, {})
+    for page, reloads in ((run, True), (drawn_run.run, False)):
+        metas = [a.get("http-equiv") for a in Page(page / "report.html").all("meta")]
+        assert ("refresh" in metas) == reloads
 
 
 def test_worst_and_best_are_those_of_the_lowest_and_highest_scores(drawn_run: DrawnRun) -> None:

@@ -31,7 +31,7 @@ from PIL import Image
 from pipeline import Captioner
 from pipeline.captioner import Prediction
 from pipeline.decoding.captions import Caption
-from pipeline.decoding.options import SearchOptions
+from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.utils.errors import UserError
 
 pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
@@ -64,6 +64,9 @@ class StubCaptioner:
         self.now = self.most = 0
         self.gate = threading.Event()
         self.gate.set()
+
+    def search_config(self) -> SearchConfig:
+        return SearchConfig()
 
     def stream(self, paths: list[Path], *_: object, **__: object) -> Iterator[Prediction]:
         assert all(path.is_file() for path in paths)

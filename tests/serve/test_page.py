@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,10 +115,16 @@ def test_chosen_images_are_captioned_copied_and_captioned_anew_by_other_settings
                 "words => words.map((word) => [word.innerText, word.title])"
             )
             assert [text for text, _ in words] == whole.split()
-            assert all(re.fullmatch(r"(<1|\d+) %", number) for _, number in words)
+            assert all(re.fullmatch(r"(< 1|\d+)\xa0%", number) for _, number in words)
             spoken = [f"{text}: {number}" for text, number in words]
             assert sentence.locator("ul li").all_text_contents() == spoken
-            assert sentence.locator(".score").inner_text().startswith("log p −")
+            title = sentence.locator(".score").get_attribute("title") or ""
+            parts = [float(line.split()[0].replace("−", "-")) for line in title.split("\n")[:3]]
+            total = float(sentence.locator(".value").inner_text().replace("−", "-"))
+            assert total == pytest.approx(sum(parts), abs=0.02) and "image-text match" in title
+        values = [float(v.replace("−", "-")) for v in card.locator(".value").all_inner_texts()]
+        assert values == sorted(values, reverse=True), "the score is what orders the captions"
+        assert re.fullmatch(r"\d+\.\d\d s", card.locator(".time").inner_text())
 
     found = captions(page)
     page.locator(".copy").nth(1).click()
@@ -124,33 +132,59 @@ def test_chosen_images_are_captioned_copied_and_captioned_anew_by_other_settings
     page.get_by_role("button", name="Copy all").click()
     sync_api.expect(page.locator("#status")).to_have_text("9 captions copied")
     header, *rows = page.evaluate("navigator.clipboard.readText()").rstrip("\n").split("\n")
-    assert header == "image\tcaption\tlog_probability"
+    assert header == "image\trank\tcaption\tlog_probability"
     cells = [row.split("\t") for row in rows]
-    assert [cell[:2] for cell in cells] == [
+    assert [[cell[0], cell[2]] for cell in cells] == [
         [path.name, text] for path, texts in zip(scenes[:3], found, strict=True) for text in texts
     ]
-    assert all(float(cell[2]) < 0 for cell in cells)
+    assert all(float(cell[3]) < 0 for cell in cells)
+    files = []
+    for name in ("Download CSV", "Download JSON"):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=name).click()
+        files.append(Path(download.value.path()).read_text(encoding="utf-8"))
+    assert list(csv.reader(files[0].splitlines()))[1:] == cells
+    assert [[c["caption"] for c in each["captions"]] for each in json.loads(files[1])] == found
+    page.get_by_role("button", name=f"Enlarge {scenes[0].name}").click()
+    assert page.locator("#large").is_visible()
+    page.keyboard.press("Escape")
 
-    page.get_by_label("Beam size").fill("2")
-    sync_api.expect(page.get_by_role("alert")).to_contain_text("At most the beam size, 2")
-    page.get_by_label("Captions per image").fill("1")
-    sync_api.expect(page.locator(".whole")).to_have_count(3)
-    sync_api.expect(page.get_by_role("alert")).to_be_empty()
+    beam = page.get_by_label("Beam size")
+    assert beam.get_attribute("placeholder") == "auto (10)"
+    beam.fill("2")
+    assert page.locator(".card.stale").count() == 3, "made with other settings"
+    assert page.get_by_label("Captions per image").input_value() == "2"
+    sync_api.expect(page.locator(".whole")).to_have_count(6)
     wait(page, 3)
-    assert captions(page) == direct(captioner, scenes[:3], 2, 1)
+    assert page.locator(".card.stale").count() == 0
+    assert captions(page) == direct(captioner, scenes[:3], 2, 2)
+    page.get_by_label("Captions per image").fill("4")
+    assert beam.input_value() == "4"
+
+
+def test_nothing_is_left_after_the_last_image(page: Page, scenes: list[Path]) -> None:
+    for remove in ("Clear", f"Remove {scenes[0].name}"):
+        page.set_input_files("#files", scenes[:1])
+        wait(page, 1)
+        page.get_by_role("button", name=remove, exact=True).click()
+        sync_api.expect(page.locator(".card")).to_have_count(0)
+        assert not page.locator("#bar").is_visible() and not page.locator("#legend").is_visible()
+    give(page, "drop")  # a message, but no buttons
+    assert page.locator("#status").inner_text() == "No images were dropped"
+    assert not page.get_by_role("button", name="Copy all").is_visible()
 
 
 def test_draws_differ_by_their_seed_and_come_back_with_it(page: Page, scenes: list[Path]) -> None:
     assert not page.get_by_label("Temperature").is_visible()
-    page.get_by_label("Sample at random").check()
+    page.get_by_label("Sample").check()
     assert not page.get_by_label("Beam size").is_visible()
     page.get_by_label("Temperature").fill("1.5")
     page.set_input_files("#files", scenes[:2])
     wait(page, 2)
-    page.wait_for_timeout(500)  # the settings are heeded a moment after the last key
+    page.wait_for_timeout(500)  # settings apply a moment after the last key
     wait(page, 2)
     first = captions(page)
-    page.get_by_role("button", name="Sample again").click()
+    page.get_by_role("button", name="Resample").click()
     assert page.get_by_label("Seed").input_value() == "1"
     wait(page, 2)
     assert captions(page) != first
@@ -179,9 +213,9 @@ def test_dropped_and_pasted_images_hostile_names_and_large_files(
     assert give(page, "drop", ("broken.jpg", image[:900]), ("notes.jpg", b"no image"))
     wait(page, 23)
     broken, other = page.locator(".failed .note").all_text_contents()
-    assert broken.startswith("Cannot be captioned: image file is truncated")
-    assert other == "Cannot be captioned: not an image that Pillow reads."
-    assert page.locator("#status").inner_text() == "23 images, 2 not captioned"
+    assert broken.startswith("Image file is truncated")
+    assert other == "Not a supported image"
+    assert page.locator("#status").inner_text() == "21 of 23 images captioned, 2 failed"
     assert not give(page, "paste"), "text goes into the field as ever"
 
     requests: list[str] = []
@@ -196,7 +230,7 @@ def test_dropped_and_pasted_images_hostile_names_and_large_files(
         }"""
     )
     wait(page, 24)
-    assert page.locator(".note").last.inner_text().startswith("Larger than 20 MB")
+    assert page.locator(".note").last.inner_text() == "File exceeds the 20 MB limit"
     assert [url for url in requests if url.endswith("caption")] == []
 
 
@@ -218,8 +252,14 @@ def test_the_keyboard_is_enough(page: Page, scenes: list[Path]) -> None:
         )
         if names[-1] == f"Remove {scenes[1].name}":
             break
-    assert names[:3] == ["Captions per image", "Beam size", "Sample at random"]
-    assert {"Show numbers", "Copy all", "Clear", f"Copy: {captions(page)[0][0]}"} <= set(names)
+    assert names[:3] == ["Captions per image", "Beam size", "Sample"]
+    assert {
+        "Show numbers",
+        "Copy all",
+        "Download CSV",
+        "Clear",
+        f"Copy: {captions(page)[0][0]}",
+    } <= set(names)
     page.keyboard.press("Enter")
     sync_api.expect(page.locator(".card")).to_have_count(1)
     assert page.evaluate("document.activeElement.ariaLabel") == f"Remove {scenes[0].name}"

@@ -1,0 +1,58 @@
+"use strict";
+
+// What the gallery and the local page share: the words of a caption and how they are shown.
+
+const DOUBTFUL = 0.3; // below this probability a word is shaded
+// Words that are improbable because others fit as well ("a", "the"), not because they are wrong.
+const FUNCTION_WORDS = new Set(
+  ("a an the this that some one two in on at of with by to for from into near and or while as is are "
+    + "be it its his her their there 's").split(" "),
+);
+const NO_BREAK = "\u00a0";
+
+function percent(share) {
+  return `${share < 0.01 ? "< 1" : Math.round(100 * share)}${NO_BREAK}%`;
+}
+
+function signed(value) {
+  return value.toFixed(2).replace("-", "−");
+}
+
+// The caption as nodes, with an element per word. `words` are pairs of the model's tokens and their
+// probabilities; the text between them is the caption's, where "dog 's" may have become "dog's".
+function captionNodes(caption, words) {
+  const nodes = [];
+  let place = 0;
+  for (const [text, probability] of words) {
+    const start = caption.indexOf(text, place);
+    if (start < 0) continue;
+    const word = document.createElement("span");
+    word.className = "word";
+    word.textContent = text;
+    if (probability !== null) {
+      word.title = percent(probability);
+      word.dataset.percent = probability < 0.01 ? "<1" : Math.round(100 * probability);
+      const doubt = FUNCTION_WORDS.has(text.toLowerCase()) ? 0 : 1 - probability / DOUBTFUL;
+      if (doubt > 0) word.style.setProperty("--doubtful", (0.3 + 0.7 * doubt).toFixed(3));
+    }
+    nodes.push(caption.slice(place, start), word);
+    place = start + text.length;
+  }
+  return [...nodes, caption.slice(place)];
+}
+
+// What a caption's place in the order comes from. `parts` maps the addends of its score to numbers.
+const PARTS = {
+  likelihood: "log-probability, normalised by length",
+  matching: "image-text match",
+  consensus: "captions of similar images",
+};
+function scoreOf(parts) {
+  return Object.values(parts).reduce((sum, part) => sum + part, 0);
+}
+function explainScore(parts, logProbability) {
+  return [
+    ...Object.entries(parts).map(([name, value]) => `${signed(value)}  ${PARTS[name]}`),
+    `log-probability of the caption: ${signed(logProbability)} nats`,
+  ].join("\n");
+}
