@@ -392,21 +392,20 @@
   byId("next").addEventListener("click", () => step(1));
   byId("close").addEventListener("click", () => viewer.close());
   viewer.addEventListener("click", (event) => { if (event.target === viewer) viewer.close(); });
-  viewer.addEventListener("keydown", (event) => {
+  // On the page as a whole: the focus is lost when the button that has it is replaced.
+  addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-    const distance = {
-      ArrowLeft: -1, ArrowRight: 1, Home: -current, End: shown.length - 1 - current,
-    }[event.key];
-    if (distance !== undefined) {
+    if (viewer.open) {
+      const distance = {
+        ArrowLeft: -1, ArrowRight: 1, Home: -current, End: shown.length - 1 - current,
+      }[event.key];
+      if (distance === undefined) return;
       event.preventDefault();
       step(distance);
+    } else if (event.key === "/" && !event.target.matches("input, select")) {
+      event.preventDefault();
+      byId("search").focus();
     }
-  });
-  addEventListener("keydown", (event) => {
-    const typing = event.target.matches("input, select, textarea");
-    if (event.key !== "/" || typing || viewer.open || event.ctrlKey || event.metaKey) return;
-    event.preventDefault();
-    byId("search").focus();
   });
   // Focus returns to the card of the image shown last.
   viewer.addEventListener("close", () => {

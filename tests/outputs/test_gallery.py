@@ -32,6 +32,7 @@ from pipeline.outputs import gallery
 from pipeline.outputs.gallery import GalleryItem, confidence, write_gallery
 from pipeline.reports.evaluation_page import write_page
 from pipeline.utils.errors import UserError
+from pipeline.utils.html import tidy
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
@@ -306,7 +307,7 @@ def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> 
     ).per_image_cider({name: tokenize_english(text) for name, text in predictions.items()})
     assert [r["name"] for r in parsed.records] == [i.name for i in images]
     for record, image in zip(parsed.records, images, strict=True):
-        assert record["references"] == list(image.captions)
+        assert record["references"] == [tidy(caption) for caption in image.captions]
         assert record["captions"][0]["text"] == predictions[image.name]
         assert len(record["captions"]) == 5
         assert record["score"] == pytest.approx(cider[image.name], rel=1e-4)
@@ -503,9 +504,10 @@ def test_state_survives_a_reload_and_scores_are_filtered(tmp_path: Path) -> None
         item(image, name=long, captions=[best], score=0.0)
     ]
     target = tmp_path / "page.html"
+    view = {"width": 800, "height": 600}
     tiles = [("CIDEr-D", "62.7", "95 %: 60 to 65")]
     write_gallery(items, target, "t", {"Model": "mine", "Search": "beam 3"}, tiles=tiles)
-    with browser_page(own=target.as_uri(), viewport={"width": 800, "height": 600}) as (
+    with browser_page(own=tmp_path.as_uri(), viewport=view) as (
         page,
         problems,
     ):
