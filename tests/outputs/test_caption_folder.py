@@ -300,7 +300,9 @@ def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, alb
     assert '"words"' not in result.stdout
     assert len((album / "a.txt").read_text(encoding="utf-8").splitlines()) == 1
     text = page.read_text(encoding="utf-8")
-    assert text.count("data:image/webp") == 6 and "not an image" in text
+    assert text.count("data:image/webp") == 6 and "not a supported image" in text
+    assert "<title>album</title>" in text
+    assert '"name": "broken.jpg"' in text, "relative to the folder of all images"
     scripts = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', text, re.DOTALL)
     items = [item for item in map(json.loads, scripts) if item.get("captions")]
     assert [len(item["captions"]) for item in items] == [5] * 6
