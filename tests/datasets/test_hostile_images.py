@@ -246,7 +246,7 @@ def test_two_formats_in_one_file(tmp_path: Path) -> None:
         assert max(load_image(path).size) == 24
     front = tmp_path / "front.jpg"
     front.write_bytes(b"<html>" + SMALL["jpeg"]())
-    with pytest.raises(ImageError, match="not an image"):
+    with pytest.raises(ImageError, match="not a supported image"):
         load_image(front)
 
 
