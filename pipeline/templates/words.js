@@ -19,16 +19,17 @@ function signed(value) {
 }
 
 // The caption as nodes, with an element per word. `words` are pairs of the model's tokens and their
-// probabilities; the text between them is the caption's, where "dog 's" may have become "dog's".
+// probabilities; the text is the caption's, where "dog 's" may be "dog's", and "a" at its start "A".
 function captionNodes(caption, words) {
   const nodes = [];
+  const lower = caption.toLowerCase();
   let place = 0;
   for (const [text, probability] of words) {
-    const start = caption.indexOf(text, place);
+    const start = lower.indexOf(text.toLowerCase(), place);
     if (start < 0) continue;
     const word = document.createElement("span");
     word.className = "word";
-    word.textContent = text;
+    word.textContent = caption.slice(start, start + text.length);
     if (probability !== null) {
       word.title = percent(probability);
       word.dataset.percent = probability < 0.01 ? "<1" : Math.round(100 * probability);

@@ -445,7 +445,7 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
     images = [draw(tmp_path / f"{n}.png", n, (640, 480)) for n in range(3)]
     words = (Word("a", 0.9), Word("man", 0.05), Word("'s", 0.004), Word("dog", 0.2))
     items = [
-        item(p, captions=[Caption("a man's dog", -4.0, words), Caption(f"number {n}", -5.0)])
+        item(p, captions=[Caption("A man's dog.", -4.0, words), Caption(f"number {n}", -5.0)])
         for n, p in enumerate(images)
     ]
     items[2] = item(tmp_path / "gone.png", "gone", references=["it was <here> ."], score=12.34)
@@ -461,7 +461,7 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         page.keyboard.press("Enter")
         dialog = page.get_by_role("dialog", name="0.png")
         page.wait_for_selector('#stage img[src="0.png"]')
-        assert dialog.locator(".caption").all_text_contents() == ["a man's dog", "number 0"]
+        assert dialog.locator(".caption").all_text_contents() == ["A man's dog.", "number 0"]
         assert dialog.locator(".probabilities").first.text_content() == (
             "Word by word: a 90 %, man 5 %, 's < 1 %, dog 20 %".replace(" %", "\u00a0%")
         )
@@ -477,7 +477,7 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         page.keyboard.press("ArrowRight")
         page.wait_for_selector('#stage img[src="1.png"]')
         assert page.locator("#viewer-place").inner_text() == "2 of 3"
-        assert "2 of 3: a man's dog" in page.locator("#announcement").inner_text()
+        assert "2 of 3: A man's dog." in page.locator("#announcement").inner_text()
         page.get_by_role("dialog").get_by_role("button", name="Copy").nth(1).press("Enter")
         page.wait_for_selector(".copy.done")
         assert page.evaluate("navigator.clipboard.readText()") == "number 1"
