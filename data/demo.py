@@ -3,10 +3,10 @@
     python data/demo.py
 
 First the pretrained model captions a few photographs that come with scikit-image, of what it knows
-and of what it does not know. Then the demo
-draws 400 captioned scenes, extracts their features, trains a decoder, fine-tunes both networks for
-two epochs, scores both models, and captions drawings that neither has seen. Each command is printed
-before it runs. Nothing is downloaded: features come from the pretrained model's encoder.
+and of what it does not know. Then the demo draws 400 captioned scenes, extracts their features,
+trains a decoder, fine-tunes both networks for two epochs, scores both models, and captions drawings
+that neither has seen. Each command is printed before it runs. Nothing is downloaded: features come
+from the pretrained model's encoder.
 """
 
 from __future__ import annotations
