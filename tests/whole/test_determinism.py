@@ -12,7 +12,7 @@ from one_process import TINY_INCEPTION, run_in_one_process
 
 import train_decoder
 
-TIMED = ("log.jsonl", "report.html")  # these also show how long the work took
+TIMED = ("log.jsonl", "sessions.jsonl", "report.html")  # these also show how long the work took
 SMALL = "--epochs 2 --batch-size 16 --embed-size 32 --hidden-size 32 --self-critical-epochs 1"
 
 

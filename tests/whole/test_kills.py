@@ -80,7 +80,8 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             name = str(path.relative_to(folder))
-            found[name] = None if path.suffix == ".html" else path.read_bytes()
+            timed = path.suffix == ".html" or path.name == "sessions.jsonl"
+            found[name] = None if timed else path.read_bytes()
             if path.name == "log.jsonl":
                 lines = [json.loads(line) for line in found[name].splitlines()]
                 found[name] = [{k: v for k, v in x.items() if k not in TIMES} for x in lines]
