@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -18,11 +19,13 @@ class PlainLines:
         """Write the visible part of a state."""
         line = text.strip()
         if line:
-            sys.stderr.write(line + "\n")
+            with contextlib.suppress(OSError):
+                sys.stderr.write(line + "\n")
 
     def flush(self) -> None:
         """Flush standard error."""
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:

@@ -6,6 +6,7 @@ fakes a message of its own; direction marks make "gpj.exe" read "exe.jpg".
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from typing import Any
@@ -32,8 +33,12 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def echo(message: str, err: bool = False) -> None:
-    """Print to standard output or standard error; line ends and tabs are kept."""
-    click.echo(escape_control(message, keep="\n\t"), err=err)
+    """Print to standard output or standard error; line ends and tabs are kept.
+
+    Messages are lost where standard error cannot be written; the work goes on.
+    """
+    with contextlib.suppress(OSError) if err else contextlib.nullcontext():
+        click.echo(escape_control(message, keep="\n\t"), err=err)
 
 
 def echo_failure(name: str, reason: str) -> None:

@@ -15,11 +15,12 @@ from pipeline.cli import main, options
 SCRIPT = """
 import click
 from pipeline.cli import options
+from pipeline.utils.terminal import echo
 
 @options.command()
 def command() -> None:
+    echo("a message", err=True)
     click.echo("a caption" * {times})
-    click.echo("a message", err=True)
 
 command.main()
 """
@@ -54,9 +55,17 @@ def test_a_full_standard_output_is_one_line(times: int) -> None:
         (">&-", "", "a message\n"),
         ("2>&-", "a caption\n", ""),
         ("<&-", "a caption\n", "a message\n"),
+        pytest.param(
+            "2> /dev/full",
+            "a caption\n",
+            "",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full"),
+        ),
     ],
 )
-def test_closed_streams_are_quiet(redirection: str, stdout: str, stderr: str) -> None:
+def test_closed_streams_and_a_full_standard_error_are_quiet(
+    redirection: str, stdout: str, stderr: str
+) -> None:
     result = run(redirection)
     assert (result.returncode, result.stdout, result.stderr) == (0, stdout, stderr)
 
