@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DECODER = "--epochs 40 --batch-size 64 --lr 2e-3 --embed-size 256 --hidden-size 256 --min-count 2"
 JOINT = "--epochs 2 --unfreeze-from Mixed_7a --grad-accum-steps 1 --min-crop 0.9 --encoder-lr 2e-5"
 SHOWN = 8
+PHOTOS = "data/examples/photos"
 KNOWN = ("camera.png", "motorcycle_left.png", "grass.png")
 UNKNOWN = ("chelsea.png", "coffee.png", "rocket.jpg")
 LEARNT = """\
 The model has learnt from 6,000 photographs of people, dogs, sports and streets (Flickr8k).
-right about the subject, which it knows:  a man (camera.png), a motorcycle, grass
-wrong, as Flickr8k hardly shows any:      a cat (chelsea.png), a cup of coffee, a rocket"""
+It names these subjects, with invented details:  a man (camera.png), a motorcycle, grass
+It is wrong about these, rare in Flickr8k:       a cat (chelsea.png), a cup of coffee, a rocket"""
 
 
 @click.command()
@@ -55,10 +56,13 @@ def caption_photographs() -> None:
             "scikit-image is not installed (pip install -e '.[photos]'): no photographs to caption"
         )
         return
-    folder = os.path.relpath(Path(package.origin).parent / "data", ROOT)
     echo(LEARNT)
-    names = " ".join(f"{folder}/{name}" for name in (*KNOWN, *UNKNOWN))
-    run(f"caption.py --model pretrained {names}")
+    folder = ROOT / PHOTOS
+    folder.mkdir(parents=True, exist_ok=True)
+    names = (*KNOWN, *UNKNOWN)
+    for name in names:
+        shutil.copy(Path(package.origin).parent / "data" / name, folder)
+    run(f"caption.py --model pretrained {' '.join(f'{PHOTOS}/{name}' for name in names)}")
 
 
 def run(command: str) -> None:

@@ -114,6 +114,22 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.fixture
+def unlistable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Return what makes listing folders of a name fail with an error number."""
+    scandir = os.scandir
+
+    def make(name: str, number: int) -> None:
+        def refuse(path: str) -> object:
+            if Path(path).name == name:
+                raise OSError(number, os.strerror(number), path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+
+    return make
+
+
 @pytest.fixture(scope="module")
 def tiny_inception() -> Iterator[None]:
     """Have all tests of a module encode images with a tiny network, which takes no time."""

@@ -69,7 +69,7 @@ def stop_if_unreachable(image: ImageRef) -> None:
             lost = True
     if lost:
         raise UserError(
-            f"{image}: its folder is gone or empty; when it is back, the same command goes on"
+            f"{image}: its folder is gone or empty; reconnect it and run the same command to resume"
         )
 
 

@@ -193,7 +193,7 @@ def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool) -> tuple
                     stop_if_unreachable(image)
                     if task.on_error == "fail":
                         raise InputError(
-                            f"{image}: {reason} (--on-error skip records it and goes on; what is "
+                            f"{image}: {reason} (--on-error skip records it and continues; what is "
                             "done is kept)"
                         )
                 done += writer.write([], batch.features[:0], batch.failures)

@@ -173,5 +173,5 @@ def _acquire(lock: FileLock) -> str | None:
             return f" ({file.read_text(encoding='utf-8') or 'just begun'})"
         return ""
     except (OSError, NotImplementedError):
-        pass
+        return None  # no locks there
     return None

@@ -36,7 +36,9 @@ def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     if sys.stderr.isatty():
         options |= {"mininterval": 0.5, "dynamic_ncols": True}
     else:
-        options |= {"mininterval": 30.0, "delay": 30.0, "bar_format": LINE, "file": PlainLines()}
+        # With more than one iteration between updates tqdm's monitor would repeat a line.
+        options |= {"mininterval": 30.0, "delay": 30.0, "miniters": 1}
+        options |= {"bar_format": LINE, "file": PlainLines()}
     return tqdm(iterable, **options)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -106,17 +108,10 @@ def test_an_image_called_txt_is_not_its_own_text_file(drawn_run: DrawnRun, photo
 
 @pytest.mark.usefixtures("tiny_inception")
 def test_a_folder_that_cannot_be_listed_is_a_named_failure(
-    drawn_run: DrawnRun, photos: Path, monkeypatch: pytest.MonkeyPatch
+    drawn_run: DrawnRun, photos: Path, unlistable: Callable[[str, int], None]
 ) -> None:
     (photos / "share").mkdir()
-    scandir = os.scandir
-
-    def refuse(path: str) -> object:
-        if Path(path).name == "share":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    unlistable("share", errno.EACCES)
     result = CliRunner().invoke(caption.main, ["--model", str(drawn_run.run), "photos"])
     assert result.exit_code == 1 and "photos/a.jpg\t" in result.stdout
     assert "failed: photos/share: Permission denied" in result.stderr

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -96,18 +98,11 @@ def test_what_other_programs_left_is_skipped_and_counted(
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_not_empty(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, unlistable: Callable[[str, int], None]
 ) -> None:
     draw(tmp_path / "a.jpg")
     draw(tmp_path / "share" / "b.jpg")
-    scandir = os.scandir
-
-    def broken(path: str) -> object:
-        if Path(path).name == "share":
-            raise OSError(5, "Input/output error", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", broken)
+    unlistable("share", errno.EIO)
     with pytest.raises(UserError, match=r"share: cannot be listed \(Input/output error\)"):
         find_images(tmp_path)
     errors: list[OSError] = []

@@ -150,7 +150,7 @@ def test_images_that_go_away_are_not_taken_for_broken(
             images.mkdir()
 
     message = refusal(images, tmp_path / "x.h5", DisturbedEncoder(unplug))
-    assert "its folder is gone or empty; when it is back, the same command goes on" in message
+    assert "its folder is gone or empty; reconnect it and run the same command to resume" in message
     assert not (tmp_path / "x.h5").exists()
     partial = FeatureCache(partial_path(tmp_path / "x.h5"))
     assert partial.failures() == {}
@@ -169,7 +169,7 @@ def test_shards_that_go_away(images: Path, tmp_path: Path) -> None:
         archive.add(images, ".")
     data, output = str(tmp_path / "shards" / "*.tar"), tmp_path / "x.h5"
     message = refusal(data, output, DisturbedEncoder(lambda: shard.rename(away)))
-    assert "0.tar/" in message and "goes on" in message
+    assert "0.tar/" in message and "the same command to resume" in message
     away.rename(shard)
     assert run(data, output).cache.failures() == {}
 

@@ -1,4 +1,4 @@
-"""The captioner in the box: its compression, its file, and who falls back on it."""
+"""The pretrained model: its compression, its file, and the commands that fall back on it."""
 
 from __future__ import annotations
 

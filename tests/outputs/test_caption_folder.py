@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
+from tqdm import TMonitor, tqdm
 
 import caption as command
 from pipeline import Captioner
@@ -25,7 +27,7 @@ from pipeline.outputs.formats import WRITERS, read_predictions
 from pipeline.outputs.gallery import write_gallery
 from pipeline.outputs.resume import PartialResults, results_path
 from pipeline.utils.errors import UserError
-from pipeline.utils.progress import PlainLines
+from pipeline.utils.progress import PlainLines, progress_bar
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
@@ -444,6 +446,19 @@ def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) ->
     for drawn in ("\r", "\rcaptioning: 5 of 30 images   ", "", "\n"):
         lines.write(drawn)
     assert capsys.readouterr().err == "captioning: 5 of 30 images\n"
+
+
+def test_no_line_is_repeated_in_a_log_while_nothing_happens(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with progress_bar(total=9) as bar:
+        bar.start_t, bar.last_print_t = bar.start_t - 60, bar.last_print_t - 60
+        bar.update(6)
+        bar.last_print_t -= 60  # as seen by tqdm's monitor, which looks every 10 seconds
+        monitor = TMonitor(tqdm, 0.05)
+        time.sleep(0.3)
+        monitor.exit()
+    assert capsys.readouterr().err.count("6 of 9") == 1
 
 
 @pytest.mark.parametrize("layout", [*WRITERS])
