@@ -22,7 +22,7 @@ from PIL import Image
 from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.features.cache import FeatureCache
+from pipeline.features.cache import CHUNK, FeatureCache
 from pipeline.features.cache_writer import open_writer
 from pipeline.models.encoder import load_encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
@@ -136,9 +136,11 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
     count = rows or len(features)
     names = [f"{number:07d}.jpg" for number in range(count)]
     writer = open_writer(path, names, identity)
-    for start in range(0, count, len(features)):
-        chunk = range(start, min(start + len(features), count))
+    step = min(len(features), CHUNK)
+    for start in range(0, count, step):
+        chunk = range(start, min(start + step, count))
         writer.write(chunk, features[: len(chunk)], {})
+        writer.commit()  # what it keeps until then counts as memory of the process
     return writer.finish()
 
 
