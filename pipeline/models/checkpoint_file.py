@@ -14,12 +14,24 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from pipeline.models.pretrained import DOCUMENT
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
+
+# Names of types in safetensors' header.
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 # What version 0.1.0 called two sizes of the decoder, and a weight after one of them.
 RENAMED = {"image_state": "init_state_from_image", "tied": "tie_embeddings"}
@@ -41,8 +53,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
         else:
             aliases[name] = first
     text = json.dumps({**document, "aliases": aliases}, ensure_ascii=False)
+    # The library's writer copies all tensors in memory, or replaces the file by itself.
+    header: dict[str, Any] = {"__metadata__": {DOCUMENT: text}}
+    end = 0
+    stored = dict(sorted(stored.items(), key=lambda item: -item[1].itemsize))  # aligned
+    for name, tensor in stored.items():
+        start, end = end, end + tensor.nbytes
+        kind = TYPES[tensor.dtype]
+        header[name] = {"dtype": kind, "shape": [*tensor.shape], "data_offsets": [start, end]}
+    encoded = json.dumps(header, ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with atomic_write(path, "wb") as handle:
-        handle.write(save(stored, {DOCUMENT: text}))
+        handle.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in stored.values():
+            handle.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
