@@ -145,10 +145,13 @@ def evaluate_runs(
             checkpoint names remote data; ``output`` is that of another evaluation.
     """
     checkpoint = load_ensemble(runs)
-    settings = checkpoint.settings
+    settings = checkpoint.settings if checkpoint.is_own else {}
     data = options.data or settings.get("data")
     if not data:
-        raise UserError(f"{runs[0]}: does not name the data it was trained on; give --data")
+        raise UserError(
+            f"{runs[0]}: is not in the run folder of its training, so its data are unknown; give "
+            "--data"
+        )
     own_data = str(data) == settings.get("data")
     if own_data:
         unset = [n for n in ("data", "captions", "features") if not getattr(options, n)]

@@ -12,6 +12,7 @@ import click
 from pipeline.cli import options
 from pipeline.datasets.tar_shards import is_elsewhere, refuse_elsewhere
 from pipeline.training.options import MACHINE, TRAINING, JointOptions
+from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo_failure
 
 
@@ -81,19 +82,23 @@ def main(
     with joined_world() as world:
         force = force and not world.restarted
         settings = settings_to_start_from(run, start, force)
-        features = settings["features"]
         if data is None:
+            if "data" not in settings:
+                raise UserError(f"--start {start[0]}: its training data are unknown; give --data")
             refuse_elsewhere(settings, ["data"] if captions else ["data", "captions"], start[0])
             data = settings["data"]
-            captions = captions or tuple(map(Path, caption_paths(settings["captions"])))
+            captions = captions or tuple(map(Path, caption_paths(settings.get("captions"))))
             encoding = encoding or settings.get("encoding")
+        features = settings.get("features")
+        if features is None or is_elsewhere(features):
+            features = str(default_cache_path(data))
         torch_device = choose_device(device, world.local_rank)
         joint_options = JointOptions(
             start=start,
             data=data,
             captions=tuple(map(str, captions)),
             encoding=encoding,
-            features=str(default_cache_path(data)) if is_elsewhere(features) else features,
+            features=features,
             **chosen,
         )
         precision = choose_training_precision(joint_options.precision, torch_device)

@@ -28,8 +28,8 @@ from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import Neighbours, merge_neighbours
 from pipeline.models.pretrained import BEST as BEST
+from pipeline.models.pretrained import CONFIG, is_pretrained, pretrained_path
 from pipeline.models.pretrained import LAST as LAST
-from pipeline.models.pretrained import is_pretrained, pretrained_path
 from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
@@ -55,6 +55,8 @@ class Checkpoint:
         epoch: number of epochs trained.
         scores: validation scores of these weights.
         settings: the options of the run, as plain values.
+        is_own: it comes with the program or lies in its run folder. Any other file may be a
+            stranger's, and no path that it names is opened.
     """
 
     decoder_config: DecoderConfig
@@ -67,6 +69,7 @@ class Checkpoint:
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    is_own: bool = True
 
     def build_decoder(self) -> CaptionDecoder:
         """Build the decoder, in eval mode, on the CPU."""
@@ -129,7 +132,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: no such file, or not a checkpoint of this program and schema version; or its
             parts do not fit together.
     """
-    if is_pretrained(path):
+    is_ours = is_pretrained(path)
+    if is_ours:
         path = pretrained_path()
     elif path.is_dir():
         path = path / BEST
@@ -140,9 +144,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "version of the program"
         )
     try:
-        return _checkpoint(tensors, document)
+        checkpoint = _checkpoint(tensors, document)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UserError) as error:
         raise UserError(f"{path}: the checkpoint is damaged ({error})") from error
+    return replace(checkpoint, is_own=is_ours or (path.parent / CONFIG).is_file())
 
 
 def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Checkpoint:
@@ -281,11 +286,11 @@ def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> E
         load_trunk(encoder, checkpoint.encoder_weights, "the checkpoint's encoder")
     else:
         source = weights or wanted.weights_source
-        found = source in NAMED_WEIGHTS or (not is_elsewhere(source) and Path(source).is_file())
-        if weights is None and not found:
+        readable = checkpoint.is_own and not is_elsewhere(source) and Path(source).is_file()
+        if weights is None and source not in NAMED_WEIGHTS and not readable:
             raise UserError(
-                f"the encoder's weights are no longer at {source}, where they were in training; "
-                "say where they are: --weights FILE"
+                f"the model does not contain its encoder, whose weights were {source} in training; "
+                "give their file with --weights FILE"
             )
         encoder = load_encoder(source, precision)
     mismatch = wanted.mismatch(encoder.identity)

@@ -10,8 +10,8 @@ from pipeline.utils.errors import UserError
 PRETRAINED = "pretrained"
 FILE, CARD = "captioner.pt", "MODEL_CARD.md"
 LICENCE = "trained on Flickr8k, for research and education only"
-# The checkpoints of a run folder: the one to use, and that of the last epoch.
-BEST, LAST = "best.safetensors", "last.safetensors"
+# In a run folder: the checkpoint to use, that of the last epoch, and the run's settings.
+BEST, LAST, CONFIG = "best.safetensors", "last.safetensors", "config.json"
 # The key of the JSON document in the metadata of a checkpoint.
 DOCUMENT = "captioner"
 

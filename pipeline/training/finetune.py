@@ -45,16 +45,15 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 def settings_to_start_from(run: Path, starts: Sequence[str], force: bool) -> dict[str, Any]:
     """Return the settings of the training that is resumed or started from.
 
-    A run in progress has all that it needs: the run it started from may be gone.
+    A run in progress has all that it needs: the run it started from may be gone. A checkpoint that
+    may be a stranger's has none.
 
     Raises:
-        UserError: the checkpoint cannot be read, or does not name its data.
+        UserError: the checkpoint cannot be read.
     """
     path = run / LAST if can_resume(run, force) else Path(starts[0])
-    settings = load_checkpoint(path).settings
-    if not {"data", "captions", "features"} <= settings.keys():
-        raise UserError(f"--start {path}: the checkpoint does not name its training data")
-    return settings
+    checkpoint = load_checkpoint(path)
+    return checkpoint.settings if checkpoint.is_own else {}
 
 
 def finetune_joint(

@@ -18,14 +18,13 @@ import torch
 from pipeline.datasets.caption_table import CaptionTable
 from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import Checkpoint
-from pipeline.models.pretrained import BEST, LAST
+from pipeline.models.pretrained import BEST, CONFIG, LAST
 from pipeline.training.options import DecoderOptions, JointOptions
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 
 RESUME = "resume.safetensors"
-CONFIG = "config.json"
 LOG = "log.jsonl"
 SAMPLES = "samples.jsonl"
 SESSIONS = "sessions.jsonl"
