@@ -1,4 +1,4 @@
-"""Read captions from JSON: Karpathy's and COCO's layouts, lists of objects, and JSON Lines."""
+"""Read captions from JSON: Karpathy's and COCO's layouts, lists and objects, and JSON Lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.datasets.caption_collector import SPLIT_WORDS, CaptionCollector
+from pipeline.datasets.caption_collector import SPLIT_WORDS, CaptionCollector, find_columns
 from pipeline.utils.errors import UserError
 
 FILE_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
@@ -36,12 +36,23 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
         for number, record in enumerate(document, 1):
             collector.add_record(f"entry {number}", record)
         return "JSON list"
+    if path.suffix.lower() == ".json" and _is_mapping(document):
+        for name, captions in document.items():
+            collector.add(f'"{name}"', name, captions)
+        return "JSON object"
     if path.suffix.lower() == ".json":
         raise UserError(
-            f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO) nor a '
-            'list of {"image", "caption"}'
+            f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO), nor a '
+            'list of {"image", "caption"}, nor an object of captions by image'
         )
     return _read_jsonl(lines, collector)
+
+
+def _is_mapping(document: Any) -> bool:
+    """True for ``{"a.jpg": "caption"}`` and ``{"a.jpg": ["caption", ...]}``."""
+    if not isinstance(document, dict) or find_columns((*map(str.lower, document),))[1]:
+        return False  # or a single record, whose keys are those of columns
+    return all(isinstance(value, str | list) for value in document.values())
 
 
 def split_of_file(path: Path) -> str:

@@ -182,7 +182,10 @@ def _read_text(text: str) -> Iterator[Prediction]:
 
 
 def _read_csv(text: str) -> Iterator[Prediction]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    # Excel saves it with semicolons, and decimal commas, where the language has these.
+    header = text.partition("\n")[0]
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     if reader.fieldnames != PREDICTION_COLUMNS:
         raise ValueError(f"columns {reader.fieldnames}")
     for row in reader:
@@ -190,8 +193,8 @@ def _read_csv(text: str) -> Iterator[Prediction]:
         if row["error"]:
             yield Prediction(image, [], text_of_cell(row["error"]))
         else:
-            caption = Caption(text_of_cell(row["caption"]), float(row["log_probability"]))
-            yield Prediction(image, [caption])
+            score = float(row["log_probability"].replace(",", "."))
+            yield Prediction(image, [Caption(text_of_cell(row["caption"]), score)])
 
 
 def _read_coco(text: str) -> Iterator[Prediction]:

@@ -53,6 +53,7 @@ PRINTED = "['a dog, running', \"a man's bike\", 'two \"children\"']"
         ("blip.json", [{"image": "a.jpg", "caption": text} for text in THREE]),
         ("lavis.json", [{"image": "a.jpg", "image_id": "coco_1", "caption": THREE}]),
         ("results.json", [{"image_id": "a.jpg", "caption": text} for text in THREE]),
+        ("mapping.json", {"a.jpg": THREE}),
         ("lines.txt", "".join(f"a.jpg\t{text}\n" for text in THREE)),
         ("scored.txt", "".join(f"a.jpg\t{text}\t-7.1250\n" for text in THREE)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,16 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(layout: str, tmp_path: P
     expected = read_predictions(path, layout)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert [repr(p) for p in read_predictions(path, layout)] == [repr(p) for p in expected]
+
+
+def test_a_table_that_excel_saved_is_added_to(tmp_path: Path) -> None:
+    """With semicolons and decimal commas, as where the comma is the decimal sign."""
+    path = tmp_path / "x.csv"
+    write_predictions(PREDICTIONS, "csv", path)
+    expected = read_predictions(path, "csv")
+    with path.open(encoding="utf-8", newline="") as handle:
+        rows = list(csv.reader(handle))
+    with path.open("w", encoding="utf-8-sig", newline="") as handle:
+        writer = csv.writer(handle, delimiter=";")
+        writer.writerows([*row[:3], row[3].replace(".", ","), *row[4:]] for row in rows)
+    assert read_predictions(path, "csv") == expected
