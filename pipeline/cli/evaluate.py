@@ -56,7 +56,7 @@ NOT_SCORED = [
 @options.output(
     "--output",
     "Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
-    "another split, search, checkpoint or data a name that tells, such as "
+    "another split, search, checkpoint or data a name with the differences, such as "
     "predictions-test-beam-size-5.json]",
 )
 @options.output(
@@ -179,7 +179,7 @@ def _check(given: dict[str, Any]) -> None:
         options.check_ensemble(runs, ensemble)
     if compared:
         searched = [field.name for field in dataclasses.fields(SearchOptions)]
-        unused = ["ensemble", "features", *searched]
+        unused = ["ensemble", "features", "java", "device", *searched]
         options.refuse_given(unused, "has no effect with --compare")
     if given["tokenizer"] is not None and not compared:
         raise UserError("--tokenizer: is for --compare; a run is scored with its own")

@@ -200,6 +200,11 @@ class SearchOptions:
         usual_matching = PASSES_MATCHING if several else MATCHING_WEIGHT
         consensus = self._weight("consensus", reranker.consensus is not None, usual_consensus)
         matching = self._weight("matching", reranker.matcher is not None, usual_matching)
+        if several and not (consensus or matching):
+            raise UserError(
+                f"--search-passes {self.search_passes}: pools candidates for reranking, but "
+                "--consensus and --matching are 0 or the model has neither"
+            )
         count = self.num_captions or 1
         usual = SearchConfig.beam_size
         if self.sampling:

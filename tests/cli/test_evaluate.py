@@ -26,8 +26,8 @@ from pipeline.utils.errors import UserError
 
 
 def evaluate(*arguments: object) -> Result:
-    words = [str(argument) for argument in (*arguments, "--no-java", "--device", "cpu")]
-    return CliRunner().invoke(command.main, words)
+    more = () if "--compare" in arguments else ("--no-java", "--device", "cpu")
+    return CliRunner().invoke(command.main, [*map(str, arguments), *more])
 
 
 @pytest.mark.parametrize("split", ["val", "test", "train"])
@@ -257,6 +257,24 @@ def test_what_a_strangers_files_name_on_other_machines_is_not_opened(
         assert f"'{place}'" in result.stderr
 
 
+def test_no_path_in_a_checkpoint_outside_its_run_folder_is_opened(
+    drawn_run: DrawnRun, tmp_path: Path
+) -> None:
+    """Such a file may be a stranger's. What the user names is opened."""
+    alone = tmp_path / "best.safetensors"
+    shutil.copy(drawn_run.run / "best.safetensors", alone)
+    with pytest.raises(UserError, match="--weights FILE"):
+        Captioner.load(alone, device="cpu")
+    Captioner.load(alone, device="cpu", weights=str(drawn_run.weights))
+    refused = evaluate(alone)
+    assert refused.exit_code == 2 and "its data are unknown; give --data" in refused.stderr
+    words = ["--start", str(alone), "--run", str(tmp_path / "run")]
+    refused = CliRunner().invoke(finetune_joint.main, words)
+    assert refused.exit_code == 2 and "data are unknown; give --data" in refused.stderr
+    given = ("--data", drawn_run.data, "--features", drawn_run.features)
+    assert evaluate(alone, *given).exit_code == 0
+
+
 def test_weights_that_a_checkpoint_names_on_another_machine_are_not_looked_for(
     drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,11 +292,15 @@ def test_weights_that_a_checkpoint_names_on_another_machine_are_not_looked_for(
         Captioner.load(tmp_path / "x.safetensors", device="cpu")
 
 
-@pytest.mark.parametrize("option", ["--beam-size 2", "--features x", "--consensus 0", "--ensemble"])
+@pytest.mark.parametrize(
+    "option",
+    ["--beam-size 2", "--features x", "--consensus 0", "--ensemble", "--no-java", "--device cpu"],
+)
 def test_options_without_effect_on_a_comparison_are_refused(option: str) -> None:
     refused = evaluate("--compare", "a.json", "b.json", *option.split())
     assert refused.exit_code == 2
-    assert f"{option.split()[0]}: has no effect with --compare" in refused.stderr
+    name = option.split()[0].replace("--no-java", "--java")
+    assert f"{name}: has no effect with --compare" in refused.stderr
 
 
 def test_a_score_that_one_run_lacks_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,6 +112,7 @@ def test_defaults_depend_on_what_the_model_has() -> None:
         ({"diverse": True, "num_captions": 2, "top_p": 0.9}, "--diverse: drawn captions differ"),
         ({"search_passes": 2, "beam_size": 1}, "--search-passes 2"),
         ({"search_passes": 2, "temperature": 1.0}, "--search-passes 2"),
+        ({"search_passes": 2}, "--search-passes 2: pools candidates for reranking"),
         ({"consensus": 2.0, "beam_size": 1}, "--consensus: has nothing to choose from"),
     ],
 )

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("tiny_inception")
 def command(main: click.Command, *arguments: object, code: int = 0, **options: object) -> Result:
     """Run a command; each keyword is an option."""
     pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
-    words = [*arguments, *(word for pair in pairs for word in pair), "--device", "cpu"]
+    device = () if "--compare" in arguments else ("--device", "cpu")
+    words = [*arguments, *(word for pair in pairs for word in pair), *device]
     result = CliRunner().invoke(main, [*map(str, words)])
     assert result.exit_code == code, result.output
     return result
