@@ -22,7 +22,7 @@ from pipeline.decoding.options import SearchOptions
 from pipeline.models.pretrained import PRETRAINED, pretrained_path
 from pipeline.outputs.formats import as_record
 from pipeline.utils.errors import UserError
-from pipeline.utils.html import environment, read_asset
+from pipeline.utils.html import TEMPLATES, environment, read_asset
 from pipeline.utils.terminal import as_json, echo
 
 try:
@@ -36,7 +36,8 @@ try:
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import Response
-    from starlette.routing import Route
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from pipeline.serve.form import FIELDS, MAX_IMAGE_BYTES, parse_form, read_form
@@ -50,6 +51,8 @@ except ImportError as error:
 MAX_WAITING = 256
 MAX_UPLOADING = 32
 MAX_CONNECTIONS = 1024
+# Photographs to try, in the public domain (CC0), by way of scikit-image.
+EXAMPLES = TEMPLATES / "examples"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
@@ -161,6 +164,7 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
     text = page.render(
         model=model_name,
         model_card=card,
+        examples=sorted(path.name for path in EXAMPLES.iterdir()),
         ranges=FIELDS,
         max_file_bytes=MAX_IMAGE_BYTES,
         beam_size=search.beam_size,
@@ -170,6 +174,7 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
     return Starlette(
         routes=[
             *cards,
+            Mount("/examples", StaticFiles(directory=EXAMPLES)),
             static("/", text, "text/html"),
             static("/page.css", style, "text/css"),
             static("/page.js", script, "text/javascript"),

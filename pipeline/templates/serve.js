@@ -91,6 +91,13 @@ find("files").addEventListener("change", (event) => {
   event.target.value = ""; // so that the same image can be chosen again
 });
 
+find("examples").addEventListener("click", async ({ target }) => {
+  const name = target.closest("button")?.dataset.name;
+  if (!name) return;
+  const response = await fetch(`examples/${name}`);
+  add([new File([await response.blob()], name, { type: "image/jpeg" })]);
+});
+
 let depth = 0; // dragging over a child leaves its parent
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
 const veil = (shown) => { find("veil").hidden = !shown; };
@@ -197,6 +204,10 @@ function show(card) {
   card.retry.hidden = state !== "failed" || card.final === true;
   card.note.textContent = state === "failed" ? card.error
     : card.list.childElementCount ? "" : state === "running" ? "Captioning…" : state === "waiting" ? "Waiting" : "";
+  const [best] = state === "done" ? card.captions : [];
+  element.querySelector(".sure").replaceChildren(
+    ...(best ? lowConfidence(Math.exp(best.log_probability / (best.words.length + 1))) : []),
+  );
   card.time.textContent = state === "done" ? `${card.seconds.toFixed(2)} s` : "";
   if (!busy) card.list.replaceChildren(...(state === "done" ? card.captions.map(captionElement) : []));
 }

@@ -162,6 +162,15 @@ def test_chosen_images_are_captioned_copied_and_captioned_anew_by_other_settings
     assert beam.input_value() == "4"
 
 
+def test_a_photograph_of_the_page_can_be_tried(page: Page) -> None:
+    for name in ("cat.jpg", "coffee.jpg", "photographer.jpg"):
+        page.get_by_role("button", name=f"Try {name}").click()
+        wait(page, 1)
+        assert page.locator(".card h2").inner_text() == name and len(captions(page)[0]) == 3
+        assert not page.locator("#examples").is_visible(), "only while there is nothing else to see"
+        page.get_by_role("button", name="Clear").click()
+
+
 def test_nothing_is_left_after_the_last_image(page: Page, scenes: list[Path]) -> None:
     for remove in ("Clear", f"Remove {scenes[0].name}"):
         page.set_input_files("#files", scenes[:1])
