@@ -90,7 +90,7 @@
       parent.append(make("span", "", `CIDEr-D ${record.score.toFixed(1)}`));
     }
     if (record.confidence !== null) {
-      parent.append(confidence(record.confidence));
+      parent.append(confidence(record.confidence), ...lowConfidence(record.confidence));
     }
   }
 
@@ -294,6 +294,7 @@
     }
     const figure = item.querySelector(".figure");
     if (caption.confidence !== null) figure.append(confidence(caption.confidence));
+    if (best) figure.append(...lowConfidence(caption.confidence));
     if (caption.logProbability !== null) {
       const scored = Object.keys(caption.parts).length > 0;
       const part = make("span", "explained", scored

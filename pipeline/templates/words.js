@@ -18,6 +18,16 @@ function signed(value) {
   return value.toFixed(2).replace("-", "−");
 }
 
+// A mark for a caption that is more often wrong than others; see docs/results.md for the threshold.
+const LOW_CONFIDENCE = 0.32;
+function lowConfidence(share) {
+  const mark = document.createElement("span");
+  mark.className = "low";
+  mark.textContent = "low confidence";
+  mark.title = `Confidence below ${percent(LOW_CONFIDENCE)}: such captions are wrong twice as often`;
+  return share !== null && share < LOW_CONFIDENCE ? [mark] : [];
+}
+
 // The caption as nodes, with an element per word. `words` are pairs of the model's tokens and their
 // probabilities; the text is the caption's, where "dog 's" may be "dog's", and "a" at its start "A".
 function captionNodes(caption, words) {

@@ -412,6 +412,8 @@ def test_search_and_sort(tmp_path: Path) -> None:
     with browser_page(own=target.as_uri()) as (page, problems):
         page.goto(target.as_uri())
         assert captions_shown(page) == ["a blue dog", "two red cars", "a red dog"]  # worst first
+        doubted = page.locator(".card", has_text="low confidence").locator(".caption")
+        assert doubted.all_text_contents() == ["a red dog"]  # 14 %; the others 37 and 78
         for label, first in (
             ("CIDEr-D, best first", "a red dog"),
             ("Name", "a blue dog"),
