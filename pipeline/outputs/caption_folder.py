@@ -137,19 +137,18 @@ def caption_images(
     if not wanted:
         return outcome
     captioner = load(len(wanted))
-    count = several = search.num_captions or 1
-    if places.page and search.num_captions is None:
-        several = min(PAGE_CAPTIONS, search.beam_size or PAGE_CAPTIONS)
-    options = replace(search, num_captions=several)
+    count = search.num_captions or 1
+    options = replace(search, num_captions=_captions_searched(search, places))
     config = asdict(captioner.search_config(options))
     with_words = details or places.page is not None
     owners = _sidecar_owners(paths)
 
+    # A progress bar would run through captions that appear on the same terminal.
+    quiet = places.output is None and sys.stdout.isatty()
+    bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
+
     def captioned(images: Sequence[str], done: Iterable[Prediction] = ()) -> Iterator[Prediction]:
         """Caption images, write text files and metadata, and note failures."""
-        # A progress bar would run through captions that appear on the same terminal.
-        quiet = places.output is None and sys.stdout.isatty()
-        bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
         made = captioner.stream(
             images, options, batch_size=batch_size, details=with_words, sentence=sentence
         )
@@ -184,13 +183,16 @@ def caption_images(
             new = ((path, select(results[path])) for path in wanted)
             write_predictions(_merge(new, paths, kept, places), places.layout, places.output)
         if places.page:
-            folder = _common_folder(wanted)
             facts = {"Model": model, "Search": describe_search(config)}
-            facts["Date"] = time.strftime("%Y-%m-%d %H:%M")
-            items = (_gallery_item(results[path], folder) for path in wanted)
-            title = decodable(folder.resolve().name) if folder else ""
-            write_gallery(items, places.page, title or "Captions", facts, places.thumbnails)
+            _write_page(map(results.__getitem__, wanted), places.page, wanted, facts, places)
     return outcome
+
+
+def _captions_searched(search: SearchOptions, places: Destinations) -> int:
+    """Return the number of captions per image: a page shows several where the number is open."""
+    if places.page and search.num_captions is None:
+        return min(PAGE_CAPTIONS, search.beam_size or PAGE_CAPTIONS)
+    return search.num_captions or 1
 
 
 def _merge(
@@ -218,6 +220,21 @@ def _common_folder(paths: Iterable[str]) -> Path | None:
         return Path(os.path.commonpath([Path(path).parent for path in paths]))
     except ValueError:  # or if some are absolute
         return None
+
+
+def _write_page(
+    predictions: Iterable[Prediction],
+    page: Path,
+    paths: Sequence[str],
+    facts: dict[str, str],
+    places: Destinations,
+) -> None:
+    """Write the gallery, which has the name of the images' folder."""
+    folder = _common_folder(paths)
+    items = (_gallery_item(prediction, folder) for prediction in predictions)
+    title = decodable(folder.resolve().name) if folder else ""
+    facts = {**facts, "Date": time.strftime("%Y-%m-%d %H:%M")}
+    write_gallery(items, page, title or "Captions", facts, places.thumbnails)
 
 
 def _gallery_item(prediction: Prediction, folder: Path | None) -> GalleryItem:
