@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from pipeline.utils.cores import available_cores
+
 if TYPE_CHECKING:
     from pipeline.captioner import Captioner
     from pipeline.decoding.options import SearchOptions
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 # OpenMP reads this once, as torch loads. Waiting threads that spin take the cores from other
 # programs: beside two of these a training step took six to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# By itself it heeds the cores that a process is bound to, but no container's quota.
+if available_cores() < (os.cpu_count() or 1):
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
 
 __version__ = "0.1.0"
 __all__ = ["Captioner", "SearchOptions", "__version__"]

@@ -24,6 +24,7 @@ from PIL import Image
 
 from pipeline.datasets.images import ImageError, ImageRef, load_image, opened
 from pipeline.decoding.captions import Caption
+from pipeline.utils.cores import available_cores
 from pipeline.utils.files import (
     atomic_write,
     cannot_be_written,
@@ -103,7 +104,7 @@ def write_gallery(
     """
     check_writable(target)
     folder = target.with_name(f"{target.stem}_files")
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, available_cores())
     thumbnailed = prefetch(_thumbnailed, items, workers, ahead=4 * workers)
     names: set[str] = set()
 
