@@ -23,11 +23,12 @@ from PIL import Image
 
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import Caption, as_sentence, caption_features
+from pipeline.decoding.explain import Explanation
 from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.reranking import Reranker, reranker_of
 from pipeline.features.encode_images import EncodedBatch, encode_batches
 from pipeline.models.checkpoint import encoder_of, load_ensemble
-from pipeline.models.encoder import Encoder
+from pipeline.models.encoder import CELLS, Encoder
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.openvino import choose_engine
 from pipeline.models.pretrained import PRETRAINED
@@ -165,6 +166,7 @@ class Captioner:
         workers: int | None = None,
         details: bool = False,
         sentence: bool = False,
+        explain: bool = False,
         **search: Any,
     ) -> Iterator[Prediction]:
         """Caption images one after the other; memory does not grow with their number.
@@ -176,6 +178,8 @@ class Captioner:
             workers: threads that decode and encode; by default ``devices.default_workers``.
             details: return the probability of each word as well.
             sentence: begin captions with a capital letter, and end them with a period.
+            explain: return with ``details``, for each image's best caption, what each part of the
+                image adds to each word; PyTorch encodes, whatever the engine.
             search: fields of ``options``, such as ``num_captions=3``.
 
         Yields:
@@ -203,6 +207,7 @@ class Captioner:
             keys = [key for encoded in group for key in encoded.keys]
             if keys:
                 features = numpy.concatenate([encoded.features for encoded in group])
+                cells = numpy.concatenate([encoded.cells for encoded in group])
                 captions = caption_features(
                     self.decoder,
                     torch.from_numpy(features).to(device),
@@ -211,6 +216,7 @@ class Captioner:
                     self.vocabulary,
                     most=config.num_captions,
                     details=details,
+                    cells=torch.from_numpy(cells).to(device) if explain else None,
                     keys=[zlib.crc32(os.fsencode(Path(paths[key]).name)) for key in keys],
                 )
                 if sentence:
@@ -221,9 +227,32 @@ class Captioner:
                 yield Prediction(paths.pop(key), found.get(key, []), failures.get(key))
 
         group: list[EncodedBatch] = []
-        for encoded in encode_batches(self.encoder, batches(), workers):
+        for encoded in encode_batches(self.encoder, batches(), workers, explain):
             group.append(encoded)
             if sum(len(member.keys) + len(member.failures) for member in group) >= SEARCHED_AT_ONCE:
                 yield from predictions(group)
                 group = []
         yield from predictions(group)
+
+    def explain(
+        self, image: ImageInput, options: SearchOptions | None = None, **search: Any
+    ) -> Explanation:
+        """Caption an image, and return which parts of it speak for each word.
+
+        See ``stream`` for the arguments.
+
+        Raises:
+            InputError: the image cannot be read.
+        """
+        [prediction] = self.stream([image], options, details=True, explain=True, **search)
+        if prediction.error is not None:
+            raise InputError(f"{prediction.path}: {prediction.error}")
+        caption = prediction.captions[0]
+        return Explanation(
+            caption.text,
+            tuple(word.text for word in caption.words),
+            numpy.array([word.probability for word in caption.words], numpy.float32),
+            numpy.array([word.cells for word in caption.words], numpy.float32).reshape(
+                -1, CELLS, CELLS
+            ),
+        )

@@ -36,6 +36,7 @@ GROUPS = {
         "overwrite",
         "html",
         "thumbnails",
+        "explain",
     ),
     "Model and machine": ("model", "ensemble", "weights", "device", "batch_size"),
     "Local page": ("serve", "port"),
@@ -106,6 +107,11 @@ GROUPS = {
     help="Keep the page's small images inside it, or in a folder beside it: better for thousands.",
 )
 @click.option(
+    "--explain",
+    is_flag=True,
+    help="On the page, pointing at a word shows which parts of the image speak for it.",
+)
+@click.option(
     "--serve",
     is_flag=True,
     help="Open a page in the browser to drop images on and see their captions. Only this computer "
@@ -139,6 +145,7 @@ def main(
     overwrite: bool,
     html: Path | None,
     thumbnails: str,
+    explain: bool,
     serve: bool,
     port: int,
     device: str,
@@ -199,6 +206,7 @@ def main(
             search_options,
             details=words,
             sentence=sentence,
+            explain=explain,
             batch_size=batch_size,
             model=name,
             fingerprint=_fingerprint(models),
@@ -236,7 +244,7 @@ def _check(search: SearchOptions, layout: str) -> None:
     if given["overwrite"] and not beside:
         raise UserError("--overwrite: is for --sidecar and --write-metadata")
     if given["html"] is None:
-        options.refuse_given(["thumbnails"], "is for the page of --html")
+        options.refuse_given(["thumbnails", "explain"], "is for the page of --html")
     if given["words"] and layout not in ("json", "jsonl"):
         raise UserError(f"--words: is for json and jsonl, not for {layout}; add --format jsonl")
 

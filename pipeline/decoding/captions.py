@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
+from pipeline.decoding.explain import word_maps
 from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker, best_captions, diverse_captions
@@ -33,10 +34,18 @@ FULL_STOPS = {
 
 @dataclass(frozen=True)
 class Word:
-    """One token of a caption, and its probability given the image and the tokens before."""
+    """One token of a caption.
+
+    Attributes:
+        text: the token.
+        probability: given the image and the tokens before.
+        cells: what each of the image's 8 x 8 cells adds to its log-probability, in nats, row by
+            row; empty unless asked for. See ``explain.word_maps``.
+    """
 
     text: str
     probability: float
+    cells: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,14 @@ def caption_features(
     *,
     most: int,
     details: bool = False,
+    cells: Tensor | None = None,
     keys: Sequence[int] | None = None,
 ) -> list[list[Caption]]:
     """Caption features (B, 2048): for each image at most ``most`` captions, best first.
 
-    ``details`` adds the probability of each word. ``keys`` are those of ``search.search``.
+    ``details`` adds the probability of each word, and ``cells`` (B, 64, 2048), of which the
+    features are the mean, what each of them adds to the words of the best caption. ``keys`` are
+    those of ``search.search``.
     """
     if config.diversity:
         found = diverse_captions(decoder, features, config, reranker)
@@ -89,6 +101,10 @@ def caption_features(
             chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
             parts = {"likelihood": h.score - sum(h.added.values()), **h.added}
             group[place] = replace(group[place], words=chances, score_parts=parts)
+    for image, group in enumerate(captions if cells is not None else ()):
+        maps = word_maps(decoder, cells[image], best[image][0].tokens).tolist()
+        words = zip(group[0].words, maps, strict=True)
+        group[0] = replace(group[0], words=tuple(replace(w, cells=tuple(m)) for w, m in words))
     return captions
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.datasets.image_sources import stop_if_unreachable
 from pipeline.datasets.images import ImageError, ImageLike, ImageRef, read_square
-from pipeline.models.encoder import Encoder
+from pipeline.models.encoder import CELLS, Encoder
 from pipeline.models.encoder_identity import FEATURE_SIZE
 from pipeline.utils.devices import inference_batch_size, threads_per_worker
 from pipeline.utils.distributed import SINGLE_PROCESS, World
@@ -29,10 +29,14 @@ class EncodedBatch:
     keys: list[int]  # which images were read, in order
     features: numpy.ndarray  # float32 (len(keys), 2048)
     failures: dict[int, str]  # key of each image that could not be read, and why
+    cells: numpy.ndarray  # float32 (len(keys), 64, 2048), what was pooled; or (0,), not asked for
 
 
 def encode_batches(
-    encoder: Encoder, batches: Iterable[Sequence[tuple[int, ImageLike]]], workers: int
+    encoder: Encoder,
+    batches: Iterable[Sequence[tuple[int, ImageLike]]],
+    workers: int,
+    with_cells: bool = False,
 ) -> Iterator[EncodedBatch]:
     """Decode and encode files, given in batches of (key, path); batches come in their order.
 
@@ -52,17 +56,19 @@ def encode_batches(
                 squares[key] = read_square(path)
             except ImageError as error:
                 failures[key] = str(error)
-        features = (
-            encoder.encode(list(squares.values()))
-            if squares
-            else numpy.empty((0, FEATURE_SIZE), numpy.float32)
-        )
+        features = numpy.empty((0, FEATURE_SIZE), numpy.float32)
+        cells = numpy.empty((0, CELLS**2, FEATURE_SIZE) if with_cells else 0, numpy.float32)
+        if squares and with_cells:
+            cells = encoder.encode_cells(list(squares.values()))
+            features = cells.mean(axis=1)
+        elif squares:
+            features = encoder.encode(list(squares.values()))
         if not (numpy.abs(features) <= LARGEST_FEATURE).all():
             raise UserError(
                 f"the encoder ({encoder.identity.weights_source}) gives numbers that are no "
                 "features; its weights are damaged"
             )
-        return EncodedBatch(list(squares), features, failures)
+        return EncodedBatch(list(squares), features, failures, cells)
 
     with threads_per_worker(workers) as share:
         yield from prefetch(

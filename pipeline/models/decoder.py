@@ -159,6 +159,14 @@ class Decoder(nn.Module):
             self.to_embedding(outputs) if self.config.tie_embeddings else outputs
         )
 
+    def next_logits(self, features: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return logits (B, V) of what follows the token at a place (B,) of each row.
+
+        ``features`` and ``tokens`` are those of ``forward``.
+        """
+        outputs = self(features, tokens)
+        return self.project(outputs[torch.arange(len(outputs), device=outputs.device), places])
+
     def loss(
         self,
         features: Tensor,

@@ -64,6 +64,9 @@ TRUNK_LAYERS = (
     "avgpool",
 )
 
+# Of the last layer before the pooling, on each side.
+CELLS = 8
+
 # Names of weights; everything else is a file.
 NAMED_WEIGHTS = ("imagenet", PRETRAINED, "random")
 
@@ -158,6 +161,17 @@ class Encoder(nn.Module):
         with GPU_LOCK:
             features = self(pixels.to(device, non_blocking=True))
         return features.cpu().numpy()
+
+    @torch.inference_mode()
+    def encode_cells(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
+        """Encode squares, see ``encode``, to the 8 x 8 cells whose mean is an image's features.
+
+        PyTorch does it, whatever the engine. Float32 (len(images), 64, 2048), row by row.
+        """
+        pixels = torch.from_numpy(numpy.stack(images)).to(next(self.parameters()).device)
+        with autocast(pixels.device, self.precision):
+            cells = self.trunk[:-1](self.normalize(pixels))
+        return cells.flatten(2).transpose(1, 2).float().cpu().numpy()
 
 
 def fold_for_inference(layers: nn.Module, precision: str) -> None:

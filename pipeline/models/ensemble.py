@@ -39,6 +39,11 @@ class Ensemble(nn.Module):
         images, states = zip(*(m.embed_image(features) for m in self._decoders), strict=True)
         return torch.cat(images, dim=2), _joined(states)
 
+    def next_logits(self, features: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """Return the mean of the members' logits, see ``Decoder.next_logits``."""
+        logits = [m.next_logits(features, tokens, places) for m in self._decoders]
+        return torch.stack(logits).mean(0)
+
     def loss(
         self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, int]:

@@ -109,6 +109,7 @@ def caption_images(
     search: SearchOptions,
     details: bool = False,
     sentence: bool = False,
+    explain: bool = False,
     batch_size: int | None = None,
     model: str = "",
     fingerprint: str = "",
@@ -121,7 +122,7 @@ def caption_images(
         places: where captions go.
         search: how to search; a page has several captions per image where the number is open.
         details: each word's probability, too; a page always has them.
-        sentence: see ``Captioner.stream``.
+        sentence, explain: see ``Captioner.stream``; the page shows what is explained.
         batch_size: images per batch, see ``Captioner.stream``.
         model: its name, for the page.
         fingerprint: a string that differs for other model files.
@@ -150,7 +151,12 @@ def caption_images(
     def captioned(images: Sequence[str], done: Iterable[Prediction] = ()) -> Iterator[Prediction]:
         """Caption images, write text files and metadata, and note failures."""
         made = captioner.stream(
-            images, options, batch_size=batch_size, details=with_words, sentence=sentence
+            images,
+            options,
+            batch_size=batch_size,
+            details=with_words,
+            sentence=sentence,
+            explain=explain,
         )
         for prediction in progress_bar(chain(done, made), total=len(wanted), **bar):
             failure = prediction.error or _write_beside(prediction, count, places, owners)
@@ -170,6 +176,8 @@ def caption_images(
         write_predictions(map(select, captioned(wanted)), places.layout, None)
         return outcome
     settings = {"model": fingerprint, "search": config, "details": with_words, "sentence": sentence}
+    if explain:
+        settings["explain"] = True
     with PartialResults(target, settings) as results:
         done = [path for path in wanted if path in results]
         remaining = [path for path in wanted if path not in results]

@@ -62,14 +62,16 @@ def as_record(prediction: Prediction) -> dict[str, Any]:
         score = round(caption.log_probability, 4)
         record["captions"].append({"caption": caption.text, "log_probability": score})
         if caption.words:
-            record["captions"][-1]["words"] = [
-                {"text": word.text, "probability": round(word.probability, 4)}
-                for word in caption.words
-            ]
+            record["captions"][-1]["words"] = [_word(word) for word in caption.words]
         if caption.score_parts:
             parts = {name: round(part, 4) for name, part in caption.score_parts.items()}
             record["captions"][-1]["score_parts"] = parts
     return record
+
+
+def _word(word: Word) -> dict[str, Any]:
+    record = {"text": word.text, "probability": round(word.probability, 4)}
+    return {**record, **({"cells": [round(c, 4) for c in word.cells]} if word.cells else {})}
 
 
 def from_record(record: dict[str, Any]) -> Prediction:
@@ -82,7 +84,10 @@ def from_record(record: dict[str, Any]) -> Prediction:
         Caption(
             caption["caption"],
             caption["log_probability"],
-            tuple(Word(word["text"], word["probability"]) for word in caption.get("words", ())),
+            tuple(
+                Word(word["text"], word["probability"], tuple(word.get("cells", ())))
+                for word in caption.get("words", ())
+            ),
             caption.get("score_parts", {}),
         )
         for caption in record.get("captions", ())

@@ -222,7 +222,10 @@ def _record(
                 "text": _text(caption.text),
                 "logProbability": _number(caption.log_probability),
                 "confidence": _number(confidence(caption)),
-                "words": [[_text(word.text), _number(word.probability)] for word in caption.words],
+                "words": [
+                    [_text(word.text), _number(word.probability), *_shades(word.cells)]
+                    for word in caption.words
+                ],
                 "parts": {n: _number(part) for n, part in caption.score_parts.items()},
             }
             for caption in item.captions
@@ -236,6 +239,15 @@ def _record(
         "height": thumbnail.height if thumbnail else None,
         "original": relative_url(item.path, target) if shown else None,
     }
+
+
+def _shades(cells: Sequence[float]) -> list[list[int]]:
+    """Return a list of cells in percent of the one that adds most; none if there are no cells.
+
+    Those that speak against a word are 0.
+    """
+    most = max([1e-9, *cells])
+    return [[round(100 * max(0.0, cell) / most) for cell in cells]] if cells else []
 
 
 def _text(text: str) -> str:

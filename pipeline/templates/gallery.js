@@ -312,10 +312,12 @@
   function showLarge(record) {
     const shownImage = thumbnail(record);
     shownImage.loading = "eager";
-    byId("stage").replaceChildren(shownImage);
+    byId("stage").replaceChildren(shownImage, explained);
     const limit = (width, height) => { // enlarged at most twice
-      shownImage.style.maxWidth = `${2 * width}px`;
-      shownImage.style.maxHeight = `${2 * height}px`;
+      for (const { style } of [shownImage, explained]) {
+        style.maxWidth = `${2 * width}px`;
+        style.maxHeight = `${2 * height}px`;
+      }
     };
     if (record.original === null) {
       if (record.thumbnail !== null) limit(record.width, record.height);
@@ -336,6 +338,26 @@
     );
   }
 
+  // The parts of the image that speak for a word of its best caption.
+
+  const explained = make("canvas", "explanation");
+  let word = -1;
+
+  function explain(place) {
+    const record = shown[current];
+    const elements = byId("viewer-best").querySelectorAll(".word");
+    const [, , cells = []] = record.captions[0]?.words[place] ?? [];
+    elements.forEach((element, other) => element.classList.toggle("looked-at", other === place));
+    word = cells.length ? place : -1;
+    explained.hidden = word < 0;
+    if (word >= 0) drawCells(explained, cells, record.width, record.height);
+  }
+
+  byId("viewer-best").addEventListener("mouseover", ({ target }) => {
+    explain([...byId("viewer-best").querySelectorAll(".word")].indexOf(target));
+  });
+  byId("viewer-best").addEventListener("mouseleave", () => explain(-1));
+
   function show(position) {
     const record = shown[position];
     current = position;
@@ -346,6 +368,8 @@
     const [best, ...others] = record.captions.map((caption, rank) => spoken(caption, rank === 0));
     byId("viewer-best").replaceChildren(...(best ? [best] : []));
     byId("viewer-others").replaceChildren(...others);
+    explain(-1);
+    byId("explained-legend").hidden = !record.captions[0]?.words.some(([, , cells]) => cells?.length);
     byId("legend").hidden = !record.captions.some((caption) => caption.words.length);
     const references = byId("viewer-references");
     references.hidden = record.references.length === 0 && record.score === null;
@@ -397,6 +421,13 @@
   addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     if (viewer.open) {
+      const words = shown[current].captions[0]?.words.length ?? 0;
+      const turn = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+      if (turn && !byId("explained-legend").hidden) {
+        event.preventDefault();
+        explain((word + turn + words + (word < 0 && turn < 0 ? 1 : 0)) % words);
+        return;
+      }
       const distance = {
         ArrowLeft: -1, ArrowRight: 1, Home: -current, End: shown.length - 1 - current,
       }[event.key];

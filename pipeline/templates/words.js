@@ -28,7 +28,7 @@ function lowConfidence(share) {
   return share !== null && share < LOW_CONFIDENCE ? [mark] : [];
 }
 
-// The caption as nodes, with an element per word. `words` are pairs of the model's tokens and their
+// The caption as nodes, with an element per word. `words` are the model's tokens and their
 // probabilities; the text is the caption's, where "dog 's" may be "dog's", and "a" at its start "A".
 function captionNodes(caption, words) {
   const nodes = [];
@@ -50,6 +50,22 @@ function captionNodes(caption, words) {
     place = start + text.length;
   }
   return [...nodes, caption.slice(place)];
+}
+
+// Shades an image but for the parts that speak for a word: 8 x 8 cells in percent, row by row. The
+// canvas lies on the image and has its shape.
+const CELLS = 8;
+function drawCells(canvas, cells, width, height) {
+  const small = document.createElement("canvas");
+  small.width = small.height = CELLS;
+  const pixels = new ImageData(CELLS, CELLS);
+  cells.forEach((cell, place) => { pixels.data[4 * place + 3] = 200 * (1 - cell / 100); });
+  small.getContext("2d").putImageData(pixels, 0, 0);
+  canvas.width = width;
+  canvas.height = height;
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(small, 0, 0, width, height);
 }
 
 // What a caption's place in the order comes from. `parts` maps the addends of its score to numbers.

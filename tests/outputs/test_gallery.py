@@ -497,6 +497,37 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         assert problems == []
 
 
+def test_a_word_shows_where_it_is_seen(tmp_path: Path) -> None:
+    """By the pointer and by the arrow keys: all is shaded but the cells that speak for it."""
+    image = draw(tmp_path / "a.png", size=(640, 480))
+    cells = [[0.0] * 64 for _ in range(2)]
+    cells[0][0], cells[1][63], cells[1][0] = 0.5, 0.25, -1.0
+    words = tuple(Word(text, 0.5, tuple(c)) for text, c in zip(("two", "dogs"), cells, strict=True))
+    target = tmp_path / "page.html"
+    write_gallery([item(image, captions=[Caption("two dogs", -2.0, words)])], target, "t", {})
+    shade = """canvas => {
+      const [width, height] = [canvas.width, canvas.height];
+      const at = (x, y) => canvas.getContext("2d").getImageData(x, y, 1, 1).data[3];
+      return canvas.hidden ? null : [at(4, 4), at(width - 5, height - 5), at(width / 2, 4)];
+    }"""
+    with browser_page(own=tmp_path.as_uri()) as (page, problems):
+        page.goto(target.as_uri())
+        page.locator("#grid .open").first.click()
+        canvas = page.locator("#stage canvas")
+        assert canvas.evaluate(shade) is None
+        page.locator("#viewer-best .word").first.hover()
+        lit, other, between = canvas.evaluate(shade)
+        assert lit == 0 and other == between == 200
+        page.keyboard.press("ArrowDown")
+        assert canvas.evaluate(shade) == [200, 0, 200]
+        assert page.locator(".looked-at").all_inner_texts() == ["dogs"]
+        page.keyboard.press("ArrowDown")
+        assert page.locator(".looked-at").all_inner_texts() == ["two"]
+        boxes = [page.locator(f"#stage {kind}").bounding_box() for kind in ("img", "canvas")]
+        assert boxes[0] == boxes[1]
+        assert problems == []
+
+
 def test_state_survives_a_reload_and_scores_are_filtered(tmp_path: Path) -> None:
     image = draw(tmp_path / "a.png")
     long = f"a/{'long/' * 20}name.png"
