@@ -101,10 +101,11 @@ def caption_features(
             chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
             parts = {"likelihood": h.score - sum(h.added.values()), **h.added}
             group[place] = replace(group[place], words=chances, score_parts=parts)
-    for image, group in enumerate(captions if cells is not None else ()):
-        maps = word_maps(decoder, cells[image], best[image][0].tokens).tolist()
-        words = zip(group[0].words, maps, strict=True)
-        group[0] = replace(group[0], words=tuple(replace(w, cells=tuple(m)) for w, m in words))
+    grids = [] if cells is None else list(cells)
+    for group, hypotheses, grid in zip(captions, best, grids, strict=False):
+        maps = word_maps(decoder, grid, hypotheses[0].tokens).tolist()
+        each = zip(group[0].words, maps, strict=True)
+        group[0] = replace(group[0], words=tuple(replace(w, cells=tuple(m)) for w, m in each))
     return captions
 
 

@@ -295,7 +295,8 @@ def test_metadata_get_the_caption_once(drawn_run: DrawnRun, album: Path, asked: 
 def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, album: Path) -> None:
     (album / "broken.jpg").write_bytes(b"no image")
     page = album.parent / "page.html"
-    result = caption(drawn_run, album, "--html", page, "--sidecar", "--format", "jsonl")
+    words = ("--html", page, "--sidecar", "--format", "jsonl", "--explain")
+    result = caption(drawn_run, album, *words)
     assert result.exit_code == 1 and f"page: {page}" in result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [len(r.get("captions", [])) for r in records] == [1, 1, 0, 1, 1, 1, 1]
@@ -310,7 +311,10 @@ def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, alb
     assert [len(item["captions"]) for item in items] == [5] * 6
     for item in items:
         for found in item["captions"]:
-            assert [word for word, _ in found["words"]] == found["text"].split()
+            assert [word for word, *_ in found["words"]] == found["text"].split()
+        first, second = (item["captions"][n]["words"] for n in (0, 1))
+        assert all(len(cells) == 64 and max(cells) == 100 for _, _, cells in first)
+        assert all(len(word) == 2 for word in second), "only the best caption is explained"
     assert not results_path(page).exists()
 
 
@@ -403,6 +407,7 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--words"), "--words: is for json and jsonl"),
         ((album, "--overwrite"), "--overwrite: is for --sidecar"),
         ((album, "--thumbnails", "beside"), "--thumbnails: is for the page"),
+        ((album, "--explain"), "--explain: is for the page"),
         (("--serve", "--beam-size", 2), "--serve: takes no search options (beam-size-2)"),
         (("--serve", "--sentence"), "--sentence: has no effect with --serve"),
         (("--serve", "--output", "x.csv"), "--output: has no effect with --serve"),

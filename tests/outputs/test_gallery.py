@@ -525,7 +525,8 @@ def test_a_word_shows_where_it_is_seen(tmp_path: Path) -> None:
         assert page.locator(".looked-at").all_inner_texts() == ["two"]
         boxes = [page.locator(f"#stage {kind}").bounding_box() for kind in ("img", "canvas")]
         assert boxes[0] == boxes[1]
-        assert problems == []
+        # The test itself reads pixels, which Chromium warns of.
+        assert [problem for problem in problems if "getImageData" not in problem] == []
 
 
 def test_state_survives_a_reload_and_scores_are_filtered(tmp_path: Path) -> None:
