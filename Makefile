@@ -1,8 +1,8 @@
 # make demo        run every stage on drawn scenes (a few minutes)
-# make test        run the tests (6 minutes on two idle cores)
+# make test        run the tests (5 to 7 minutes on two idle cores)
 # make test-slow   run the tests that take more than 10 seconds each
 # make lint        run ruff, mypy and the import contract
-# make benchmark   measure every stage against common practice (15 to 20 minutes)
+# make benchmark   measure every stage against common practice (20 to 35 minutes)
 #
 # Each first sets up .venv, once, and again when setup.cfg, pyproject.toml or constraints.txt
 # change. "make PYTHON=python3.12 demo" takes another Python. On Linux without an NVIDIA GPU,

@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
+from exporting import export, run_elsewhere
 from PIL import Image
 
 from pipeline import Captioner
-from pipeline.cli import export as command
 from pipeline.datasets.images import read_square
 from pipeline.datasets.tokenizers import ENGLISH, detokenize_english
 from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
@@ -40,34 +38,10 @@ except UserError as missing:
     pytest.skip(missing.message, allow_module_level=True)
 from pipeline.export import onnx_runner
 
+# InceptionV3 itself is exported in test_export_pretrained.py.
+pytestmark = pytest.mark.usefixtures("tiny_inception")
+
 FILES = {"encoder.onnx", "decoder_start.onnx", "decoder_step.onnx", SETTINGS, RUNNER}
-
-# Runs the runner where neither this project nor torch can be imported, and tells what was.
-ELSEWHERE = """
-import runpy, sys
-sys.modules["torch"] = sys.modules["pipeline"] = None
-script, *sys.argv = sys.argv[1], *sys.argv[1:]
-try:
-    runpy.run_path(script, run_name="__main__")
-finally:
-    heavy = [m for m in ("torchvision", "h5py", "nltk", "click") if m in sys.modules]
-    assert not heavy, heavy
-"""
-
-
-def export(*words: object) -> Result:
-    return CliRunner().invoke(command.main, [str(word) for word in words])
-
-
-def run_elsewhere(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run an export's runner, in another folder and with none of this project at hand."""
-    return subprocess.run(
-        [sys.executable, "-I", "-c", ELSEWHERE, folder / RUNNER, *map(str, words)],
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -519,22 +493,6 @@ def test_a_beam_of_none_is_a_wrong_command(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         onnx_runner.main(["a.jpg", "--beam-size", "0"])
     assert "--beam-size" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_exported_pretrained_model_captions_photographs_as_here(tmp_path: Path) -> None:
-    package = importlib.util.find_spec("skimage")
-    if package is None or package.origin is None:
-        pytest.skip("scikit-image, which has the photographs, is not installed")
-    found = (Path(package.origin).parent / "data").iterdir()
-    photographs = sorted(path for path in found if path.suffix in (".png", ".jpg"))
-    assert len(photographs) > 3
-    result = export("pretrained", "--output", tmp_path / "pretrained")
-    assert result.exit_code == 0, result.output
-    pretrained = Captioner.load(device="cpu", precision="fp32")
-    options = SearchOptions(3, consensus=0, matching=0)
-    wanted = [f"{p.path}\t{p.captions[0].text}" for p in pretrained.stream(photographs, options)]
-    assert run_elsewhere(tmp_path / "pretrained", *photographs).stdout.splitlines() == wanted
 
 
 def test_the_runner_ends_quietly_when_its_reader_has_enough(

@@ -244,8 +244,9 @@ def test_dropped_and_pasted_images_hostile_names_and_large_files(
 
 
 def test_the_keyboard_is_enough(page: Page, scenes: list[Path]) -> None:
+    page.keyboard.press("Tab")
+    sync_api.expect(page.locator("#files")).to_be_focused()
     with page.expect_file_chooser() as chosen:
-        page.keyboard.press("Tab")
         page.keyboard.press("Enter")
     chosen.value.set_files(scenes[:2])
     wait(page, 2)
