@@ -244,9 +244,10 @@ def test_dropped_and_pasted_images_hostile_names_and_large_files(
 
 
 def test_the_keyboard_is_enough(page: Page, scenes: list[Path]) -> None:
-    page.keyboard.press("Tab")
-    sync_api.expect(page.locator("#files")).to_be_focused()
     with page.expect_file_chooser() as chosen:
+        page.keyboard.press("Tab")
+        sync_api.expect(page.locator("#files")).to_be_focused()
+        page.wait_for_timeout(500)  # until the browser passes choosers on to the test
         page.keyboard.press("Enter")
     chosen.value.set_files(scenes[:2])
     wait(page, 2)
