@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.caption_collector import SPLIT_WORDS, CaptionCollector, find_columns
+from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.utils.errors import UserError
 
 FILE_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
@@ -49,10 +50,17 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
 
 
 def _is_mapping(document: Any) -> bool:
-    """True for ``{"a.jpg": "caption"}`` and ``{"a.jpg": ["caption", ...]}``."""
+    """True for ``{"a.jpg": "caption"}`` and ``{"a": ["caption", ...]}``.
+
+    An object of texts whose keys are no image files is something else, such as settings.
+    """
     if not isinstance(document, dict) or find_columns((*map(str.lower, document),))[1]:
         return False  # or a single record, whose keys are those of columns
-    return all(isinstance(value, str | list) for value in document.values())
+    return all(
+        isinstance(value, list)
+        or (isinstance(value, str) and Path(name).suffix.lower() in IMAGE_EXTENSIONS)
+        for name, value in document.items()
+    )
 
 
 def split_of_file(path: Path) -> str:

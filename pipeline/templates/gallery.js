@@ -425,7 +425,7 @@
       const turn = { ArrowDown: 1, ArrowUp: -1 }[event.key];
       if (turn && !byId("explained-legend").hidden) {
         event.preventDefault();
-        explain((word + turn + words + (word < 0 && turn < 0 ? 1 : 0)) % words);
+        explain(word < 0 && turn < 0 ? words - 1 : (word + turn + words) % words);
         return;
       }
       const distance = {

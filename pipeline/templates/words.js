@@ -24,7 +24,7 @@ function lowConfidence(share) {
   const mark = document.createElement("span");
   mark.className = "low";
   mark.textContent = "low confidence";
-  mark.title = `Confidence below ${percent(LOW_CONFIDENCE)}: such captions are wrong twice as often`;
+  mark.title = `Confidence below ${percent(LOW_CONFIDENCE)}: such captions of the pretrained model are wrong twice as often`;
   return share !== null && share < LOW_CONFIDENCE ? [mark] : [];
 }
 

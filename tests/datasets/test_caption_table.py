@@ -514,6 +514,7 @@ def test_search_order_and_competing_files(tmp_path: Path) -> None:
         ("x.json", '{"images": [', "not valid JSON"),
         ("x.json", "[" * 100_000, "not valid JSON"),
         ("x.json", '{"info": {}}', 'neither "images".*nor "annotations"'),
+        ("x.json", '{"optimizer": "adam", "data": "a"}', 'neither "images".*nor "annotations"'),
         ("x.json", '["annotations"]', 'neither "images".*nor "annotations"'),
         ("x.json", '{"images": [{"filename": "a.jpg"}]}', 'no "sentences"'),
         ("x.json", '{"images": 5}', '"images" is missing or not a list'),

@@ -15,13 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_checkpoint import load_or_refuse, small_checkpoint
 from torch import Tensor
 
 from pipeline.captioner import Captioner
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
-from pipeline.models.checkpoint_file import DOCUMENT, read_tensors, write_tensors
+from pipeline.models.checkpoint_file import DOCUMENT, TYPES, read_tensors, write_tensors
 from pipeline.models.encoder import Encoder, load_encoder
 from pipeline.utils.errors import UserError
 
@@ -67,6 +67,24 @@ def test_tied_embeddings_are_stored_once(saved: Path) -> None:
     weights = load_checkpoint(saved).decoder_weights
     tied = [weights[name.removeprefix("decoder.")] for name in names]
     assert tied[0].data_ptr() == tied[1].data_ptr()
+
+
+def test_the_file_is_that_of_the_library_and_aligned(tmp_path: Path) -> None:
+    """Of every type; safetensors' own writer orders tensors by size of type, too."""
+    path = tmp_path / "x.safetensors"
+    tensors = {
+        **{str(kind): torch.arange(3).to(kind) for kind in reversed(TYPES)},
+        "number": torch.tensor(1.5),
+        "empty": torch.empty(0, 2),
+        "transposed": torch.arange(6).view(2, 3).t(),
+    }
+    write_tensors(path, tensors, {})
+    torch.testing.assert_close(load_file(path), tensors, rtol=0, atol=0)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert (8 + length + header[name]["data_offsets"][0]) % tensor.itemsize == 0
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_file(
