@@ -11,7 +11,7 @@ import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -64,6 +64,21 @@ class GroupedCommand(click.Command):
         self.groups = groups
         self.resumable = resumable
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parse the command line; Ctrl-C ends it in one line and with exit code 130."""
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:
+            self._end_interrupted()
+
+    def _end_interrupted(self) -> NoReturn:
+        echo(f"interrupted{self._resuming}", err=True)
+        sys.exit(130)
+
+    @property
+    def _resuming(self) -> str:
+        return "; run the same command to resume" if self.resumable else ""
+
     def invoke(self, context: click.Context) -> Any:
         """Run the command; Ctrl-C, a full standard output and a lack of memory end in one line.
 
@@ -73,16 +88,15 @@ class GroupedCommand(click.Command):
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is None:  # closed, as services have it
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
-        resumable = "; run the same command to resume" if self.resumable else ""
         # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             result = super().invoke(context)
+            context.close()  # here, as click's own answer to Ctrl-C is exit code 1
             sys.stdout.flush()
             return result
         except KeyboardInterrupt:
-            echo(f"interrupted{resumable}", err=True)
-            sys.exit(130)
+            self._end_interrupted()
         except UserError as error:
             vars(error)["message"] = self._as_typed(error.message, context)
             raise
@@ -99,7 +113,7 @@ class GroupedCommand(click.Command):
             names = {parameter.opts[0] for parameter in self.params}
             smaller = [n for n in ("--batch-size", "--workers", "--beam-size") if n in names]
             less = f"try a smaller {' or '.join(smaller)}" if smaller else "close other programs"
-            raise UserError(f"out of memory: {less}{resumable}") from error
+            raise UserError(f"out of memory: {less}{self._resuming}") from error
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; of several processes only one prints a usage error."""

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import REPOSITORY
 
 from pipeline.cli import COMMANDS, main
-from pipeline.cli.options import SCRIPTS, GroupedCommand
+from pipeline.cli.options import SCRIPTS, GroupedCommand, command
 from pipeline.utils.errors import UserError
 
 
@@ -137,6 +137,24 @@ def test_a_lack_of_memory_is_one_line(kind: str) -> None:
     assert result.exit_code == 2
     said = "out of memory: try a smaller --batch-size; run the same command to resume"
     assert result.stderr == f"Error: {said}\n"
+
+
+@pytest.mark.parametrize("moment", ["before", "during", "after"])
+def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    @command(resumable=True)
+    @click.option("--x", callback=interrupt if moment == "before" else None)
+    @click.pass_context
+    def run(context: click.Context, x: str | None) -> None:
+        if moment == "during":
+            interrupt()
+        context.call_on_close(interrupt)  # as locks are released
+
+    result = CliRunner().invoke(run, [])
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; run the same command to resume\n"
 
 
 def test_the_lines_of_another_librarys_error_become_one() -> None:
