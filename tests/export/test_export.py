@@ -172,6 +172,7 @@ def test_every_hypothesis_is_the_searchs(
             assert caption.score == pytest.approx(hypothesis.score, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_several_decoders_are_one_graph(
     drawn_run: DrawnRun, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

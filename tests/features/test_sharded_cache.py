@@ -211,6 +211,7 @@ def test_other_encoders_and_other_images_are_refused(images: Path, tmp_path: Pat
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv there")
 def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     data, output, alone = (tmp_path / name for name in ("images", "x.h5", "alone.h5"))

@@ -43,6 +43,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_transcript_is_what_the_commands_print(photos: Path) -> None:
     commands = transcript()
     assert len(commands) == 1

@@ -65,6 +65,7 @@ def test_the_watch_sees_a_call() -> None:
         assert "called out: " in result.stderr
 
 
+@pytest.mark.slow
 def test_the_commands_need_no_network(tmp_path: Path) -> None:
     draw_scenes(tmp_path / "scenes", images=10, seed=0)
     data = f"--data {tmp_path / 'scenes'}"
