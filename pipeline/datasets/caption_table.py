@@ -172,9 +172,19 @@ def _find_files(data: Path, captions: CaptionPaths) -> list[Path]:
         looked_for = ", ".join(name for names in (*SEARCH_ORDER, SPLIT_FILES) for name in names)
         raise UserError(
             f"{data}: no captions file; looked for {looked_for} and for a .txt or .caption beside "
-            "each image; name another one with --captions"
+            f"each image; {_advice(data)}"
         )
     return found
+
+
+def _advice(data: Path) -> str:
+    """Return what to do with a folder in which no captions were found."""
+    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        if _split_folders(folder):
+            return f"{folder} has folders of splits: pass --data {folder}"
+    if any(data.rglob("*.parquet")):
+        return "Parquet files are not read: save the images as files, with a metadata.csv"
+    return "name another one with --captions"
 
 
 def _split_folders(data: Path) -> list[Path]:

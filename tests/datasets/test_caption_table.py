@@ -480,6 +480,23 @@ def test_matching_time_grows_linearly() -> None:
 # Errors, each one line that names the file
 
 
+@pytest.mark.parametrize(
+    ("file", "advice"),
+    [
+        ("data/train/metadata.csv", r"data has folders of splits: pass --data .*data$"),
+        ("data/train-00000-of-00001.parquet", "Parquet files are not read: save the images"),
+        ("images/a.jpg", "name another one with --captions$"),
+    ],
+)
+def test_a_folder_without_captions_is_refused_with_advice(
+    tmp_path: Path, file: str, advice: str
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=advice):
+        read_captions(tmp_path)
+
+
 def test_search_order_and_competing_files(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "A kite .")  # without an image
     with pytest.raises(
