@@ -271,7 +271,7 @@ def _report(outcome: Outcome, page: Path | None, inputs: Inputs) -> None:
     if outcome.resumed:
         echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
-        echo(f"{outcome.passed_over:,} have captions already: passed over", err=True)
+        echo(f"{outcome.passed_over:,} already captioned: skipped", err=True)
     for path, reason in (outcome.failures | inputs.failures).items():
         echo_failure(decodable(path), reason)
     if outcome.failures:

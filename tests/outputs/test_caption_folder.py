@@ -180,7 +180,7 @@ def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     result = caption(drawn_run, album, "--format", layout, "--output", output, "--skip-existing")
     assert result.exit_code == 0, result.output
     assert asked == ["a.jpg", "c.jpg", "d.jpg", "f.jpg"]
-    assert "2 have captions already: passed over" in result.stderr
+    assert "2 already captioned: skipped" in result.stderr
     assert output.read_bytes() == whole.read_bytes()
 
     # What the file has of other images stays, before the rest.
@@ -244,7 +244,7 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     result = caption(drawn_run, album, "--sidecar")
     assert result.exit_code == 0, result.output
     assert asked == ["a.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
-    assert "1 have captions already: passed over" in result.stderr
+    assert "1 already captioned: skipped" in result.stderr
     shown = dict(line.split("\t") for line in result.stdout.splitlines())
     for name in asked:
         image = next(album.rglob(name))
