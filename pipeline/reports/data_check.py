@@ -263,7 +263,7 @@ class _DataCheck:
 
     def _advise_on_size(self, train: Tokenized, val: Tokenized) -> None:
         if len(train) < FEW_TRAIN:
-            line = f"{len(train):,} training images are few: many captions will be alike or wrong"
+            line = f"train has few images ({len(train):,}): many captions will be alike or wrong"
             known = _known_to_pretrained(train) if self.options.tokenizer == ENGLISH else 0.0
             if known >= KNOWN_ENOUGH:
                 line += (
@@ -272,7 +272,7 @@ class _DataCheck:
                 )
             self.advice.append(line)
         if len(val) < FEW_VAL:
-            self.advice.append(f"{len(val):,} val images are few: scores will depend on chance")
+            self.advice.append(f"val has few images ({len(val):,}): scores will depend on chance")
 
 
 def _known_to_pretrained(train: Tokenized) -> float:
