@@ -215,7 +215,7 @@ def main(
         kept = output or html or sidecar or write_metadata
         echo("interrupted" + ("; run the same command to resume" if kept else ""), err=True)
         sys.exit(130)
-    _report(outcome, html, inputs)
+    _report(outcome, output, html, inputs)
 
 
 def _check(search: SearchOptions, layout: str) -> None:
@@ -260,14 +260,15 @@ def _check_targets(output: Path | None, html: Path | None, images: Sequence[str]
                 raise UserError(f"{target}: is one of the images; name another file to write")
 
 
-def _report(outcome: Outcome, page: Path | None, inputs: Inputs) -> None:
+def _report(outcome: Outcome, output: Path | None, page: Path | None, inputs: Inputs) -> None:
     """Report what was done; exit with code 1 if images failed."""
     from pipeline.outputs.formats import decodable
 
     if inputs.skipped:
         echo(describe_skipped(inputs.skipped), err=True)
-    if page is not None:
-        echo(f"page: {page}", err=True)
+    for what, target in (("captions", output), ("page", page)):
+        if target is not None:
+            echo(f"{what}: {target}", err=True)
     if outcome.resumed:
         echo(f"{outcome.resumed:,} were captioned before the interruption", err=True)
     if outcome.passed_over:
