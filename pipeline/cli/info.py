@@ -121,7 +121,11 @@ def _describe_model(path: Path, kind: str) -> Facts:
     try:
         sizes, scores = document["decoder_config"], document["scores"]
         groups = {name.partition(".")[0] for name in shapes}
-        weights = sum(math.prod(s) for name, s in shapes.items() if name.startswith("decoder."))
+        weights = sum(
+            math.prod(shape)
+            for name, shape in shapes.items()
+            if name.startswith("decoder.") and not name.endswith(("feature_mean", "feature_scale"))
+        )
         members = int(sizes.get("members", 1))
         ensemble = f"an ensemble of {members} LSTMs" if members > 1 else "an LSTM"
         rerankers = ["image-text matcher"] if "matcher" in groups else []
@@ -129,7 +133,8 @@ def _describe_model(path: Path, kind: str) -> Facts:
             images = shapes["neighbours.directions"][0]
             rerankers.append(f"captions of {images:,} training images")
         inside = "in the file" if "encoder" in groups else "not in the file"
-        given = {name: value for name, value in document["settings"].items() if value is not None}
+        settings = document["settings"].items()
+        given = {name: value for name, value in settings if value not in (None, [])}
         return {
             "file": _file(path),
             "kind": kind,

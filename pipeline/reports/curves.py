@@ -91,6 +91,8 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
         axes.axvline(best["epoch"], color=BEST_COLOR, linestyle="--", linewidth=1.2)
         _draw_series(axes, log, series)
+        if "CIDEr-D" in series:  # scores that are all but 0 are a flat line
+            axes.set_ylim(top=max(axes.get_ylim()[1], 1.0))
         for record in log:  # what the mouse points at, see ``read_svg``
             epoch = record["epoch"]
             axes.axvspan(epoch - 0.5, epoch + 0.5, alpha=0, linewidth=0, gid=f"epoch-{epoch}")

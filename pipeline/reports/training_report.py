@@ -83,6 +83,8 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
     """Score the best epoch of a finished run with all defaults, and write its report."""
     best = f"epoch {progress.best_epoch}, CIDEr-D {progress.best_cider:.1f}"
     echo(f"best: {best} (val, beam 3)", err=True)
+    if progress.best_epoch == 0:
+        echo("no epoch is better than the start: the model is the start, unchanged", err=True)
     settings = _read_json(run / CONFIG) or {}
     # What the user gave to the training, not what a file names: see ``refuse_elsewhere``.
     options = EvaluationOptions(

@@ -22,7 +22,7 @@ function add(files) {
     };
     const image = part("img");
     image.alt = `Image ${file.name}`;
-    image.addEventListener("error", () => part(".enlarge").replaceWith("No preview in this browser"));
+    image.addEventListener("error", () => part(".enlarge").replaceWith("No preview"));
     image.src = card.address;
     part(".enlarge").setAttribute("aria-label", `Enlarge ${file.name}`);
     part(".enlarge").addEventListener("click", () => {
