@@ -17,7 +17,7 @@ from pipeline.decoding.options import CAPTIONS, SearchOptions, option_words
 from pipeline.models.pretrained import BEST, is_pretrained, pretrained_path
 from pipeline.outputs.inputs import Inputs, collect
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import locked
+from pipeline.utils.files import PAGE, PREDICTIONS, locked
 from pipeline.utils.terminal import echo, echo_failure
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ GROUPS = {
 @options.output(
     "--output",
     "File to write instead of standard output. It is replaced as a whole when all is done.",
+    PREDICTIONS,
 )
 @click.option(
     "--skip-existing",
@@ -99,7 +100,7 @@ GROUPS = {
     is_flag=True,
     help="With --sidecar and --write-metadata: replace existing text files and descriptions.",
 )
-@options.output("--html", "Also write a page with the images, their captions, and a search.")
+@options.output("--html", "Also write a page with the images, their captions, and a search.", PAGE)
 @click.option(
     "--thumbnails",
     type=click.Choice(["inside", "beside"]),

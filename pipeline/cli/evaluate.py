@@ -13,6 +13,7 @@ from pipeline.cli import options
 from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.utils.errors import UserError
+from pipeline.utils.files import PAGE, PREDICTIONS
 from pipeline.utils.terminal import echo
 
 GROUPS = {
@@ -58,11 +59,13 @@ NOT_SCORED = [
     "Predictions file; the scores file goes beside it.  [default: RUN/predictions.json; for "
     "another split, search, checkpoint or data a name with the differences, such as "
     "predictions-test-beam-size-5.json]",
+    PREDICTIONS,
 )
 @options.output(
     "--html",
     "Also write a page of the images with their captions, references and CIDEr-D, the worst "
     "first. The page is one file.",
+    PAGE,
     metavar="PAGE",
 )
 @click.option(

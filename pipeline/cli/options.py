@@ -20,7 +20,7 @@ from pipeline.datasets.images import IMAGE_EXTENSIONS
 from pipeline.datasets.tar_shards import is_tar_shards
 from pipeline.models.pretrained import BEST, LICENCE, PRETRAINED
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import TEXT, check_replaceable, check_writable
+from pipeline.utils.files import check_replaceable, check_writable
 from pipeline.utils.terminal import echo, escape_control
 
 Decorator = Callable[[Callable[..., Any]], Any]
@@ -196,7 +196,7 @@ class OutputPath(click.Path):
     """The type of an option that names a file to write.
 
     It refuses folders, names with the ending of an image, and existing files that are not of the
-    kind that is written: the user's images, checkpoints, caches. ``--force`` changes none of this.
+    kind that is written: the user's images, captions, pages. ``--force`` changes none of this.
     """
 
     def __init__(self, kind: re.Pattern[bytes]) -> None:
@@ -213,7 +213,7 @@ class OutputPath(click.Path):
         return path
 
 
-def output(name: str, help: str, kind: re.Pattern[bytes] = TEXT, **more: Any) -> Decorator:
+def output(name: str, help: str, kind: re.Pattern[bytes], **more: Any) -> Decorator:
     """Return a click option for a file to write of a kind; see ``OutputPath``."""
     return click.option(name, type=OutputPath(kind), help=help, **more)
 

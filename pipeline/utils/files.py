@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 TEXT = re.compile(rb"[^\0]*\Z")
 HDF5 = re.compile(rb"\x89HDF\r\n\x1a\n")
 SAFETENSORS = re.compile(rb".{7}\0\{", re.DOTALL)  # a length of 8 bytes, then JSON
+PAGE = re.compile(rb'(?:.*\n){4}<meta name="generator" content="captioner">')
+# What caption.py and evaluate.py write, as distinct from captions that users have in such formats:
+# JSON, JSON Lines, COCO results, CSV (perhaps saved by a spreadsheet), lines of path, tab, caption.
+PREDICTIONS = re.compile(
+    rb"""
+    \[\]
+    | (?:\[\s*)?\{\s*"image":\s*"(?:[^"\\]|\\.)*",\s*"(?:captions":\s*\[|error":)
+    | \[\r?\n\ +\{\r?\n\ +"image_id":
+    | (?:\xef\xbb\xbf)?"?image"?[,;]"?rank"?[,;]
+    | (?P<path>[^\t\n\0]+)\t
+    """,
+    re.VERBOSE,
+)
 
 
 def temporary_path(path: Path) -> Path:
@@ -110,7 +123,7 @@ def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
     A new or empty file always is.
 
     Raises:
-        UserError: it is something else, such as an image or a checkpoint.
+        UserError: it is something else, such as an image, a checkpoint or the user's own captions.
     """
     if not path.is_file():
         return
@@ -119,7 +132,10 @@ def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
             start = handle.read(4096)
     except OSError as error:
         raise cannot_be_written(path, error) from error
-    if start and not kind.match(start):
+    found = kind.match(start)
+    # Captions of the user's have such lines, too, but name images from their own folder on.
+    image = found and found.groupdict().get("path")
+    if start and (not found or (image and not Path(os.fsdecode(image)).exists())):
         raise UserError(f"{path}: holds something else and is not replaced; name another file")
 
 

@@ -51,6 +51,43 @@ def test_files_of_other_kinds_are_refused(photos: Path, command: str, name: str)
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "# My photographs\n",
+        "image,caption\na.jpg,A kite .\n",
+        "a.jpg#0\tA kite .\n",
+        "photos/gone.jpg\tA kite .\n",
+        '{"image": "a.jpg", "caption": "A kite ."}\n',
+        '[{"image": "a.jpg", "caption": "A kite ."}]',
+        '[{"image_id": 7, "caption": "A kite ."}]',
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Mine</title>\n',
+    ],
+)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_texts_of_the_users_are_refused(photos: Path, command: str, content: str) -> None:
+    mine = photos.parent / "mine"
+    mine.write_text(content)
+    main, arguments = COMMANDS[command]
+    result = CliRunner().invoke(main, arguments.format(path="mine").split())
+    assert result.exit_code == 2, result.output
+    assert result.stderr.splitlines()[-1].startswith("Error: mine: holds something else")
+    assert mine.read_text() == content
+
+
+@pytest.mark.usefixtures("tiny_inception")
+def test_what_the_program_wrote_is_replaced(drawn_run: DrawnRun, photos: Path) -> None:
+    shutil.copy(photos / "a.jpg", photos / 'a "b" c.jpg')
+    names = ["x.txt", "x.csv", "x.json", "x.jsonl", "x.coco"]
+    for name in names * 2:
+        layout = ["--format", "coco"] if name == "x.coco" else []
+        run_caption(drawn_run.run, "photos", "--output", name, "--html", "x.html", *layout)
+    table = Path("x.csv").read_text().replace(",", ";").replace("\n", "\r\n")
+    Path("x.csv").write_text("\ufeff" + table, encoding="utf-8")  # as a spreadsheet saves it
+    run_caption(drawn_run.run, "photos", "--output", "x.csv", "--html", "x.html")
+    assert Path("x.csv").read_text().startswith("image,rank,")
+
+
 def test_an_hdf5_file_of_another_program_is_not_replaced(photos: Path) -> None:
     with h5py.File("mine.h5", "w") as file:
         file["x"] = [1]
@@ -85,7 +122,7 @@ def test_a_pipe_is_written_through(drawn_run: DrawnRun, photos: Path) -> None:
 @pytest.mark.usefixtures("tiny_inception")
 def test_outputs_are_neither_images_nor_each_other(drawn_run: DrawnRun, photos: Path) -> None:
     text = photos / "text"
-    text.write_text("no image")
+    text.write_text("photos/a.jpg\tno image\n")
     for arguments, message in (
         (["photos/text", "--output", str(text)], f"{text}: is one of the images"),
         (["photos", "--output", "both", "--html", "photos/../both"], "both are both"),

@@ -227,10 +227,10 @@ def test_the_format_follows_the_name_of_the_output(drawn_run: DrawnRun, album: P
         assert caption(drawn_run, album / "a.jpg", "--output", output).exit_code == 0
         assert len(read_predictions(output, layout)) == 1
     foreign = album.parent / "foreign.csv"
-    foreign.write_text("photo,text\na,b\n", encoding="utf-8")
+    foreign.write_text("image,rank,text\na,1,b\n", encoding="utf-8")
     result = caption(drawn_run, album, "--output", foreign, "--skip-existing")
     assert result.exit_code == 2 and "foreign.csv: not in --format csv" in result.stderr
-    assert foreign.read_text(encoding="utf-8") == "photo,text\na,b\n"
+    assert foreign.read_text(encoding="utf-8") == "image,rank,text\na,1,b\n"
 
 
 # Text files and metadata
