@@ -33,12 +33,15 @@ def facts(*arguments: object) -> dict[str, str]:
 
 
 def test_a_checkpoint_is_described(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "x.safetensors", small_checkpoint())
+    checkpoint = small_checkpoint()
+    checkpoint.settings["captions"] = []  # as a run without --captions has it
+    save_checkpoint(tmp_path / "x.safetensors", checkpoint)
     found = facts(tmp_path / "x.safetensors")
     assert found["kind"] == "a checkpoint"
     assert found["encoder"].startswith("inception_v3, weights random ")
     assert found["encoder"].endswith("; not in the file")
-    assert found["decoder"].startswith("an ensemble of 2 LSTMs of 3 units, ")
+    count = sum(weight.numel() for weight in checkpoint.build_decoder().parameters())
+    assert found["decoder"] == f"an ensemble of 2 LSTMs of 3 units, {count:,} weights"
     assert found["vocabulary"] == "10 words (english)"
     assert found["reranking"] == "image-text matcher, captions of 3 training images"
     assert found["trained"] == "3 epochs" and found["scores"].startswith("CIDEr-D 40.5 (val, ")

@@ -27,7 +27,7 @@ from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.reports.curves import draw_curves, read_svg, write_curves
+from pipeline.reports.curves import best_record, draw_curves, read_svg, write_curves
 from pipeline.reports.report_data import read_data
 from pipeline.reports.training_report import describe_settings, epoch_reporter, write_report
 from pipeline.training.run_folder import append_epoch, read_epochs, split_hashes
@@ -133,6 +133,11 @@ def test_curves_show_the_log_and_mark_the_best_epoch() -> None:
     marks = [axes.get_lines()[0].get_xdata() for axes in figure.axes]
     assert all(list(numpy.asarray(mark)) == [3, 3] for mark in marks)
     assert figure.axes[0].get_title("right") == "best: epoch 3, CIDEr-D 40.0"
+
+
+def test_scores_of_next_to_nothing_are_a_flat_line() -> None:
+    figure = draw_curves([record(n, **{"CIDEr-D": 0.0, "BLEU-4": n * 1e-8}) for n in (1, 2)])
+    assert figure.axes[1].get_ylim()[1] == 1
 
 
 def test_values_that_are_missing_or_not_finite_leave_gaps() -> None:
@@ -259,6 +264,8 @@ def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_
     assert re.search(
         r"^epoch 0/1  before training +val loss [^,]* s  best so far$", result.stderr, re.M
     )
+    kept = best_record(read_epochs(run / "log.jsonl"))["epoch"] == 0
+    assert kept == ("the model is the start, unchanged" in result.stderr)
     assert [line["epoch"] for line in read_epochs(run / "samples.jsonl")] == [0, 1]
     page = Page(run / "report.html")
     assert "Stage 3" in page.text and "epoch 0, before training" in page.text
