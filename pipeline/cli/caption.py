@@ -14,7 +14,7 @@ import click
 from pipeline.cli import options
 from pipeline.datasets.find_images import describe_skipped
 from pipeline.decoding.options import CAPTIONS, SearchOptions, option_words
-from pipeline.models.pretrained import BEST, is_pretrained, pretrained_path
+from pipeline.models.pretrained import checkpoint_path
 from pipeline.outputs.inputs import Inputs, collect
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import PAGE, PREDICTIONS, locked
@@ -178,6 +178,7 @@ def main(
     inputs = Inputs() if serve else collect(images)
     _check_targets(output, html, inputs.paths)
     models = model or (options.default_model(),)
+    fingerprint = _fingerprint(models)
     name = " + ".join(map(str, models))
     load = functools.partial(_load, models, device, weights)
     if serve:
@@ -210,7 +211,7 @@ def main(
             explain=explain,
             batch_size=batch_size,
             model=name,
-            fingerprint=_fingerprint(models),
+            fingerprint=fingerprint,
         )
     except KeyboardInterrupt:
         kept = output or html or sidecar or write_metadata
@@ -297,9 +298,6 @@ def _fingerprint(models: Sequence[Path]) -> str:
     """Return a string that changes with the model files, by size and time."""
     parts = []
     for model in models:
-        path = pretrained_path() if is_pretrained(model) else model
-        path = path / BEST if path.is_dir() else path
-        if path.is_file():  # else loading raises an error
-            information = path.stat()
-            parts.append(f"{information.st_size} {information.st_mtime_ns}")
+        information = checkpoint_path(model).stat()
+        parts.append(f"{information.st_size} {information.st_mtime_ns}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

@@ -266,7 +266,21 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Decorator:
     )
 
 
-device = click.option("--device", default="auto", help="Device: auto, cpu, cuda, cuda:N or mps.")
+class DeviceName(click.ParamType):
+    """The type of ``--device``, checked before torch is imported, which takes seconds."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the name; whether there is such a device is found out later."""
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise UserError(f"--device {value}: unknown; use auto, cpu, cuda, cuda:N or mps")
+        return str(value)
+
+
+device = click.option(
+    "--device", type=DeviceName(), default="auto", help="Device: auto, cpu, cuda, cuda:N or mps."
+)
 
 captions = path(
     "--captions",

@@ -28,7 +28,7 @@ from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.neighbours import Neighbours, merge_neighbours
 from pipeline.models.pretrained import BEST as BEST
-from pipeline.models.pretrained import CONFIG, is_pretrained, pretrained_path
+from pipeline.models.pretrained import CONFIG, checkpoint_path, is_pretrained
 from pipeline.models.pretrained import LAST as LAST
 from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
@@ -133,10 +133,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             parts do not fit together.
     """
     is_ours = is_pretrained(path)
-    if is_ours:
-        path = pretrained_path()
-    elif path.is_dir():
-        path = path / BEST
+    path = checkpoint_path(path)
     tensors, document = read_checkpoint_file(path)
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(

@@ -87,14 +87,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint's file of this version, or of version 0.1.0, as ``read_tensors``."""
-    if not path.is_file():
-        old = path.with_suffix(".pt")
-        if old.is_file():
-            raise UserError(
-                f"{path}: no such checkpoint, but {old} is one of version 0.1.0: convert it with "
-                f"captioner compress {old} --output {path}"
-            )
-        raise UserError(f"{path}: no such checkpoint; train one with train_decoder.py")
     if path.suffix not in (".pt", ".pth") or is_safetensors(path):
         return read_tensors(path)
     content = read_torch_file(path)

@@ -26,6 +26,22 @@ def pretrained_path() -> Path:
     raise UserError(f"{folders[0] / FILE}: the pretrained model is missing")
 
 
+def checkpoint_path(model: Path) -> Path:
+    """Return the file of a model: a checkpoint, a run folder, or ``pretrained``.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = pretrained_path() if is_pretrained(model) else model
+    path = path / BEST if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such checkpoint; train one with train_decoder.py, or name 'pretrained', "
+            "the model that comes with the program"
+        )
+    return path
+
+
 def is_pretrained(model: Path) -> bool:
     """True if a name means the pretrained model, and no file or run of that name is here."""
     return str(model) == PRETRAINED and not model.is_file() and not (model / BEST).is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
@@ -29,8 +28,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         return torch.device("cuda", own) if own else torch.device("cuda")
     if name == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch finds no such CUDA device; use --device cpu")

@@ -63,6 +63,8 @@ loaded = [m for m in sys.modules if m.startswith("pipeline.cli.")]
 for name in {[*COMMANDS]}:
     run(name, "--help")
     run(name, "--no-such-option")
+run("train", "--device", "gpu")
+run("caption", "setup.cfg", "--model", "pretrianed")
 heavy = "torch torchvision numpy h5py nltk PIL jinja2 matplotlib".split()
 print(loaded + [m for m in heavy if m in sys.modules])
 """
@@ -72,6 +74,8 @@ print(loaded + [m for m in heavy if m in sys.modules])
     assert ended.stdout.splitlines()[-1] == "[]"
     assert all(re.search(rf"^  {name} ", ended.stdout, re.MULTILINE) for name in COMMANDS)
     assert ended.stderr.count("No such option") == len(COMMANDS)
+    assert "--device gpu: unknown; use auto, cpu," in ended.stderr
+    assert "pretrianed: no such checkpoint; train one" in ended.stderr
 
 
 def test_an_unknown_command_is_named() -> None:
