@@ -13,7 +13,7 @@ from pipeline.cli import options
 from pipeline.datasets.tokenizers import TOKENIZERS
 from pipeline.decoding.options import CAPTIONS, SearchOptions
 from pipeline.utils.errors import UserError
-from pipeline.utils.files import PAGE, PREDICTIONS
+from pipeline.utils.files import PAGE, PREDICTIONS, SCORES, check_replaceable
 from pipeline.utils.terminal import echo
 
 GROUPS = {
@@ -129,10 +129,12 @@ def main(
         differences = compare_predictions(*compare, data, captions, split, tokenizer, encoding)
         print_comparison(differences, *compare)
         return
-    from pipeline.evaluation import EvaluationOptions, evaluate_runs
+    from pipeline.evaluation import EvaluationOptions, evaluate_runs, scores_path
     from pipeline.reports.score_table import print_table
     from pipeline.utils.devices import choose_device
 
+    if output is not None:
+        check_replaceable(scores_path(output), SCORES)
     evaluation = EvaluationOptions(
         data=data,
         captions=captions,

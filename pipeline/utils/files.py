@@ -24,6 +24,7 @@ TEXT = re.compile(rb"[^\0]*\Z")
 HDF5 = re.compile(rb"\x89HDF\r\n\x1a\n")
 SAFETENSORS = re.compile(rb".{7}\0\{", re.DOTALL)  # a length of 8 bytes, then JSON
 PAGE = re.compile(rb'(?:.*\n){4}<meta name="generator" content="captioner">')
+SCORES = re.compile(rb'\{\s*"predictions":')
 # What caption.py and evaluate.py write, as distinct from captions that users have in such formats:
 # JSON, JSON Lines, COCO results, CSV (perhaps saved by a spreadsheet), lines of path, tab, caption.
 PREDICTIONS = re.compile(
@@ -32,7 +33,7 @@ PREDICTIONS = re.compile(
     | (?:\[\s*)?\{\s*"image":\s*"(?:[^"\\]|\\.)*",\s*"(?:captions":\s*\[|error":)
     | \[\r?\n\ +\{\r?\n\ +"image_id":
     | (?:\xef\xbb\xbf)?"?image"?[,;]"?rank"?[,;]
-    | (?P<path>[^\t\n\0]+)\t
+    | (?P<lines>[^\t\n\0]+\t)
     """,
     re.VERBOSE,
 )
@@ -133,9 +134,11 @@ def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
     except OSError as error:
         raise cannot_be_written(path, error) from error
     found = kind.match(start)
-    # Captions of the user's have such lines, too, but name images from their own folder on.
-    image = found and found.groupdict().get("path")
-    if start and (not found or (image and not Path(os.fsdecode(image)).exists())):
+    if found and found.groupdict().get("lines"):
+        # The user's own captions have such lines, too, but name images from their own folder on.
+        images = re.findall(rb"^([^\t\n\0]+)\t", start, re.MULTILINE)
+        found = found if any(Path(os.fsdecode(image)).exists() for image in images) else None
+    if start and not found:
         raise UserError(f"{path}: holds something else and is not replaced; name another file")
 
 

@@ -86,6 +86,14 @@ def test_what_the_program_wrote_is_replaced(drawn_run: DrawnRun, photos: Path) -
     Path("x.csv").write_text("\ufeff" + table, encoding="utf-8")  # as a spreadsheet saves it
     run_caption(drawn_run.run, "photos", "--output", "x.csv", "--html", "x.html")
     assert Path("x.csv").read_text().startswith("image,rank,")
+    (photos / 'a "b" c.jpg').unlink()
+    run_caption(drawn_run.run, "photos", "--output", "x.txt", "--skip-existing")
+
+
+def test_a_scores_file_beside_the_predictions_is_not_replaced_either(photos: Path) -> None:
+    Path("scores-x.json").write_text('{"mine": 1}')
+    result = CliRunner().invoke(evaluate.main, ["runs/x", "--output", "x.json"])
+    assert result.exit_code == 2 and "scores-x.json: holds something else" in result.stderr
 
 
 def test_an_hdf5_file_of_another_program_is_not_replaced(photos: Path) -> None:
