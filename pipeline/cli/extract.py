@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.utils.distributed import World
 
 NO_DATA = (
-    "{data}: no such folder; --download downloads Flickr8k to it (1.1 GB), or unpack the Kaggle "
+    "--data {data}: {problem}; --download downloads Flickr8k to it (1.1 GB), or unpack the Kaggle "
     "archive adityajn105/flickr8k there; --data FOLDER names your own images"
 )
 
@@ -133,10 +133,10 @@ def main(
                 download_flickr8k(Path(data))
             world.barrier()
         if not is_tar_shards(data) and not Path(data).is_dir():
-            raise UserError(NO_DATA.format(data=data))
+            raise UserError(NO_DATA.format(data=data, problem="no such folder"))
         source = open_source(data)
         if not source.names:
-            raise UserError(f"--data {data}: no images there")
+            raise UserError(NO_DATA.format(data=data, problem="no images there"))
         from pipeline.features.cache import default_cache_path
         from pipeline.features.extraction import Extraction, extract
         from pipeline.features.sharded_cache import resume_identity
@@ -195,9 +195,10 @@ def _report(result: ExtractionResult, skipped: Counter[str]) -> None:
     if skipped:
         echo(describe_skipped(skipped), err=True)
     cache, failures = result.cache, result.cache.failures()
+    count = len(cache) - len(failures)
     echo(
-        f"{cache.path}: complete, {len(cache) - len(failures):,} images ({result.encoded:,} "
-        f"encoded now, {result.kept:,} before; {cache.identity.precision}, "
+        f"{cache.path}: complete, {count:,} image{'' if count == 1 else 's'} ({result.encoded:,} "
+        f"encoded now, {count - result.encoded:,} before; {cache.identity.precision}, "
         f"{cache.identity.engine})",
         err=True,
     )

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from pipeline.cli import options
+from pipeline.datasets.vocabulary import SPECIALS
 from pipeline.models.pretrained import (
     BEST,
     CARD,
@@ -103,7 +104,10 @@ def _describe_cache(path: Path) -> Facts:
 def _describe_run(run: Path) -> Facts:
     path = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
     if path is None:
-        raise UserError(f"{run}: not a run: it has no {BEST}")
+        raise UserError(
+            f"{run}: not a run: it has no {BEST}; for a folder of data: train_decoder.py --check "
+            f"--data {run}"
+        )
     facts = _describe_model(path, f"a run; {path.name} of it")
     for file in sorted(run.glob("*scores*.json")):
         try:
@@ -126,6 +130,7 @@ def _describe_model(path: Path, kind: str) -> Facts:
             for name, shape in shapes.items()
             if name.startswith("decoder.") and not name.endswith(("feature_mean", "feature_scale"))
         )
+        words = len(document["vocabulary"]) - len(SPECIALS)
         members = int(sizes.get("members", 1))
         ensemble = f"an ensemble of {members} LSTMs" if members > 1 else "an LSTM"
         rerankers = ["image-text matcher"] if "matcher" in groups else []
@@ -140,7 +145,7 @@ def _describe_model(path: Path, kind: str) -> Facts:
             "kind": kind,
             "encoder": f"{_encoder(document['encoder'])}; {inside}",
             "decoder": f"{ensemble} of {sizes['hidden_size']:,} units, {weights:,} weights",
-            "vocabulary": f"{len(document['vocabulary']):,} words ({document['tokenizer']})",
+            "vocabulary": f"{words:,} words ({document['tokenizer']})",
             "reranking": ", ".join(rerankers) or "none",
             "trained": f"{document['epoch']:,} epochs",
             "scores": f"{_scores(scores) or 'none'} (val, in training, without reranking)",

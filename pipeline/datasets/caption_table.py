@@ -323,7 +323,7 @@ def match_names(
     missing = sum(not by_file_name(name) for name in unmatched)
     notes = Counter(
         {
-            "captioned images without an image dropped": missing,
+            "captioned images that are missing, dropped": missing,
             "captioned images dropped because their name fits several images, or several "
             "images one image": len(unmatched) - missing,
             "images matched by file name alone, in another folder": len(matched) - before,

@@ -18,7 +18,7 @@ from pipeline.datasets.encoded_captions import (
     load_table,
 )
 from pipeline.datasets.image_sources import open_source
-from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics, rows_of
 from pipeline.models.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint
@@ -238,8 +238,8 @@ def prepare_stage(
     )
     weights = sum(parameter.numel() for parameter in decoder.parameters())
     echo(
-        f"{len(stage.captions):,} training captions, {len(vocabulary):,} words in the vocabulary, "
-        f"{weights:,} weights, {options.precision} on {device.type}",
+        f"{len(stage.captions):,} training captions, {len(vocabulary) - len(SPECIALS):,} words in "
+        f"the vocabulary, {weights:,} weights, {options.precision} on {device.type}",
         err=True,
     )
     return stage

@@ -121,7 +121,9 @@ class Training:
                     f"{path}: the training state is damaged ({error}); --force starts over"
                 ) from error
             if self.progress.epoch:
-                echo(f"{self.run}: resuming after epoch {self.progress.epoch}", err=True)
+                done = self.progress.epoch >= self.epochs
+                state = "finished with" if done else "resuming after"
+                echo(f"{self.run}: {state} epoch {self.progress.epoch}", err=True)
         if self.world.rank == 0:
             check_writable(path)
             for name in (LOG, SAMPLES):

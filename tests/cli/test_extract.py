@@ -55,7 +55,7 @@ def test_a_folder_without_images_is_refused_before_any_weights_are_loaded(
     monkeypatch.setattr("pipeline.models.encoder.load_encoder", None)
     (tmp_path / "notes.txt").touch()
     message = refusal("--data", tmp_path, "--output", tmp_path / "x.h5", "--weights", "random")
-    assert message == f"--data {tmp_path}: no images there"
+    assert message.startswith(f"--data {tmp_path}: no images there; --download downloads")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -154,7 +154,7 @@ def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
     result = invoke(*options)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert "x.h5: complete, 1 images (1 encoded now, 0 before; fp32, torch)" in result.stderr
+    assert "x.h5: complete, 1 image (1 encoded now, 0 before; fp32, torch)" in result.stderr
     assert "failed: sub/bad.png: empty file" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("1 could not be read; --retry-failed")
 

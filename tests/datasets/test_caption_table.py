@@ -134,7 +134,7 @@ def test_both_layouts_of_the_real_flickr8k_give_one_table() -> None:
     assert {len(image.captions) for image in kaggle.images} == {5}
     assert token.split_hash("val") == kaggle.split_hash("val")
     # The stray id 2258277193_586949ec62.jpg.1, which has no image.
-    assert token.notes == {"captioned images without an image dropped": 1}
+    assert token.notes == {"captioned images that are missing, dropped": 1}
     assert not kaggle.notes
 
 
@@ -460,7 +460,7 @@ def test_restrict_counts_what_is_missing_and_keeps_the_notes() -> None:
     smaller, _ = table.restrict(["a.jpg", "1/b.jpg", "2/b.jpg", "new/e.jpg", "y.jpg"])
     assert smaller.notes == {
         "empty captions dropped": 3,
-        "captioned images without an image dropped": 2,
+        "captioned images that are missing, dropped": 2,
         "captioned images dropped because their name fits several images, or several images "
         "one image": 1,
         "images matched by file name alone, in another folder": 1,

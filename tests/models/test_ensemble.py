@@ -199,7 +199,7 @@ def test_stage_3_trains_all_members_on_one_encoder(
             assert 0 < (after - before[name]).abs().max() < 0.1, name
     # The same command finds that all is done; the model captions by itself.
     again = CliRunner().invoke(finetune_joint.main, words)
-    assert again.exit_code == 0 and "resuming after epoch 1" in again.stderr, again.output
+    assert again.exit_code == 0 and "finished with epoch 1" in again.stderr, again.output
     image = str(next((drawn_run.data / "Images").glob("*.jpg")))
     result = CliRunner().invoke(
         caption.main, [image, "--model", str(tmp_path / "joint"), "--device", "cpu"]

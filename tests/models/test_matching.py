@@ -150,7 +150,7 @@ def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
     whole = load_checkpoint(run)
     save_checkpoint(run / "best.safetensors", replace(whole, matcher=None))
     result = CliRunner().invoke(train_decoder.main, options)
-    assert result.exit_code == 0 and "resuming after epoch 2" in result.stderr, result.output
+    assert result.exit_code == 0 and "finished with epoch 2" in result.stderr, result.output
     again = load_checkpoint(run).matcher
     assert whole.matcher is not None and again is not None
     for name, tensor in whole.matcher.state_dict().items():

@@ -108,7 +108,7 @@ def test_a_kill_before_the_matcher_is_trained_is_made_good(
     whole = load_checkpoint(run)
     save_checkpoint(run / "best.safetensors", replace(whole, neighbours=None, matcher=None))
     result = finetune(drawn_run, run, "--epochs", "3")
-    assert result.exit_code == 0 and "resuming after epoch 3" in result.stderr, result.output
+    assert result.exit_code == 0 and "finished with epoch 3" in result.stderr, result.output
     again = load_checkpoint(run)
     assert whole.matcher is not None and again.matcher is not None
     for name, tensor in whole.matcher.state_dict().items():

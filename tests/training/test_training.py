@@ -488,7 +488,7 @@ def test_the_command_trains_to_good_captions_and_says_when_it_is_done(tmp_path: 
     assert settings["hidden_size"] == 24
     log = (run / "log.jsonl").read_text()
     again = CliRunner().invoke(command.main, command_line)
-    assert again.exit_code == 0 and "resuming after epoch 40" in again.output
+    assert again.exit_code == 0 and "finished with epoch 40" in again.output
     assert (run / "log.jsonl").read_text() == log
     other = CliRunner().invoke(command.main, arguments(data, features, run, "--epochs", "41"))
     assert other.exit_code == 2 and "epochs 40, not 41" in other.output
