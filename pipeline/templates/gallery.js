@@ -68,12 +68,6 @@
   let shown = [];
   let drawn = 0;
 
-  function confidence(share) {
-    const part = make("span", "explained", `confidence ${percent(share)}`);
-    part.title = "The mean probability of the caption’s words (geometric) under the model";
-    return part;
-  }
-
   // A long name is cut in the middle: its beginning shrinks, its end stays.
   function showName(element, name) {
     const letters = [...name];
@@ -89,9 +83,7 @@
     if (record.score !== null) {
       parent.append(make("span", "", `CIDEr-D ${record.score.toFixed(1)}`));
     }
-    if (record.confidence !== null) {
-      parent.append(confidence(record.confidence), ...lowConfidence(record.confidence));
-    }
+    if (record.confidence !== null) parent.append(confidence(record.confidence));
   }
 
   function thumbnail(record) {
@@ -294,7 +286,6 @@
     }
     const figure = item.querySelector(".figure");
     if (caption.confidence !== null) figure.append(confidence(caption.confidence));
-    if (best) figure.append(...lowConfidence(caption.confidence));
     if (caption.logProbability !== null) {
       const scored = Object.keys(caption.parts).length > 0;
       const part = make("span", "explained", scored

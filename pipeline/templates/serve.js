@@ -206,7 +206,7 @@ function show(card) {
     : card.list.childElementCount ? "" : state === "running" ? "Captioning…" : state === "waiting" ? "Waiting" : "";
   const [best] = state === "done" ? card.captions : [];
   element.querySelector(".sure").replaceChildren(
-    ...(best ? lowConfidence(Math.exp(best.log_probability / (best.words.length + 1))) : []),
+    ...(best ? [confidence(Math.exp(best.log_probability / (best.words.length + 1)))] : []),
   );
   card.time.textContent = state === "done" ? `${card.seconds.toFixed(2)} s` : "";
   if (!busy) card.list.replaceChildren(...(state === "done" ? card.captions.map(captionElement) : []));

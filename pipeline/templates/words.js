@@ -18,14 +18,18 @@ function signed(value) {
   return value.toFixed(2).replace("-", "−");
 }
 
-// A mark for a caption that is more often wrong than others; see docs/results.md for the threshold.
+// A caption's confidence, marked where captions are wrong more often; see docs/results.md for the
+// threshold. It is rounded down, so that the number shown is below the threshold where the mark is.
 const LOW_CONFIDENCE = 0.32;
-function lowConfidence(share) {
-  const mark = document.createElement("span");
-  mark.className = "low";
-  mark.textContent = "low confidence";
-  mark.title = `Confidence below ${percent(LOW_CONFIDENCE)}: such captions of the pretrained model are wrong twice as often`;
-  return share !== null && share < LOW_CONFIDENCE ? [mark] : [];
+function confidence(share) {
+  const floor = Math.floor(100 * share) / 100;
+  const low = floor < LOW_CONFIDENCE;
+  const part = document.createElement("span");
+  part.className = low ? "low" : "explained";
+  part.textContent = `${low ? "low " : ""}confidence ${percent(floor)}`;
+  part.title = `The mean probability of the caption’s words (geometric) under the model. Below ${
+    percent(LOW_CONFIDENCE)}, first captions of the pretrained model are wrong twice as often.`;
+  return part;
 }
 
 // The caption as nodes, with an element per word. `words` are the model's tokens and their
