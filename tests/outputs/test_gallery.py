@@ -469,6 +469,8 @@ def test_the_large_view_by_keyboard(tmp_path: Path) -> None:
         assert dialog.locator(".probabilities").first.text_content() == (
             "Word by word: a 90 %, man 5 %, 's < 1 %, dog 20 %".replace(" %", "\u00a0%")
         )
+        doubted = dialog.locator(".low").all_inner_texts()
+        assert doubted == ["low confidence 18\u00a0%"], "of the alternative; the first has 44"
         shades = dialog.locator(".word").evaluate_all(
             "all => all.map(e => getComputedStyle(e).backgroundColor)"
         )
