@@ -199,6 +199,7 @@ function show(card) {
   const { element, state } = card;
   const busy = state === "waiting" || state === "running";
   element.classList.toggle("failed", state === "failed");
+  element.classList.toggle("unreadable", card.final === true);
   element.classList.toggle("stale", busy);
   element.setAttribute("aria-busy", busy);
   card.retry.hidden = state !== "failed" || card.final === true;

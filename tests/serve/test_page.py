@@ -224,6 +224,9 @@ def test_dropped_and_pasted_images_hostile_names_and_large_files(
     broken, other = page.locator(".failed .note").all_text_contents()
     assert broken.startswith("Image file is truncated")
     assert other == "Not a supported image"
+    for card in page.locator(".failed").all():
+        assert not card.locator(".image").is_visible()
+        assert card.evaluate("e => e.offsetHeight") < 150
     assert page.locator("#status").inner_text() == "21 of 23 images captioned, 2 failed"
     assert not give(page, "paste"), "text goes into the field as ever"
 
