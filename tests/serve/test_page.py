@@ -127,6 +127,11 @@ def test_chosen_images_are_captioned_copied_and_captioned_anew_by_other_settings
         assert re.fullmatch(r"\d+\.\d\d s", card.locator(".time").inner_text())
 
     found = captions(page)
+    page.get_by_label("Show numbers").check()
+    parts_of_score = page.locator(".score").first
+    drawn = parts_of_score.evaluate("e => getComputedStyle(e, '::after').content")
+    tooltip = parts_of_score.get_attribute("title")
+    assert drawn.replace("\\a ", "\n") == f'"{tooltip}"', "for fingers, which cannot hover"
     page.locator(".copy").nth(1).click()
     assert page.evaluate("navigator.clipboard.readText()") == found[0][1]
     page.get_by_role("button", name="Copy all").click()
