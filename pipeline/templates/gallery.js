@@ -333,6 +333,7 @@
 
   const explained = make("canvas", "explanation");
   let word = -1;
+  const isExplained = ({ captions: [best] }) => best?.words.some(([, , cells]) => cells?.length);
 
   function explain(place) {
     const record = shown[current];
@@ -360,7 +361,7 @@
     byId("viewer-best").replaceChildren(...(best ? [best] : []));
     byId("viewer-others").replaceChildren(...others);
     explain(-1);
-    byId("explained-legend").hidden = !record.captions[0]?.words.some(([, , cells]) => cells?.length);
+    byId("explained-legend").hidden = !isExplained(record);
     byId("legend").hidden = !record.captions.some((caption) => caption.words.length);
     const references = byId("viewer-references");
     references.hidden = record.references.length === 0 && record.score === null;
@@ -471,6 +472,7 @@
       }),
     );
   }
+  byId("explained-hint").hidden = !all.some(isExplained);
   byId("total").textContent = count(all.length, "image");
   if (scored) drawHistogram();
   restore();

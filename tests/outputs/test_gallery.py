@@ -516,6 +516,7 @@ def test_a_word_shows_where_it_is_seen(tmp_path: Path) -> None:
     }"""
     with browser_page(own=tmp_path.as_uri()) as (page, problems):
         page.goto(target.as_uri())
+        assert page.locator("#explained-hint").is_visible()
         page.locator("#grid .open").first.click()
         canvas = page.locator("#stage canvas")
         assert canvas.evaluate(shade) is None
@@ -551,6 +552,7 @@ def test_state_survives_a_reload_and_scores_are_filtered(tmp_path: Path) -> None
     ):
         page.goto(target.as_uri())
         assert page.locator("header .quiet").first.inner_text() == "mine · 9 images"
+        assert not page.locator("#explained-hint").is_visible(), "nothing is explained"
         assert page.locator(".tiles").inner_text().split("\n") == list(tiles[0])
         cut = page.locator(f'.name[title="{long}"]')
         assert cut.inner_text().replace("\n", "") == long
