@@ -105,14 +105,16 @@ class SearchOptions:
     )
     num_captions: int | None = option(
         None,
-        "Captions per image, best first, with their log-probabilities.",
+        "Captions per image, with their log-probabilities; best first by score, in which length "
+        "and reranking count, too.",
         min=1,
         heading=CAPTIONS,
         default_help="1, and 5 on a page",
     )
     diverse: bool = option(
         False,
-        "Make the captions of an image differ; those of one beam differ in a word or two.",
+        "Make the captions of an image differ; those of one beam differ in a word or two. The "
+        "first stays the same, and the others follow by score.",
         heading=CAPTIONS,
     )
     prefix: str = option(
