@@ -9,6 +9,7 @@ from pathlib import Path
 from pipeline.decoding.options import describe_search
 from pipeline.evaluation import Evaluation
 from pipeline.outputs.gallery import GalleryItem, write_gallery
+from pipeline.utils.html import counted
 from pipeline.utils.progress import progress_bar
 
 
@@ -56,4 +57,4 @@ def _tiles(result: Evaluation) -> list[tuple[str, str, str]]:
         note = f"95 %: {interval.low:.1f} to {interval.high:.1f}" if interval else ""
         tiles.append((name, f"{result.scores[name]:.1f}", note))
     facts = result.facts
-    return [*tiles, ("Images", f"{facts['images']:,}", f"{facts['references']:,} references")]
+    return [*tiles, ("Images", f"{facts['images']:,}", counted(facts["references"], "reference"))]

@@ -25,12 +25,18 @@ def environment() -> jinja2.Environment:
     )
     made.filters["duration"] = duration
     made.filters["tidy"] = tidy
+    made.filters["counted"] = counted
     return made
 
 
 def read_asset(*names: str) -> str:
     """Return files of the templates, style sheets or scripts, as one text."""
     return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 image", "1,000 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def tidy(reference: str) -> str:

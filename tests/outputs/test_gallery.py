@@ -338,13 +338,15 @@ def test_evaluate_needs_no_image_files(drawn_run: DrawnRun, tmp_path: Path) -> N
 def test_images_that_evaluate_left_out_are_named(tmp_path: Path) -> None:
     facts = {
         **dict.fromkeys(("split", "split_sha256", "features"), "x"),
-        **dict.fromkeys(("images", "references"), 0),
+        **dict.fromkeys(("images", "references"), 1),
         "search": {"beam_size": 1, "consensus": 0, "matching": 0},
     }
     left_out = {Path("x/broken.jpg"): "empty file"}
     result = Evaluation({}, {"distinct_captions": 0}, [], {}, facts, [], left_out)
     write_page(result, "run", tmp_path / "page.html")
-    (record,) = Parsed(tmp_path / "page.html").records
+    parsed = Parsed(tmp_path / "page.html")
+    assert "Images11 reference\n" in parsed.text
+    (record,) = parsed.records
     assert (record["name"], record["error"]) == (str(Path("x/broken.jpg")), "empty file")
 
 
