@@ -170,7 +170,8 @@ def make_app(captioner: Captioner, model_name: str) -> Starlette:
         beam_size=search.beam_size,
         reranked=bool(search.consensus or search.matching),
     )
-    cards = [static("/model-card", card, "text/plain")] if card else []
+    card_page = environment().get_template("model_card.html").render(card=card)
+    cards = [static("/model-card", card_page, "text/html")] if card else []
     return Starlette(
         routes=[
             *cards,

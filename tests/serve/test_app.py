@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import importlib
 import io
 import math
@@ -367,6 +368,15 @@ def test_the_page_loads_only_its_own_files_and_escapes_the_model(stub: StubCapti
     assert page.count("<script") == 1 and not re.search(r"<style|\son\w+=|\sstyle=", page)
     for text in (page, *others):
         assert not re.search(r"https?:|//\w+\.|@import|url\(", text)
+
+
+def test_the_card_of_the_pretrained_model_is_a_page(stub: StubCaptioner) -> None:
+    client = TestClient(server.make_app(cast(Captioner, stub), "pretrained"), base_url=HOME)
+    assert 'href="model-card"' in client.get("/").text
+    card = client.get("/model-card")
+    assert card.headers["content-type"].startswith("text/html") and "page.css" in card.text
+    text = html.unescape(card.text.partition("<pre>")[2].partition("</pre>")[0])
+    assert text == server.model_card("pretrained")
 
 
 def test_one_request_is_captioned_at_a_time_and_the_queue_is_bounded(
