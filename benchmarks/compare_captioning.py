@@ -16,7 +16,6 @@ from pipeline.captioner import Captioner
 from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.find_images import find_images
 from pipeline.datasets.image_sources import ImageFolder
-from pipeline.decoding.consensus import Consensus
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.reranking import Reranker
 from pipeline.decoding.search import search
@@ -25,7 +24,7 @@ from pipeline.features.feature_set import FeatureSet
 from pipeline.models.checkpoint import Checkpoint, save_checkpoint
 from pipeline.models.encoder import load_encoder
 from pipeline.models.matcher import Matcher, MatcherConfig
-from pipeline.models.neighbours import Neighbours, choose_neighbours, sampled_images
+from pipeline.models.ngram_predictor import NgramPredictor, fit_predictor, ngram_targets
 from pipeline.models.openvino import choose_engine
 from pipeline.utils.devices import choose_precision, default_workers, inference_batch_size
 
@@ -80,7 +79,7 @@ def compare_captioning(
     """A folder of images to captions, against extraction of the same images."""
     encoder = load_encoder(material.weights, choose_precision("auto", CPU))
     identity = encoder.identity
-    neighbours = neighbours_of(material, trained)
+    predictor = predictor_of(material, trained)
     matcher = Matcher(
         MatcherConfig(len(material.vocabulary))
     ).eval()  # takes its time, untrained too
@@ -93,7 +92,7 @@ def compare_captioning(
             trained.decoder.state_dict(),
             material.vocabulary,
             identity,
-            neighbours=neighbours,
+            predictor=predictor,
             matcher=matcher,
         ),
     )
@@ -101,7 +100,7 @@ def compare_captioning(
         encoder,
         trained.decoder.eval(),
         material.vocabulary,
-        Reranker(Consensus(neighbours), matcher),
+        Reranker(predictor, matcher),
     )
     names = find_images(material.images)
 
@@ -130,15 +129,14 @@ def compare_captioning(
     return result
 
 
-def neighbours_of(material: Material, trained: Trained) -> Neighbours:
-    """Take the training images to compare with, as a checkpoint has them."""
-    kept = sampled_images(len(material.train))
-    features = FeatureSet(material.train_cache, torch.arange(len(material.train)), 2e9)
-    return choose_neighbours(
+def predictor_of(material: Material, trained: Trained) -> NgramPredictor | None:
+    """Fit the n-gram predictor that a checkpoint has."""
+    images = torch.arange(len(material.train))
+    features = FeatureSet(material.train_cache, images, 2e9)
+    return fit_predictor(
         trained.decoder.eval(),
-        kept,
-        (features[images] for images in kept.split(4096)),
-        encode_captions(material.train, material.vocabulary),
+        (features[some] for some in images.split(4096)),
+        ngram_targets(encode_captions(material.train, material.vocabulary)),
     )
 
 

@@ -26,7 +26,6 @@ def main(runs: tuple[Path, ...], ensemble: bool, weights: str | None, output: Pa
     Examples:
       captioner compress runs/joint --output small.safetensors
       captioner compress --ensemble runs/seed-0 runs/seed-1
-      captioner compress old.pt --output new.safetensors
     """
     options.check_ensemble(runs, ensemble)
     from pipeline.export.compress import save_compressed

@@ -134,9 +134,8 @@ def _describe_model(path: Path, kind: str) -> Facts:
         members = int(sizes.get("members", 1))
         ensemble = f"an ensemble of {members} LSTMs" if members > 1 else "an LSTM"
         rerankers = ["image-text matcher"] if "matcher" in groups else []
-        if "neighbours" in groups:
-            images = shapes["neighbours.directions"][0]
-            rerankers.append(f"captions of {images:,} training images")
+        if "predictor" in groups:
+            rerankers.append(f"predictor of {shapes['predictor.keys'][0]:,} n-grams")
         inside = "in the file" if "encoder" in groups else "not in the file"
         settings = document["settings"].items()
         given = {name: value for name, value in settings if value not in (None, [])}
@@ -161,17 +160,13 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length <= LARGEST_HEADER:
-                header = json.loads(file.read(length))
-                document = json.loads(header.pop("__metadata__")[DOCUMENT])
-                return document, {name: entry["shape"] for name, entry in header.items()}
+            if length > LARGEST_HEADER:
+                raise ValueError("not a header of safetensors")
+            header = json.loads(file.read(length))
+        document = json.loads(header.pop("__metadata__")[DOCUMENT])
+        return document, {name: entry["shape"] for name, entry in header.items()}
     except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged") from error
-    # A PyTorch file, as the one of the pretrained model; anything else is refused there.
-    from pipeline.models.checkpoint_file import read_checkpoint_file
-
-    tensors, document = read_checkpoint_file(path)
-    return document, {name: list(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _file(path: Path) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the commands need no torch for their help
 # Defaults with reranking, chosen on Flickr8k's val: beams of a decoder and of an ensemble, whose
 # lower ranks are better; weights, and weights with several passes.
 RERANKED_BEAM, RERANKED_BEAM_OF_ENSEMBLE = 10, 20
-CONSENSUS_WEIGHT, MATCHING_WEIGHT = 2.0, 2.0
+CONSENSUS_WEIGHT, MATCHING_WEIGHT = 3.0, 2.0
 PASSES_CONSENSUS, PASSES_MATCHING = 3.0, 4.0
 
 SEARCH, CAPTIONS = "Search", "Captions"
@@ -77,10 +77,11 @@ class SearchOptions:
     )
     consensus: float | None = option(
         None,
-        "Weight of a caption's agreement with the captions of similar training images; 0: none.",
+        "Weight of a caption's agreement with the phrases (n-grams) predicted for the image; 0: "
+        "none.",
         min=0,
         heading=SEARCH,
-        default_help="2 if the model has training captions",
+        default_help="3 if the model has an n-gram predictor",
     )
     matching: float | None = option(
         None,
@@ -200,7 +201,7 @@ class SearchOptions:
         several = self.search_passes > 1
         usual_consensus = PASSES_CONSENSUS if several else CONSENSUS_WEIGHT
         usual_matching = PASSES_MATCHING if several else MATCHING_WEIGHT
-        consensus = self._weight("consensus", reranker.consensus is not None, usual_consensus)
+        consensus = self._weight("consensus", reranker.predictor is not None, usual_consensus)
         matching = self._weight("matching", reranker.matcher is not None, usual_matching)
         if several and not (consensus or matching):
             raise UserError(
@@ -234,7 +235,7 @@ class SearchOptions:
         """Return the weight of a reranker; 0 if there is nothing to choose from."""
         weight: float | None = getattr(self, name)
         if weight and not available:
-            needed = "matcher" if name == "matching" else "training captions"
+            needed = "matcher" if name == "matching" else "n-gram predictor"
             raise UserError(
                 f"--{name} {weight:g}: this model has no {needed}; retrain it, or pass --{name} 0"
             )

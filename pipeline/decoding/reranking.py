@@ -1,8 +1,8 @@
 """Reranking of the captions that a search found.
 
 A caption's score is its length-normalised log-probability, plus a weight times its agreement with
-the captions of similar training images (``consensus``), plus a weight times its image-text
-matching score (``models.matcher``).
+the n-grams predicted for the image (``consensus``), plus a weight times its image-text matching
+score (``models.matcher``).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.consensus import rank_by_consensus
 from pipeline.decoding.hypothesis import Hypothesis, add_scores, best_first
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.search import beam_search, search
 from pipeline.models.checkpoint import Checkpoint
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.matcher import Matcher
+from pipeline.models.ngram_predictor import NgramPredictor
 
 # Beams of the passes after the first, and the Hamming penalty there; chosen on Flickr8k's val
 # together with the weights of ``options``.
@@ -32,11 +33,11 @@ class Reranker:
     """A model's rerankers; each may be missing.
 
     Attributes:
-        consensus: ranks captions by those of similar training images.
+        predictor: predicts the n-grams of an image's captions, for consensus.
         matcher: scores how well a caption fits an image.
     """
 
-    consensus: Consensus | None = None
+    predictor: NgramPredictor | None = None
     matcher: Matcher | None = None
 
     def to(self, device: torch.device) -> Reranker:
@@ -57,10 +58,10 @@ class Reranker:
                 add_scores(group, [config.matching * v for v in values.tolist()], "matching")
                 for group, values in zip(found, cosines, strict=True)
             ]
-        if self.consensus is not None and config.consensus:
+        if self.predictor is not None and config.consensus:
             with torch.inference_mode():
                 images = decoder.embed_image(features)[0][:, 0]
-            found = self.consensus.rank(images, found, config.consensus)
+            found = rank_by_consensus(self.predictor, images, found, config.consensus)
         return found
 
 
@@ -145,5 +146,4 @@ def _later_passes(
 
 def reranker_of(checkpoint: Checkpoint) -> Reranker:
     """Build the rerankers that a checkpoint has, on the CPU."""
-    neighbours = checkpoint.neighbours
-    return Reranker(Consensus(neighbours) if neighbours is not None else None, checkpoint.matcher)
+    return Reranker(checkpoint.predictor, checkpoint.matcher)

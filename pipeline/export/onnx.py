@@ -36,8 +36,8 @@ TEMPORARY = ".export.tmp"
 GRAPHS = {name: f"{name}.onnx" for name in ("encoder", "decoder_start", "decoder_step")}
 
 SEARCH_REMARK = (
-    "Plain beam search. The rerankers of the program that exported this (captions of similar "
-    "training images, an image-text matcher) are not among the files."
+    "Plain beam search. The rerankers of the program that exported this (predicted n-grams, an "
+    "image-text matcher) are not among the files."
 )
 PRETRAINED_REMARK = (
     "For research and education only: the pretrained model was trained on Flickr8k, whose terms "

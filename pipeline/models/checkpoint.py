@@ -18,7 +18,7 @@ from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint_file import (
     check_state,
     group_of,
-    read_checkpoint_file,
+    read_tensors,
     write_tensors,
 )
 from pipeline.models.decoder import DecoderConfig
@@ -26,7 +26,7 @@ from pipeline.models.encoder import NAMED_WEIGHTS, Encoder, load_encoder, load_t
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
-from pipeline.models.neighbours import Neighbours, merge_neighbours
+from pipeline.models.ngram_predictor import NgramPredictor, merge_predictors
 from pipeline.models.pretrained import BEST as BEST
 from pipeline.models.pretrained import CONFIG, checkpoint_path, is_pretrained
 from pipeline.models.pretrained import LAST as LAST
@@ -34,7 +34,7 @@ from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # A network is built only after its sizes are known to be possible.
 LARGEST_SIZE = 1 << 20
 
@@ -50,7 +50,7 @@ class Checkpoint:
         encoder: which encoder's features the decoder reads.
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.
-        neighbours: training images that consensus reranking compares with, or None.
+        predictor: of the n-grams of an image's captions, for consensus reranking, or None.
         matcher: the image-text matcher, in eval mode, or None.
         epoch: number of epochs trained.
         scores: validation scores of these weights.
@@ -64,7 +64,7 @@ class Checkpoint:
     vocabulary: Vocabulary
     encoder: EncoderIdentity
     encoder_weights: dict[str, Tensor] | None = None
-    neighbours: Neighbours | None = None
+    predictor: NgramPredictor | None = None
     matcher: Matcher | None = None
     epoch: int = 0
     scores: dict[str, float] = field(default_factory=dict)
@@ -94,13 +94,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) 
     Raises:
         UserError: the file cannot be written.
     """
-    matcher, neighbours = checkpoint.matcher, checkpoint.neighbours
+    matcher, predictor = checkpoint.matcher, checkpoint.predictor
     groups = {
         "decoder": checkpoint.decoder_weights,
         "encoder": checkpoint.encoder_weights or {},
         "encoder_scales": {},
         "matcher": matcher.state_dict() if matcher else {},
-        "neighbours": neighbours.to_tensors() if neighbours else {},
+        "predictor": predictor.to_tensors() if predictor else {},
     }
     if compress:
         groups["encoder"], groups["encoder_scales"] = quantize(groups["encoder"])
@@ -134,7 +134,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     is_ours = is_pretrained(path)
     path = checkpoint_path(path)
-    tensors, document = read_checkpoint_file(path)
+    tensors, document = read_tensors(path)
     if not isinstance(document, dict) or document.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
             f"{path}: not a checkpoint of schema version {SCHEMA_VERSION}; train again with this "
@@ -158,12 +158,11 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
         raise ValueError("there are not as many weights as the ensemble has")
     check_state(decoder_weights, _shapes(lambda: make_decoder(config)), "decoder")
     encoder_weights = dequantize(group_of(tensors, "encoder"), group_of(tensors, "encoder_scales"))
-    neighbours = None
-    if stored := group_of(tensors, "neighbours"):
-        neighbours = Neighbours.from_tensors(stored)
-        known = (neighbours.captions.tokens >= 0) & (neighbours.captions.tokens < len(vocabulary))
-        if len(neighbours.mean) != config.embed_size * config.members or not known.all():
-            raise ValueError("neighbours and decoder do not fit together")
+    predictor = None
+    if stored := group_of(tensors, "predictor"):
+        predictor = NgramPredictor.from_tensors(stored)
+        if predictor.mean.shape != (config.members, config.embed_size):
+            raise ValueError("n-gram predictor and decoder do not fit together")
     matcher = None
     if document["matcher_config"] is not None:
         matcher = _matcher(document["matcher_config"], group_of(tensors, "matcher"), config)
@@ -176,7 +175,7 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
         vocabulary=vocabulary,
         encoder=EncoderIdentity(**{k: str(value) for k, value in document["encoder"].items()}),
         encoder_weights=encoder_weights or None,
-        neighbours=neighbours,
+        predictor=predictor,
         matcher=matcher,
         epoch=document["epoch"],
         scores=document["scores"],
@@ -253,7 +252,7 @@ def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
             for number, part in enumerate(members)
             for name, tensor in part.items()
         },
-        neighbours=merge_neighbours([checkpoint.neighbours for checkpoint in checkpoints]),
+        predictor=merge_predictors([checkpoint.predictor for checkpoint in checkpoints]),
         settings={**first.settings, "seeds": [c.settings.get("seed") for c in checkpoints]},
         matcher=next((c.matcher for c in checkpoints if c.matcher is not None), None),
     )

@@ -1,7 +1,7 @@
 """The file of a checkpoint: safetensors, which holds tensors and JSON and cannot carry code.
 
-PyTorch files (torchvision state dicts, checkpoints of version 0.1.0) are read with
-``weights_only=True``, which runs no code either.
+PyTorch files (torchvision state dicts) are read with ``weights_only=True``, which runs no code
+either.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-# What version 0.1.0 called two sizes of the decoder, and a weight after one of them.
-RENAMED = {"image_state": "init_state_from_image", "tied": "tie_embeddings"}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
@@ -82,48 +79,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(
             f"{path}: not a checkpoint of this program, or damaged ({error})"
         ) from error
-    return tensors, document
-
-
-def read_checkpoint_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a checkpoint's file of this version, or of version 0.1.0, as ``read_tensors``."""
-    if path.suffix not in (".pt", ".pth") or is_safetensors(path):
-        return read_tensors(path)
-    content = read_torch_file(path)
-    try:
-        return _converted(content)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path}: not a checkpoint of this program, or damaged ({error})"
-        ) from error
-
-
-def _converted(content: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert the content of a checkpoint of version 0.1.0."""
-    matcher = content.get("matcher")
-    neighbours = dict(content.get("neighbours") or {})
-    if neighbours:
-        neighbours["images"] = neighbours.pop("pictures")
-    groups = {
-        "decoder": content["decoder_weights"],
-        "encoder": content["encoder_weights"] or {},
-        "encoder_scales": content.get("encoder_scales", {}),
-        "neighbours": neighbours,
-        "matcher": matcher["weights"] if matcher else {},
-    }
-    tensors = {
-        f"{group}.{name.replace('image_state.', 'init_state_from_image.')}": tensor
-        for group, weights in groups.items()
-        for name, tensor in weights.items()
-    }
-    sizes = content["decoder_config"]
-    document = {
-        "schema_version": 2,
-        "decoder_config": {RENAMED.get(name, name): value for name, value in sizes.items()},
-        "matcher_config": matcher["config"] if matcher else None,
-        "tokenizer": content.get("tokenizer", "english"),
-        **{k: content[k] for k in ("vocabulary", "encoder", "epoch", "scores", "settings")},
-    }
     return tensors, document
 
 

@@ -294,9 +294,7 @@ def _read_state(weights: str) -> dict[str, Tensor]:
         state, scales = group_of(tensors, "encoder"), group_of(tensors, "encoder_scales")
     else:
         state = read_torch_file(path)
-        if isinstance(state, dict) and isinstance(state.get("encoder_weights"), dict):
-            state, scales = state["encoder_weights"], state.get("encoder_scales", {})
-        elif isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
             state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) for name in state):
         raise UserError(f"--weights {path}: holds no InceptionV3 weights")

@@ -8,7 +8,7 @@ from pipeline.utils.errors import UserError
 
 # Its name for --weights and --model.
 PRETRAINED = "pretrained"
-FILE, CARD = "captioner.pt", "MODEL_CARD.md"
+FILE, CARD = "captioner.safetensors", "MODEL_CARD.md"
 LICENCE = "trained on Flickr8k, for research and education only"
 # In a run folder: the checkpoint to use, that of the last epoch, and the run's settings.
 BEST, LAST, CONFIG = "best.safetensors", "last.safetensors", "config.json"

@@ -20,7 +20,7 @@ function signed(value) {
 
 // A caption's confidence, marked where captions are wrong more often; see docs/results.md for the
 // threshold. It is rounded down, so that the number shown is below the threshold where the mark is.
-const LOW_CONFIDENCE = 0.32;
+const LOW_CONFIDENCE = 0.3;
 function confidence(share) {
   const floor = Math.floor(100 * share) / 100;
   const low = floor < LOW_CONFIDENCE;
@@ -28,7 +28,7 @@ function confidence(share) {
   part.className = low ? "low" : "explained";
   part.textContent = `${low ? "low " : ""}confidence ${percent(floor)}`;
   part.title = `The mean probability of the caption’s words (geometric) under the model. Below ${
-    percent(LOW_CONFIDENCE)}, first captions of the pretrained model are wrong twice as often.`;
+    percent(LOW_CONFIDENCE)}, first captions of the pretrained model are wrong nearly twice as often.`;
   return part;
 }
 
@@ -76,7 +76,7 @@ function drawCells(canvas, cells, width, height) {
 const PARTS = {
   likelihood: "log-probability, normalised by length",
   matching: "image-text match",
-  consensus: "captions of similar images",
+  consensus: "phrases predicted for the image",
 };
 function scoreOf(parts) {
   return Object.values(parts).reduce((sum, part) => sum + part, 0);

@@ -24,7 +24,12 @@ from pipeline.features.feature_set import FeatureSet, feature_statistics, rows_o
 from pipeline.models.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder_identity import EncoderIdentity
-from pipeline.models.neighbours import choose_neighbours, sampled_images
+from pipeline.models.ngram_predictor import (
+    NgramTargets,
+    fit_predictor,
+    ngram_targets,
+    sampled_images,
+)
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
 from pipeline.training.options import DecoderOptions
@@ -138,11 +143,17 @@ class DecoderStage(Stage):
         return self.validator.validate(self.decoder, self.val_features, self.world)
 
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        """Return the current weights, with neighbours for reranking."""
-        kept = sampled_images(len(self.features))
+        """Return the current weights, with an n-gram predictor for reranking."""
+        kept, targets = self._ngrams
         features = (self.features[images] for images in kept.split(4096))
-        neighbours = choose_neighbours(self.decoder, kept, features, self.captions)
-        return self._checkpoint(epoch, scores, self.encoder, neighbours=neighbours)
+        predictor = fit_predictor(self.decoder, features, targets)
+        return self._checkpoint(epoch, scores, self.encoder, predictor=predictor)
+
+    @functools.cached_property
+    def _ngrams(self) -> tuple[Tensor, NgramTargets]:
+        """The images that an n-gram predictor learns from, and what it learns."""
+        kept = sampled_images(len(self.features))
+        return kept, ngram_targets(self.captions.of_images(kept))
 
 
 def train_decoder(

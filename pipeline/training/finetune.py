@@ -25,7 +25,7 @@ from pipeline.models.checkpoint import (
     save_checkpoint,
 )
 from pipeline.models.encoder import TRUNK_LAYERS
-from pipeline.models.neighbours import choose_neighbours, sampled_images
+from pipeline.models.ngram_predictor import fit_predictor, ngram_targets, sampled_images
 from pipeline.training.joint_stage import JointStage, TrainingImage
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
@@ -190,7 +190,7 @@ def _find_unreadable(images: Sequence[ImageRef], workers: int, world: World) -> 
 
 
 def _add_reranking(stage: JointStage, run: Path) -> None:
-    """Add neighbours and matcher to the best checkpoint of a finished run.
+    """Add n-gram predictor and matcher to the best checkpoint of a finished run.
 
     For that, training images (of many, a sample) are encoded without augmentation by the
     fine-tuned encoder. The processes share this; rank 0 does the rest.
@@ -214,10 +214,11 @@ def _add_reranking(stage: JointStage, run: Path) -> None:
     features, kept = features[readable], kept[readable]
     decoder = best.build_decoder().to(stage.device)
     batches = (part.float() for part in features.split(4096))
-    best.neighbours = choose_neighbours(decoder, kept, batches, stage.captions)
+    captions = stage.captions.of_images(kept)
+    best.predictor = fit_predictor(decoder, batches, ngram_targets(captions))
     best.matcher = train_matcher(
         features,
-        best.neighbours.captions,
+        captions,
         len(stage.vocabulary),
         (decoder.feature_mean, decoder.feature_scale),
         stage.options.seed,

@@ -137,7 +137,7 @@ def test_several_runs_are_summed_up(drawn_run: DrawnRun, tmp_path: Path) -> None
     assert rows[1][1:] == rows[2][1:]
     assert rows[3][1] == f"{rows[1][1]} ± 0.0"
     assert f"{tmp_path / 'b'} (" in result.stdout
-    assert result.stdout.count(", beam 10, consensus 2, matching 2): ") == 2
+    assert result.stdout.count(", beam 10, consensus 3, matching 2): ") == 2
     assert (tmp_path / "a" / "scores.json").is_file() and (tmp_path / "b" / "scores.json").is_file()
     refused = evaluate(tmp_path / "a", tmp_path / "b", "--output", tmp_path / "predictions.json")
     assert refused.exit_code == 2 and "--output: is for one run" in refused.stderr

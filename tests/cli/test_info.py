@@ -43,7 +43,7 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     count = sum(weight.numel() for weight in checkpoint.build_decoder().parameters())
     assert found["decoder"] == f"an ensemble of 2 LSTMs of 3 units, {count:,} weights"
     assert found["vocabulary"] == "6 words (english)"
-    assert found["reranking"] == "image-text matcher, captions of 3 training images"
+    assert found["reranking"] == "image-text matcher, predictor of 3 n-grams"
     assert found["trained"] == "3 epochs" and found["scores"].startswith("CIDEr-D 40.5 (val, ")
     assert found["settings"] == "data data/flickr8k, lr 0.001, start ['a', 'b']"
 

@@ -12,17 +12,17 @@ import torch
 from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.decoding.captions import token_log_probabilities
-from pipeline.decoding.consensus import Consensus
+from pipeline.decoding.consensus import rank_by_consensus
 from pipeline.decoding.options import SearchConfig, SearchOptions
 from pipeline.decoding.reranking import Reranker, best_captions
 from pipeline.decoding.search import search
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.matcher import Matcher, MatcherConfig
-from pipeline.models.neighbours import choose_neighbours
+from pipeline.models.ngram_predictor import fit_predictor, ngram_targets
 from pipeline.utils.errors import UserError
 
 WORDS = Vocabulary.build(["a b c d e f g h".split()], 1)
-GROUPS = [["a b c".split()] * 3, ["d e f".split()] * 3, ["g h".split()]]
+GROUPS = [["a b c".split()] * 3, ["d e f".split()] * 3, ["g h".split()]] * 2
 
 
 def make_decoder() -> Decoder:
@@ -31,10 +31,10 @@ def make_decoder() -> Decoder:
 
 
 def make_reranker(decoder: Decoder) -> Reranker:
-    captions = encode_captions(GROUPS, WORDS)
-    neighbours = choose_neighbours(decoder, torch.arange(3), [torch.eye(3)], captions)
+    targets = ngram_targets(encode_captions(GROUPS, WORDS))
+    predictor = fit_predictor(decoder, [torch.eye(3), torch.eye(3)], targets)
     matcher = Matcher(MatcherConfig(len(WORDS), size=4, feature_size=3)).eval()
-    return Reranker(Consensus(neighbours), matcher)
+    return Reranker(predictor, matcher)
 
 
 def test_without_weight_or_reranker_the_search_stands() -> None:
@@ -54,7 +54,7 @@ def test_scores_are_the_weighted_sum(weights: tuple[float, float]) -> None:
     config = SearchConfig(4, consensus=consensus, matching=matching)
     ranked = best_captions(decoder, features, config, reranker)
     changed = False
-    assert reranker.matcher is not None and reranker.consensus is not None
+    assert reranker.matcher is not None and reranker.predictor is not None
     for photo, before, after in zip(features, plain, ranked, strict=True):
         assert {tuple(h.tokens) for h in before} == {tuple(h.tokens) for h in after}
         scores = [h.score for h in after]
@@ -64,7 +64,7 @@ def test_scores_are_the_weighted_sum(weights: tuple[float, float]) -> None:
         with torch.no_grad():
             image = decoder.embed_image(photo.unsqueeze(0))[0][:, 0]
         for hypothesis, cosine in zip(before, cosines.tolist(), strict=True):
-            [[alone]] = reranker.consensus.rank(image, [[hypothesis]], consensus)
+            [[alone]] = rank_by_consensus(reranker.predictor, image, [[hypothesis]], consensus)
             [same] = [h for h in after if h.tokens == hypothesis.tokens]
             assert same.score == pytest.approx(alone.score + matching * cosine, abs=1e-5)
             assert same.log_probability == hypothesis.log_probability
@@ -77,15 +77,15 @@ def resolve(reranker: Reranker, decoders: int = 1, **options: Any) -> SearchConf
 
 def test_defaults_depend_on_what_the_model_has() -> None:
     none, both = Reranker(), make_reranker(make_decoder())
-    one = Reranker(consensus=both.consensus)
+    one = Reranker(predictor=both.predictor)
     assert resolve(none) == SearchConfig(3)
-    assert resolve(one) == SearchConfig(10, consensus=2.0)
-    assert resolve(both) == SearchConfig(10, consensus=2.0, matching=2.0)
+    assert resolve(one) == SearchConfig(10, consensus=3.0)
+    assert resolve(both) == SearchConfig(10, consensus=3.0, matching=2.0)
     assert resolve(both, consensus=0.0) == SearchConfig(10, matching=2.0)
     assert resolve(both, consensus=0.0, matching=0.0) == SearchConfig(3)
-    assert resolve(both, beam_size=7, matching=1.0) == SearchConfig(7, consensus=2.0, matching=1.0)
+    assert resolve(both, beam_size=7, matching=1.0) == SearchConfig(7, consensus=3.0, matching=1.0)
     assert resolve(both, beam_size=1) == SearchConfig(1)
-    assert resolve(both, decoders=3) == SearchConfig(20, consensus=2.0, matching=2.0)
+    assert resolve(both, decoders=3) == SearchConfig(20, consensus=3.0, matching=2.0)
     assert resolve(none, decoders=3) == SearchConfig(3)
     assert resolve(both, num_captions=12).beam_size == 12
     assert resolve(none, num_captions=2) == SearchConfig(3, num_captions=2)
@@ -101,7 +101,7 @@ def test_defaults_depend_on_what_the_model_has() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"consensus": 2.0}, "--consensus 2: this model has no training captions"),
+        ({"consensus": 2.0}, "--consensus 2: this model has no n-gram predictor"),
         ({"matching": 2.0}, "--matching 2: this model has no matcher"),
         ({"prefix": "a zebra"}, "--prefix: the model does not know 'zebra'"),
         ({"prefix": "a b c", "max_length": 2}, "--prefix: has 3 words"),

@@ -7,13 +7,12 @@ from pathlib import Path
 import torch
 from small_data import IDENTITY
 
-from pipeline.datasets.encoded_captions import encode_captions
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.checkpoint import Checkpoint, load_checkpoint
 from pipeline.models.decoder import DecoderConfig
 from pipeline.models.ensemble import make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
-from pipeline.models.neighbours import Neighbours
+from pipeline.models.ngram_predictor import NgramPredictor
 from pipeline.utils.errors import UserError
 
 CAPTIONS = [[["a", "red", "kite"], ["a", "kite"]], [["two", "red", "pots"]], [["a", "pot"]]]
@@ -32,15 +31,18 @@ def small_checkpoint(members: int = 2) -> Checkpoint:
         tie_embeddings=True,
         members=members,
     )
-    width = config.embed_size * members
-    directions = torch.nn.functional.normalize(torch.randn(len(CAPTIONS), width), dim=1)
+    size = config.embed_size
     return Checkpoint(
         config,
         make_decoder(config).state_dict(),
         words,
         IDENTITY,
-        neighbours=Neighbours(
-            torch.zeros(width), directions.half(), encode_captions(CAPTIONS, words)
+        predictor=NgramPredictor(
+            torch.tensor([3, 8, -6]),
+            torch.rand(4),
+            torch.randn(members, size),
+            torch.randn(members * size, 3).half().float(),
+            torch.rand(3),
         ),
         matcher=Matcher(MatcherConfig(len(words), size=4, feature_size=5)).eval(),
         epoch=3,

@@ -207,7 +207,7 @@ def test_an_evaluation_renews_the_report(drawn_run: DrawnRun, tmp_path: Path) ->
     scores = json.loads((run / "scores-test.json").read_text())["scores"]
     report = Page(run / "report.html")
     row = report.text[report.text.index("scores-test.json") :].split("\n", 2)
-    assert row[0] == "scores-test.jsontest, beam 10, consensus 2, matching 2images"
+    assert row[0] == "scores-test.jsontest, beam 10, consensus 3, matching 2images"
     assert row[1].startswith(f"{scores['CIDEr-D']:.1f}")
     assert [a["href"] for a in report.all("a")].count("test.html") == 1
     assert f"CIDEr-D on test{scores['CIDEr-D']:.1f}" not in report.text

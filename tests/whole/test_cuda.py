@@ -188,8 +188,8 @@ def test_fine_tuning_moves_what_is_unfrozen_and_its_model_captions_on_both(
 
 
 def test_the_model_in_the_box_says_the_same_on_both(tmp_path: Path) -> None:
-    if not (REPOSITORY / "data" / "pretrained" / "captioner.pt").is_file():
-        pytest.skip("data/pretrained/captioner.pt is not here")
+    if not (REPOSITORY / "data" / "pretrained" / "captioner.safetensors").is_file():
+        pytest.skip("data/pretrained/captioner.safetensors is not here")
     for number in range(4):
         draw(tmp_path / f"{number}.png", number, (320, 240))
     here = run(caption.main, str(tmp_path)).stdout
