@@ -69,7 +69,8 @@ def caption_uploads(
     captioner: Captioner, images: Sequence[UploadFile], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return a JSON record per image: the name that it came with, and captions or an error."""
-    options = SearchOptions(**fields)
+    search = dict(fields)
+    explain = bool(search.pop("explain", 0))
     with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
         paths = []
         for number, image in enumerate(images):
@@ -79,7 +80,9 @@ def caption_uploads(
             path.parent.mkdir()
             path.write_bytes(content)
             paths.append(path)
-        predictions = list(captioner.stream(paths, options, details=True))
+        predictions = list(
+            captioner.stream(paths, SearchOptions(**search), details=True, explain=explain)
+        )
     return [
         {**as_record(prediction), "image": image.filename or ""}
         for image, prediction in zip(images, predictions, strict=True)

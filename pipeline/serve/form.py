@@ -26,6 +26,7 @@ FIELDS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "temperature": (float, 0.05, 5),
     "top_p": (float, 0.01, 1),
     "seed": (int, 0, 2**32 - 1),
+    "explain": (int, 0, 1),
 }
 
 

@@ -211,6 +211,34 @@ function show(card) {
   );
   card.time.textContent = state === "done" ? `${card.seconds.toFixed(2)} s` : "";
   if (!busy) card.list.replaceChildren(...(state === "done" ? card.captions.map(captionElement) : []));
+  if (!busy) explain(element, best?.words.map(({ cells }) => cells));
+}
+
+// The parts of the image that speak for a word of the first caption: by pointer, or by arrow keys.
+function explain(element, cells) {
+  const canvas = element.querySelector(".explanation");
+  const sentence = element.querySelector(".sentence");
+  if (canvas) canvas.hidden = true; // without a preview there is none
+  if (!canvas || !cells?.[0]) return;
+  const words = [...sentence.querySelectorAll(".word")];
+  let shown = -1;
+  const show = (place) => {
+    shown = place;
+    canvas.hidden = shown < 0;
+    words.forEach((word, other) => word.classList.toggle("looked-at", other === shown));
+    if (shown < 0) return;
+    const most = Math.max(1e-9, ...cells[shown]);
+    const shares = cells[shown].map((cell) => 100 * Math.max(0, cell) / most);
+    drawCells(canvas, shares, canvas.clientWidth, canvas.clientHeight);
+  };
+  sentence.tabIndex = 0;
+  sentence.addEventListener("mouseover", ({ target }) => show(words.indexOf(target)));
+  sentence.addEventListener("mouseleave", () => show(-1));
+  sentence.addEventListener("blur", () => show(-1));
+  sentence.addEventListener("keydown", ({ key }) => {
+    const turn = { ArrowLeft: -1, ArrowRight: 1 }[key];
+    if (turn) show(shown < 0 && turn < 0 ? words.length - 1 : (shown + turn + words.length) % words.length);
+  });
 }
 
 function captionElement({ caption, log_probability: logProbability, words, score_parts: parts }) {

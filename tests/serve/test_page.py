@@ -176,6 +176,38 @@ def test_a_photograph_of_the_page_can_be_tried(page: Page) -> None:
         page.get_by_role("button", name="Clear").click()
 
 
+def test_words_show_what_speaks_for_them_by_pointer_and_by_key(
+    page: Page, scenes: list[Path]
+) -> None:
+    page.get_by_label("Explain").check()
+    page.wait_for_timeout(400)  # a changed setting captions anew after 300 ms
+    page.set_input_files("#files", scenes[0])
+    wait(page, 1)
+    canvas, words = page.locator(".card canvas"), page.locator(".sentence").first.locator(".word")
+    sync_api.expect(canvas).to_be_hidden()
+    words.nth(1).hover()
+    sync_api.expect(canvas).to_be_visible()
+    image = page.locator(".card img").bounding_box()
+    assert image and canvas.bounding_box() == pytest.approx(image, abs=1)
+    sync_api.expect(words.nth(1)).to_have_class("word looked-at")
+    # Where a part adds most, the image is not shaded; elsewhere it is.
+    shades = page.evaluate(
+        """(canvas) => {
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return data.filter((_, place) => place % 4 === 3);
+    }""",
+        canvas.element_handle(),
+    )
+    assert min(shades) < 20 and max(shades) > 100
+    page.locator("h1").hover()
+    sync_api.expect(canvas).to_be_hidden()
+    page.locator(".sentence").first.focus()
+    page.keyboard.press("ArrowLeft")
+    sync_api.expect(words.last).to_have_class("word looked-at")
+    page.keyboard.press("ArrowRight")
+    sync_api.expect(words.first).to_have_class("word looked-at")
+
+
 def test_nothing_is_left_after_the_last_image(page: Page, scenes: list[Path]) -> None:
     for remove in ("Clear", f"Remove {scenes[0].name}"):
         page.set_input_files("#files", scenes[:1])
@@ -271,7 +303,7 @@ def test_the_keyboard_is_enough(page: Page, scenes: list[Path]) -> None:
         )
         if names[-1] == f"Remove {scenes[1].name}":
             break
-    assert names[:3] == ["Captions per image", "Beam size", "Sample"]
+    assert names[:4] == ["Captions per image", "Beam size", "Sample", "Explain"]
     assert {
         "Show numbers",
         "Copy all",
