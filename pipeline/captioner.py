@@ -98,7 +98,8 @@ class Captioner:
                 same encoder, vocabulary and recipe, become an ensemble.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             weights: the encoder's weights, if they were moved since training.
-            precision: of the encoder: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+            precision: of the encoder: ``auto``, ``fp32``, ``bf16``, ``fp16``, or ``int8``, which
+                needs OpenVINO.
             engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which pays off
                 for hundreds of images.
 
@@ -109,8 +110,10 @@ class Captioner:
         models = [model] if isinstance(model, str | os.PathLike) else model
         checkpoint = load_ensemble([Path(path) for path in models])
         chosen = choose_device(device)
-        encoder = encoder_of(checkpoint, weights, choose_precision(precision, chosen))
-        encoder.for_inference(choose_engine(engine, chosen)).to(chosen)
+        precision = choose_precision(precision, chosen)
+        engine = choose_engine(engine, chosen, precision=precision)
+        encoder = encoder_of(checkpoint, weights, precision)
+        encoder.for_inference(engine).to(chosen)
         return cls(
             encoder,
             checkpoint.build_decoder().to(chosen),

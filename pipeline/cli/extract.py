@@ -66,10 +66,11 @@ GROUPS = {
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
     default="auto",
     help="Precision of the network. auto: bf16 on CPUs with AMX, where it is 3 times faster, and "
-    "on GPUs; features are within cosine 0.999 of fp32.",
+    "on GPUs; features are within cosine 0.999 of fp32. int8: for OpenVINO alone; within 0.998 of "
+    "fp32.",
 )
 @click.option(
     "--batch-size",
@@ -141,14 +142,22 @@ def main(
         from pipeline.features.extraction import Extraction, extract
         from pipeline.features.sharded_cache import resume_identity
         from pipeline.models.openvino import choose_engine
-        from pipeline.utils.devices import choose_device, default_workers, inference_batch_size
+        from pipeline.utils.devices import (
+            choose_device,
+            choose_precision,
+            default_workers,
+            inference_batch_size,
+        )
 
         output = output or default_cache_path(data)
         chosen = choose_device(device, world.local_rank)
         force = force and not world.restarted
         begun = None if force else resume_identity(output)
-        if begun is not None and engine == "auto":
-            engine = begun.engine
+        if begun is not None:  # maybe on another machine
+            engine = begun.engine if engine == "auto" else engine
+            precision = begun.precision if precision == "auto" else precision
+        precision = choose_precision(precision, chosen)
+        engine = choose_engine(engine, chosen, len(source.names), precision)
         task = Extraction(
             source=source,
             names=source.names,
@@ -156,7 +165,7 @@ def main(
             encoder=_load_encoder(weights, precision, begun, chosen, world),
             batch_size=batch_size or inference_batch_size(chosen),
             workers=workers or default_workers(chosen),
-            engine=choose_engine(engine, chosen, len(source.names)),
+            engine=engine,
             on_error=on_error,
             force=force,
             retry_failed=retry_failed,
@@ -169,17 +178,14 @@ def main(
 def _load_encoder(
     weights: str, precision: str, begun: EncoderIdentity | None, device: torch.device, world: World
 ) -> Encoder:
-    """Load the encoder; auto: as the cache was begun, maybe on another machine."""
+    """Load the encoder; auto: the weights that the cache was begun with, if they are here."""
     from pipeline.models.encoder import NAMED_WEIGHTS, load_encoder
-    from pipeline.utils.devices import choose_precision
 
     if begun is not None:
-        precision = begun.precision if precision == "auto" else precision
         source = begun.weights_source
         here = not is_elsewhere(source) and Path(source).is_file()
         if weights == "auto" and (source in NAMED_WEIGHTS or here):
             weights = source
-    precision = choose_precision(precision, device)
     encoder = world.local_main_first(lambda: load_encoder(weights, precision)).to(device)
     if len(set(world.all_gather(encoder.source))) > 1:
         raise UserError(

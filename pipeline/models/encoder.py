@@ -81,7 +81,7 @@ class Encoder(nn.Module):
 
     Attributes:
         source: where the weights came from: one of ``NAMED_WEIGHTS`` or a file's path.
-        precision: ``fp32``, ``bf16`` or ``fp16``, the arithmetic of the network.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``, the arithmetic of the network.
         engine: what runs the network: ``torch`` or ``openvino``.
     """
 
@@ -196,7 +196,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
             pretrained model), ``auto`` (the first of these that is available), ``random`` (seeded
             and untrained, for tests), or a file: a torchvision ``inception_v3`` state dict, full
             or trunk only, or a checkpoint with an encoder.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``int8``, for OpenVINO alone.
 
     Raises:
         UserError: the weights are not available or do not fit.

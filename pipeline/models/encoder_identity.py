@@ -13,7 +13,7 @@ class EncoderIdentity:
         encoder: the network's name.
         weights_sha256: hash of its weights, see ``encoder.weights_sha256``.
         transform: how an image is converted to the network's input.
-        precision: ``fp32``, ``bf16`` or ``fp16``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
         weights_source: ``imagenet``, ``pretrained``, ``random`` or a file.
         torchvision: the version that built the network.
         engine: what ran the network: ``torch`` or ``openvino``.
