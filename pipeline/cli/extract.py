@@ -153,9 +153,9 @@ def main(
         chosen = choose_device(device, world.local_rank)
         force = force and not world.restarted
         begun = None if force else resume_identity(output)
-        if begun is not None:  # maybe on another machine
+        if begun is not None and precision in ("auto", begun.precision):
+            precision = begun.precision
             engine = begun.engine if engine == "auto" else engine
-            precision = begun.precision if precision == "auto" else precision
         precision = choose_precision(precision, chosen)
         engine = choose_engine(engine, chosen, len(source.names), precision)
         task = Extraction(

@@ -38,7 +38,7 @@ def choose_engine(
             device; int8 is requested of ``torch``.
     """
     if precision == "int8" and name == "torch":
-        raise UserError("--precision int8: not with --engine torch; use openvino, or another one")
+        raise UserError("--precision int8: PyTorch does not compute in it; use --engine openvino")
     if precision == "int8":
         name = "openvino"
     installed = importlib.util.find_spec("openvino") is not None

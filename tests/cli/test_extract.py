@@ -176,11 +176,25 @@ def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiny_inception")
-def test_a_cache_keeps_the_precision_that_it_was_begun_with(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "engine"), [("bf16", "torch"), ("int8", "openvino")])
+def test_a_cache_keeps_the_precision_that_it_was_begun_with(
+    images: Path, tmp_path: Path, precision: str, engine: str
+) -> None:
     """Begun on a machine with bf16, it goes on so on one that would choose fp32."""
+    if engine == "openvino":
+        pytest.importorskip("openvino")
     options = ("--data", images, "--output", tmp_path / "x.h5", "--weights", "random")
-    assert invoke(*options, "--precision", "bf16").exit_code == 0
+    assert invoke(*options, "--precision", precision).exit_code == 0
     draw(images / "more.png", 20)
     message = refusal(*options, "--precision", "fp32")
-    assert "begun with --precision bf16, not fp32" in message
-    assert "bf16, torch)" in invoke(*options, "--precision", "auto").stderr
+    assert f"begun with --precision {precision}, not fp32" in message
+    assert f"{precision}, {engine})" in invoke(*options, "--precision", "auto").stderr
+
+
+def test_int8_is_refused_of_pytorch_before_any_weights_are_loaded(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.models.encoder.load_encoder", None)
+    options = ("--data", images, "--output", tmp_path / "x.h5", "--precision", "int8")
+    message = refusal(*options, "--engine", "torch")
+    assert message == "--precision int8: PyTorch does not compute in it; use --engine openvino"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from conftest import SHARED, draw
+from tiny_inception import TinyInception
 from torch import Tensor, nn
 
 from pipeline.datasets.images import IMAGE_SIZE, read_square
@@ -101,6 +102,21 @@ def test_openvino_is_close(state: dict[str, Tensor], squares: list[numpy.ndarray
     assert numpy.allclose(encoder.encode(squares[2:]), features[2:], rtol=1e-3, atol=1e-3)
 
 
+def test_int8_is_close_and_the_same_each_time(
+    squares: list[numpy.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("pipeline.models.encoder.Inception3", TinyInception)
+    exact = load_encoder("random").for_inference("openvino").encode(squares)
+    encoder = load_encoder("random", "int8").for_inference("openvino")
+    assert (encoder.identity.precision, encoder.identity.engine) == ("int8", "openvino")
+    features = encoder.encode(squares)
+    assert cosines(exact, features).min() > 0.999
+    assert not numpy.allclose(exact, features, rtol=1e-3, atol=1e-3)  # it is quantized
+    again = load_encoder("random", "int8").for_inference("openvino")
+    assert (again.encode(squares) == features).all()
+
+
 def test_an_openvino_that_does_not_load_is_one_line(
     state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +132,7 @@ def test_the_engine_is_chosen_by_what_is_there(monkeypatch: pytest.MonkeyPatch) 
     assert choose_engine("auto", cpu, 200) == "openvino"
     assert choose_engine("auto", cuda, 200) == "torch"
     assert choose_engine("torch", cpu, 200) == "torch"
+    assert choose_engine("auto", cpu, 1, "int8") == "openvino"
     with pytest.raises(UserError, match="only for --device cpu"):
         choose_engine("openvino", cuda)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -138,15 +155,22 @@ def test_threads_are_as_before_afterwards(
 
 
 @pytest.mark.shared("weights/inception_v3_standin.pth", "flickr8k/Images")
-def test_bf16_is_close_on_photographs() -> None:
+@pytest.mark.parametrize(
+    ("precision", "engine", "least"),
+    [
+        ("bf16", "torch", 0.999),
+        pytest.param("int8", "openvino", 0.997, marks=pytest.mark.slow),
+    ],
+)
+def test_rounding_is_close_on_photographs(precision: str, engine: str, least: float) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
     paths = sorted(FLICKR8K.glob("*.jpg"))[:8]
     photographs = [read_square(path) for path in paths]
-    exact, rounded = (
-        load_encoder(str(STANDIN), precision).for_inference().encode(photographs)
-        for precision in ("fp32", "bf16")
-    )
+    exact = load_encoder(str(STANDIN)).for_inference().encode(photographs)
+    rounded = load_encoder(str(STANDIN), precision).for_inference(engine).encode(photographs)
     assert exact.shape == (8, FEATURE_SIZE)
-    assert cosines(exact, rounded).min() > 0.999
+    assert cosines(exact, rounded).min() > least
 
 
 def test_normalisation() -> None:
