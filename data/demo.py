@@ -30,7 +30,7 @@ KNOWN = ("camera.png", "motorcycle_left.png", "grass.png")
 UNKNOWN = ("chelsea.png", "coffee.png", "rocket.jpg")
 LEARNT = """\
 The model has learnt from 6,000 photographs of people, dogs, sports and streets (Flickr8k).
-It names these subjects, but invents details:    a man (camera.png), a motorcycle, grass
+It names these subjects, but invents details:    a person (camera.png), a motorcycle, a field
 It is wrong about these, rare in Flickr8k:       a cat (chelsea.png), a cup of coffee, a rocket"""
 
 
