@@ -45,14 +45,14 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
         return len(paths)
 
     sides: dict[str, Callable[[], int]] = {"baseline": baseline}
-    engines = ["torch"]
+    variants = {"torch": ("torch", precision)}
     if choose_engine("auto", CPU) == "openvino":
-        engines.append("openvino")
-    for engine in engines:
-        ready = load_encoder(material.weights, precision).for_inference(engine)
+        variants |= {"openvino": ("openvino", precision), "openvino int8": ("openvino", "int8")}
+    for name, (engine, arithmetic) in variants.items():
+        ready = load_encoder(material.weights, arithmetic).for_inference(engine)
 
-        def ours(engine: str = engine, ready: Encoder = ready) -> int:
-            output = folder / f"{engine}.h5"
+        def ours(name: str = name, engine: str = engine, ready: Encoder = ready) -> int:
+            output = folder / f"{name}.h5"
             task = Extraction(
                 ImageFolder(material.images),
                 names,
@@ -64,7 +64,7 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
                 force=True,
             )
             result = extract(task)
-            found[engine] = result.cache.read(result.cache.rows(names))
+            found[name] = result.cache.read(result.cache.rows(names))
             return len(names)
 
         def network_alone(ready: Encoder = ready) -> int:
@@ -72,8 +72,8 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
             run_side_by_side(ready.encode, groups, workers)
             return len(squares)
 
-        sides[engine] = ours
-        sides[f"{engine}, network alone"] = network_alone
+        sides[name] = ours
+        sides[f"{name}, network alone"] = network_alone
 
     def decoding_alone() -> int:
         run_side_by_side(read_square, paths, workers)
@@ -81,22 +81,19 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
 
     sides["decoding alone"] = decoding_alone
     result = interleave("extraction", "image", sides, rounds)
-    for engine in engines:
-        alone, decoding = result.rates[f"{engine}, network alone"], result.rates["decoding alone"]
+    for name, (engine, arithmetic) in variants.items():
+        alone, decoding = result.rates[f"{name}, network alone"], result.rates["decoding alone"]
         ceiling = [1 / (1 / a + 1 / d) for a, d in zip(alone, decoding, strict=True)]
-        result.rates[f"{engine}, ceiling"] = ceiling
-        goal = {"fp32": 2.0}.get(precision, 5.0 if engine == "torch" else 10.0)
-        result.compare(f"extraction, {engine} {precision}", engine, "baseline", goal)
+        result.rates[f"{name}, ceiling"] = ceiling
+        goal = {"fp32": 2.0}.get(arithmetic, 5.0 if engine == "torch" else 10.0)
+        result.compare(f"extraction, {engine} {arithmetic}", name, "baseline", goal)
         result.compare(
-            f"of what network and decoding allow together, {engine}",
-            engine,
-            f"{engine}, ceiling",
-            0.85,
+            f"of what network and decoding allow together, {name}", name, f"{name}, ceiling", 0.85
         )
-        reference, features = found["baseline"], found[engine]
+        reference, features = found["baseline"], found[name]
         norms = numpy.linalg.norm(reference, axis=1) * numpy.linalg.norm(features, axis=1)
         cosines = (reference * features).sum(axis=1) / norms
-        result.facts[f"lowest cosine to the baseline's features, {engine}"] = round(
+        result.facts[f"lowest cosine to the baseline's features, {name}"] = round(
             float(cosines.min()), 6
         )
     return result

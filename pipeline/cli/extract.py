@@ -69,8 +69,8 @@ GROUPS = {
     type=click.Choice(["auto", "fp32", "bf16", "fp16", "int8"]),
     default="auto",
     help="Precision of the network. auto: bf16 on CPUs with AMX, where it is 3 times faster, and "
-    "on GPUs; features are within cosine 0.999 of fp32. int8: for OpenVINO alone; within 0.998 of "
-    "fp32.",
+    "on GPUs; features are within cosine 0.999 of fp32. int8: with OpenVINO only; within cosine "
+    "0.99, see docs/speed.md.",
 )
 @click.option(
     "--batch-size",
