@@ -95,7 +95,10 @@ class GroupedCommand(click.Command):
             context.close()  # here, as click's own answer to Ctrl-C is exit code 1
             sys.stdout.flush()
             return result
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, ImportError) as error:
+            # Amid the import of a C++ extension, pybind11 makes an ImportError of it.
+            if isinstance(error, ImportError) and type(error.__cause__) is not KeyboardInterrupt:
+                raise
             self._end_interrupted()
         except UserError as error:
             vars(error)["message"] = self._as_typed(error.message, context)

@@ -143,7 +143,7 @@ def test_a_lack_of_memory_is_one_line(kind: str) -> None:
     assert result.stderr == f"Error: {said}\n"
 
 
-@pytest.mark.parametrize("moment", ["before", "during", "after"])
+@pytest.mark.parametrize("moment", ["before", "during", "amid an import", "after"])
 def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -154,6 +154,8 @@ def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
     def run(context: click.Context, x: str | None) -> None:
         if moment == "during":
             interrupt()
+        if moment == "amid an import":  # what pybind11 makes of it
+            raise ImportError("initialization failed") from KeyboardInterrupt()
         context.call_on_close(interrupt)  # as locks are released
 
     result = CliRunner().invoke(run, [])
