@@ -111,7 +111,7 @@ def test_int8_is_close_and_the_same_each_time(
     encoder = load_encoder("random", "int8").for_inference("openvino")
     assert (encoder.identity.precision, encoder.identity.engine) == ("int8", "openvino")
     features = encoder.encode(squares)
-    assert cosines(exact, features).min() > 0.999
+    assert cosines(exact, features).min() > 0.99
     assert not numpy.allclose(exact, features, rtol=1e-3, atol=1e-3)  # it is quantized
     again = load_encoder("random", "int8").for_inference("openvino")
     assert (again.encode(squares) == features).all()
