@@ -1,7 +1,9 @@
 """Whom and which colours captions mention, against what people wrote of the same images.
 
-python evaluate.py pretrained --output predictions.json
-python benchmarks/biases.py predictions.json
+    python evaluate.py pretrained --output predictions.json
+    python benchmarks/biases.py predictions.json
+
+Words are all that is looked at: whom an image really shows is what its references say.
 """
 
 from __future__ import annotations

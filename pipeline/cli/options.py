@@ -21,6 +21,7 @@ from pipeline.datasets.tar_shards import is_tar_shards
 from pipeline.models.pretrained import BEST, LICENCE, PRETRAINED
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import check_replaceable, check_writable
+from pipeline.utils.options import check_device_name
 from pipeline.utils.terminal import echo, escape_control
 
 Decorator = Callable[[Callable[..., Any]], Any]
@@ -275,9 +276,8 @@ class DeviceName(click.ParamType):
     name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the name; whether there is such a device is found out later."""
-        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise UserError(f"--device {value}: unknown; use auto, cpu, cuda, cuda:N or mps")
+        """Check the name."""
+        check_device_name(value)
         return str(value)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.utils.cores import available_cores
 from pipeline.utils.errors import UserError
+from pipeline.utils.options import check_device_name
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -23,6 +24,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: the device is not available.
     """
+    check_device_name(name)
     if name in ("auto", "cuda") and torch.cuda.is_available():
         own = local_rank % max(1, torch.cuda.device_count())
         return torch.device("cuda", own) if own else torch.device("cuda")

@@ -1,13 +1,16 @@
 """Options as dataclass fields: name, type, default, help and limits in one place.
 
-The commands make click options of such fields (``cli.options.from_dataclass``).
+The commands make click options of such fields (``cli.options.from_dataclass``). Without torch.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
+
+from pipeline.utils.errors import UserError
 
 
 def option(
@@ -39,3 +42,9 @@ def option(
         "default_help": default_help,
     }
     return field(default=default, metadata=metadata)
+
+
+def check_device_name(name: str) -> None:
+    """Raise UserError for a name that no device has; whether it is there is not checked."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")

@@ -234,3 +234,11 @@ def test_of_many_images_a_sample_is_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(sampled_images(10_001)) == 5_001
     monkeypatch.setattr(module, "MOST_IMAGES", 4)
     assert sampled_images(10).tolist() == [0, 3, 6, 9]
+    groups, captions = made_up(10)
+    kept = captions.of_images(sampled_images(10))
+    expected = encode_captions(
+        [[WORDS.decode(caption[:-1]) for caption in groups[p]] for p in (0, 3, 6, 9)], WORDS
+    )
+    assert torch.equal(kept.images, expected.images)
+    assert torch.equal(kept.tokens, expected.tokens)
+    assert torch.equal(kept.offsets, expected.offsets)

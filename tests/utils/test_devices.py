@@ -29,7 +29,7 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch: pytest.MonkeyP
     assert str(devices.choose_device("cpu", 1)) == "cpu"
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps"])
+@pytest.mark.parametrize("name", ["cuda", "cuda:1", "mps", "gpu", "meta"])
 def test_a_device_that_is_not_there_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
