@@ -160,7 +160,7 @@ def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
 
     again = invoke(*options)
     assert again.exit_code == 1
-    assert "(0 encoded now" in again.stderr
+    assert "x.h5: complete, 1 image (0 encoded now, 1 before; fp32, torch)" in again.stderr
     draw(data / "sub" / "bad.png", 1)
     mended = invoke(*options)
     assert mended.exit_code == 0
