@@ -21,11 +21,11 @@ from pipeline.datasets.encoded_captions import load_table, tokenized
 from pipeline.datasets.image_sources import ImageSource, open_source
 from pipeline.datasets.tar_shards import refuse_elsewhere
 from pipeline.datasets.tokenizers import ENGLISH
-from pipeline.decoding.captions import Caption, caption_features
+from pipeline.decoding.captions import Caption, caption_features, explained
 from pipeline.decoding.options import SearchOptions, option_words
 from pipeline.decoding.reranking import reranker_of
 from pipeline.features.cache import DONE, FeatureCache, default_cache_path
-from pipeline.features.encode_images import encode_distributed
+from pipeline.features.encode_images import encode_batches, encode_distributed
 from pipeline.features.feature_set import rows_of
 from pipeline.metrics.bootstrap import RESAMPLES, Interval, PerImage, bootstrap
 from pipeline.metrics.coco import Scorer, diversity
@@ -34,7 +34,7 @@ from pipeline.metrics.java import java_metrics
 from pipeline.models.checkpoint import Checkpoint, encoder_of, load_ensemble
 from pipeline.models.openvino import choose_engine
 from pipeline.models.pretrained import PRETRAINED, is_pretrained
-from pipeline.utils.devices import choose_precision, default_workers
+from pipeline.utils.devices import choose_precision, default_workers, inference_batch_size
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 from pipeline.utils.progress import progress_bar
@@ -59,6 +59,8 @@ class EvaluationOptions:
         output: the predictions file; None for the name of ``predictions_path``.
         java: compute METEOR and SPICE.
         page: a page of the images that is to be written; captions then have details.
+        explain: add to the words of each best caption what the parts of the image add to them; the
+            images are read for it.
     """
 
     data: str | Path | None = None
@@ -70,6 +72,7 @@ class EvaluationOptions:
     output: Path | None = None
     java: bool = True
     page: Path | None = None
+    explain: bool = False
 
 
 @dataclass(frozen=True)
@@ -285,9 +288,29 @@ def evaluate(
         for i in split_data.table.of_split(options.split)
         if i.name in captions
     ]
+    if options.explain:
+        _explain(checkpoint, device, images)
     intervals = bootstrap(PerImage(scorer, tokens), BOOTSTRAP_SEED)
     unreadable = split_data.unreadable
     return Evaluation(predictions, scores, left_out, intervals, facts, images, unreadable)
+
+
+def _explain(checkpoint: Checkpoint, device: torch.device, images: Sequence[ScoredImage]) -> None:
+    """Explain the best caption of each image that can be read."""
+    encoder = encoder_of(checkpoint, None, choose_precision("auto", device))
+    encoder.for_inference().to(device)
+    decoder, vocabulary = checkpoint.build_decoder().to(device), checkpoint.vocabulary
+    paths = list(enumerate(image.path for image in images))
+    size = inference_batch_size(device)
+    batches = (paths[start : start + size] for start in range(0, len(paths), size))
+    with progress_bar(total=len(images), unit="image", desc="explaining") as bar:
+        for batch in encode_batches(encoder, batches, default_workers(device), with_cells=True):
+            for key, cells in zip(batch.keys, batch.cells, strict=True):
+                best = images[key].captions[0]
+                tokens = vocabulary.encode([word.text for word in best.words])
+                grid = torch.from_numpy(cells).to(device)
+                images[key].captions[0] = explained(decoder, grid, best, tokens)
+            bar.update(len(batch.keys) + len(batch.failures))
 
 
 def _open_split(

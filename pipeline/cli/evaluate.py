@@ -17,7 +17,7 @@ from pipeline.utils.files import PAGE, PREDICTIONS, SCORES, check_replaceable
 from pipeline.utils.terminal import echo
 
 GROUPS = {
-    "Output": ("output", "html", "java"),
+    "Output": ("output", "html", "explain", "java"),
     "Data": ("data", "captions", "encoding", "features", "tokenizer"),
     "Machine": ("device",),
 }
@@ -69,6 +69,12 @@ NOT_SCORED = [
     metavar="PAGE",
 )
 @click.option(
+    "--explain",
+    is_flag=True,
+    help="On the page of --html, show which parts of an image speak for each word of its caption; "
+    "reads the images.",
+)
+@click.option(
     "--java/--no-java",
     default=True,
     help="Compute METEOR and SPICE, if Java and pycocoevalcap are installed; METEOR takes some "
@@ -94,6 +100,7 @@ def main(
     compare: tuple[Path, Path] | None,
     ensemble: bool,
     html: Path | None,
+    explain: bool,
     device: str,
     data: str | None,
     captions: tuple[Path, ...],
@@ -145,6 +152,7 @@ def main(
         output=output,
         java=java,
         page=html,
+        explain=explain,
     )
     chosen = choose_device(device)
     groups = [runs] if ensemble else [(run,) for run in runs]
@@ -180,6 +188,8 @@ def _check(given: dict[str, Any]) -> None:
         raise UserError("--output: --compare writes no file")
     if html is not None and (compared or several):
         raise UserError("--html: is for one run, or several with --ensemble")
+    if html is None:
+        options.refuse_given(["explain"], "is for the page of --html")
     if ensemble and not compared:
         options.check_ensemble(runs, ensemble)
     if compared:

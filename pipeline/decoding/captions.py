@@ -103,10 +103,17 @@ def caption_features(
             group[place] = replace(group[place], words=chances, score_parts=parts)
     grids = [] if cells is None else list(cells)
     for group, hypotheses, grid in zip(captions, best, grids, strict=False):
-        maps = word_maps(decoder, grid, hypotheses[0].tokens).tolist()
-        each = zip(group[0].words, maps, strict=True)
-        group[0] = replace(group[0], words=tuple(replace(w, cells=tuple(m)) for w, m in each))
+        group[0] = explained(decoder, grid, group[0], hypotheses[0].tokens)
     return captions
+
+
+def explained(
+    decoder: CaptionDecoder, cells: Tensor, caption: Caption, tokens: Sequence[int]
+) -> Caption:
+    """Return a caption with what each of an image's cells (64, 2048) adds to its words."""
+    maps = word_maps(decoder, cells, tokens).tolist()
+    each = zip(caption.words, maps, strict=True)
+    return replace(caption, words=tuple(replace(w, cells=tuple(m)) for w, m in each))
 
 
 def captions_of(hypotheses: Sequence[Hypothesis], vocabulary: Vocabulary) -> list[Caption]:

@@ -295,7 +295,7 @@ def evaluate(*arguments: object) -> Result:
 def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> None:
     page, output = tmp_path / "page.html", tmp_path / "predictions.json"
     split = ("--split", "train")
-    result = evaluate(drawn_run.run, *split, "--html", page, "--output", output)
+    result = evaluate(drawn_run.run, *split, "--html", page, "--explain", "--output", output)
     assert result.exit_code == 0, result.output
     assert f"page: {page}" in result.stderr
     parsed = Parsed(page)
@@ -309,7 +309,9 @@ def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> 
     for record, image in zip(parsed.records, images, strict=True):
         assert record["references"] == [tidy(caption) for caption in image.captions]
         assert record["captions"][0]["text"] == predictions[image.name]
-        assert len(record["captions"]) == 5
+        best, *others = record["captions"]
+        assert len(others) == 4 and all(len(word) == 2 for o in others for word in o["words"])
+        assert all(len(cells) == 64 and max(cells) == 100 for _, _, cells in best["words"])
         assert record["score"] == pytest.approx(cider[image.name], rel=1e-4)
         assert record["missing"] is None
         assert (tmp_path / record["original"]).resolve().is_file()
@@ -328,7 +330,7 @@ def test_evaluate_needs_no_image_files(drawn_run: DrawnRun, tmp_path: Path) -> N
     data.mkdir()
     shutil.copy(drawn_run.data / "captions.csv", data)
     options = ("--data", data, "--features", drawn_run.features, "--output", tmp_path / "p.json")
-    result = evaluate(drawn_run.run, *options, "--html", page)
+    result = evaluate(drawn_run.run, *options, "--html", page, "--explain")
     assert result.exit_code == 0, result.output
     records = Parsed(page).records
     assert [r["missing"] for r in records] == ["no such file"] * 3
