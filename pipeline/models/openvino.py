@@ -40,7 +40,9 @@ def choose_engine(
             device; int8 is requested of ``torch``.
     """
     if precision == "int8" and name == "torch":
-        raise UserError("--precision int8: PyTorch does not compute in it; use --engine openvino")
+        raise UserError(
+            "--precision int8: needs OpenVINO: --engine openvino, or in Python engine='auto'"
+        )
     if precision == "int8":
         name = "openvino"
     installed = importlib.util.find_spec("openvino") is not None
