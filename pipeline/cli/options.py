@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
@@ -9,9 +10,9 @@ import re
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -67,14 +68,19 @@ class GroupedCommand(click.Command):
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         """Parse the command line; Ctrl-C ends it in one line and with exit code 130."""
-        try:
+        with self._interruptible():
             return super().make_context(*args, **extra)
-        except KeyboardInterrupt:
-            self._end_interrupted()
 
-    def _end_interrupted(self) -> NoReturn:
-        echo(f"interrupted{self._resuming}", err=True)
-        sys.exit(130)
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """End the program in one line and with exit code 130 after Ctrl-C."""
+        try:
+            yield
+        except (KeyboardInterrupt, Exception) as error:
+            if not _follows_ctrl_c(error):
+                raise
+            echo(f"interrupted{self._resuming}", err=True)
+            sys.exit(130)
 
     @property
     def _resuming(self) -> str:
@@ -92,15 +98,11 @@ class GroupedCommand(click.Command):
         # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
-            result = super().invoke(context)
-            context.close()  # here, as click's own answer to Ctrl-C is exit code 1
-            sys.stdout.flush()
-            return result
-        except (KeyboardInterrupt, ImportError) as error:
-            # Amid the import of a C++ extension, pybind11 makes an ImportError of it.
-            if isinstance(error, ImportError) and type(error.__cause__) is not KeyboardInterrupt:
-                raise
-            self._end_interrupted()
+            with self._interruptible():
+                result = super().invoke(context)
+                context.close()  # here, as click's own answer to Ctrl-C is exit code 1
+                sys.stdout.flush()
+                return result
         except UserError as error:
             vars(error)["message"] = self._as_typed(error.message, context)
             raise
@@ -160,6 +162,13 @@ class GroupedCommand(click.Command):
                 command = f"{context.parent.command_path} {name}"
                 text = text.replace(f"python {script}", command).replace(script, command)
         return text
+
+
+def _follows_ctrl_c(error: BaseException | None) -> bool:
+    # Amid an import it becomes another error: pybind11's ImportError, __set_name__'s RuntimeError.
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _lacks_memory(error: Exception) -> bool:

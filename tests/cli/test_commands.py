@@ -154,8 +154,11 @@ def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
     def run(context: click.Context, x: str | None) -> None:
         if moment == "during":
             interrupt()
-        if moment == "amid an import":  # what pybind11 makes of it
-            raise ImportError("initialization failed") from KeyboardInterrupt()
+        if moment == "amid an import":  # what pybind11 and a message about it make of Ctrl-C
+            try:
+                raise ImportError("initialization failed") from KeyboardInterrupt()
+            except ImportError as error:
+                raise UserError("a package is missing") from error
         context.call_on_close(interrupt)  # as locks are released
 
     result = CliRunner().invoke(run, [])
