@@ -56,12 +56,12 @@ class TrainingOptions:
         0.1, "Share of the target probability that is spread over all words."
     )
     ema_decay: float = 0.0
-    patience: int = option(
-        0,
-        "Stop after this many epochs without a better CIDEr-D on val; 0 never stops early. The "
-        "last epochs, at a low learning rate, are often the best: stopping saves time but does "
-        "not improve the result.",
+    patience: int | None = option(
+        None,
+        "Stop after this many epochs without a better CIDEr-D on val, but never before "
+        "self-critical ones; 0 never stops early.",
         min=0,
+        default_help="15, or more if those have fewer than 2,000 batches",
         heading=TRAINING,
     )
     seed: int = option(

@@ -116,6 +116,7 @@ def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
         if name == "start" and before:
             same = [Path(path).resolve() for path in before] == [Path(p).resolve() for p in now]
         if not same:
+            before, now = ("the default" if v is None else v for v in (before, now))
             raise UserError(
                 f"{run} was started with {name} {before}, not {now}: resume with that value, "
                 "choose another --run, or restart with --force"

@@ -21,7 +21,7 @@ from pipeline.models.checkpoint import Checkpoint, load_checkpoint
 from pipeline.models.checkpoint_file import read_tensors, write_tensors
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.reports.tensorboard import tensorboard_writer
-from pipeline.training.loop import learning_rate_factor, print_epoch, train
+from pipeline.training.loop import default_patience, learning_rate_factor, print_epoch, train
 from pipeline.training.options import TrainingOptions
 from pipeline.training.run_folder import append_epoch, open_run, read_epochs, trim_epochs
 from pipeline.training.stage import Phase, Stage
@@ -196,6 +196,16 @@ def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     progress = train(ScriptedStage(5, [5.0, 9.0, 8.0, 7.0, 99.0], patience=2), tmp_path)
     assert progress.epoch == 4 and progress.best_epoch == 2
+    assert (default_patience(235), default_patience(4)) == (15, 500)
+
+
+def test_patience_does_not_run_out_before_the_self_critical_epochs(tmp_path: Path) -> None:
+    class Phases(ScriptedStage):
+        def phases(self) -> Sequence[Phase]:
+            return Phase(4), Phase(3)
+
+    stage = Phases(7, [9.0, 8.0, 8.0, 8.0, 7.0, 7.0, 99.0], patience=2)
+    assert train(stage, tmp_path).epoch == 6
 
 
 def test_start_is_scored_when_asked_and_kept_when_better(tmp_path: Path) -> None:
@@ -407,9 +417,9 @@ def test_other_settings_are_refused_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"seed 0, not 1.*--run.*--force"):
         open_run(tmp_path, {**settings, "seed": 1}, force=False)
     # An option that the run's version of the program lacked has its default.
-    open_run(tmp_path, {**settings, "patience": 0}, force=False)
+    open_run(tmp_path, {**settings, "patience": None}, force=False)
     (tmp_path / "config.json").write_text('{"epochs": 2, "seed": 0}')
-    with pytest.raises(UserError, match="patience 0, not 3"):
+    with pytest.raises(UserError, match="patience the default, not 3"):
         open_run(tmp_path, {**settings, "patience": 3}, force=False)
     for content in ("{", "[1]", "3"):
         (tmp_path / "config.json").write_text(content)
