@@ -193,7 +193,7 @@ def predictions_path(
     """Return the predictions file of an evaluation.
 
     ``predictions.json`` of a run's folder is only for the run's best checkpoint on its own val
-    split with the default search. The name of any other evaluation tells what differs, such as
+    split with the default search. Any other evaluation has the differences in its name, such as
     ``predictions-test-beam-size-5.json``; those of the pretrained model go to runs/pretrained.
     Raises UserError if ``options.output`` is the run's own file, and the evaluation is another one.
     """

@@ -150,7 +150,7 @@ class CaptionCollector:
         self.add(where, name, flat, word)
 
     def set_split(self, name: str, word: object, source: str) -> bool:
-        """Set the image's split, of which the first known one counts; False if there is no word."""
+        """Set the image's split, unless it has one; return False if ``word`` is empty."""
         word = "" if word is None else clean(str(word)).lower()
         split = SPLIT_WORDS.get(word)
         if split is not None:

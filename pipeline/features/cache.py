@@ -261,7 +261,7 @@ class FeatureCache:
         return numpy.concatenate(damaged)
 
     def refuse_damage(self, rows: numpy.ndarray) -> None:
-        """Raise a UserError if there are any among ``rows``, which are damaged."""
+        """Raise UserError if there are damaged rows; ``rows`` are their numbers, possibly none."""
         if len(rows):
             raise UserError(
                 f"{self.path}: {len(rows)} rows are damaged (row {rows[0]}, for one); "

@@ -59,7 +59,7 @@ class NgramPredictor:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> NgramPredictor:
-        """Rebuild a predictor; raise KeyError or ValueError for tensors of nothing such."""
+        """Rebuild a predictor; raise KeyError or ValueError if the tensors are not those of one."""
         keys, rest = tensors["keys"], [tensors[n].float() for n in ("idf", "mean", "weights")]
         idf, mean, weights = rest
         unsigned = keys.numpy().view(numpy.uint64)
