@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 import warnings
@@ -95,7 +96,7 @@ def compile_trunk(
         )
     if precision == "int8":
         _quantize(model, numpy.stack([read_square(path) for path in sorted(CALIBRATION.iterdir())]))
-    compiled = openvino.Core().compile_model(
+    compiled = _core().compile_model(
         model,
         "CPU",
         {
@@ -112,6 +113,14 @@ def compile_trunk(
         return numpy.array(requests.request.infer({0: pixels})[0])
 
     return encode
+
+
+@functools.cache
+def _core() -> Any:
+    # One in each process: OpenVINO has crashed where several were made.
+    import openvino
+
+    return openvino.Core()
 
 
 def _quantize(model: Any, pixels: numpy.ndarray) -> None:
@@ -133,7 +142,7 @@ def _quantize(model: Any, pixels: numpy.ndarray) -> None:
     sources = list({source.get_node().get_name(): source for source in sources}.values())
     readers = [source.get_target_inputs() for source in sources]
     peaks = [opset13.reduce_max(source, [0, 1, 2, 3]) for source in sources]
-    probe = openvino.Core().compile_model(
+    probe = _core().compile_model(
         openvino.Model(peaks, model.get_parameters()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     for source, targets, peak in zip(sources, readers, probe(pixels).values(), strict=True):
