@@ -157,8 +157,8 @@ def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
         if moment == "amid an import":  # what pybind11 and a message about it make of Ctrl-C
             try:
                 raise ImportError("initialization failed") from KeyboardInterrupt()
-            except ImportError as error:
-                raise UserError("a package is missing") from error
+            except ImportError:
+                raise UserError("a package is missing") from None
         context.call_on_close(interrupt)  # as locks are released
 
     result = CliRunner().invoke(run, [])

@@ -356,6 +356,7 @@ def test_a_page_of_several_runs_is_refused_at_once(drawn_run: DrawnRun, tmp_path
     page = tmp_path / "page.html"
     for arguments, message in (
         ((drawn_run.run, drawn_run.run, "--html", page), "--html: is for one run"),
+        ((drawn_run.run, "--explain"), "--explain: is for the page of --html"),
         (("--compare", "a.json", "b.json", "--html", page), "--html: is for one run"),
         ((drawn_run.run, "--html", tmp_path), "is a folder"),
     ):

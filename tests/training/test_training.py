@@ -196,7 +196,14 @@ def test_equal_cider_is_decided_by_the_loss(tmp_path: Path) -> None:
 def test_patience_stops_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     progress = train(ScriptedStage(5, [5.0, 9.0, 8.0, 7.0, 99.0], patience=2), tmp_path)
     assert progress.epoch == 4 and progress.best_epoch == 2
+
+
+def test_by_default_patience_depends_on_the_batches_of_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert (default_patience(235), default_patience(4)) == (15, 500)
+    monkeypatch.setattr("pipeline.training.loop.default_patience", lambda batches: batches)
+    assert train(ScriptedStage(5, [5.0, 9.0, 8.0, 7.0, 99.0]), tmp_path).epoch == 4
 
 
 def test_patience_does_not_run_out_before_the_self_critical_epochs(tmp_path: Path) -> None:
