@@ -9,11 +9,11 @@
 time and continued by the same command, also on another machine. ``export`` writes what
 ``extract_features.py --weights`` takes.
 
-Teacher and student see the same crop. The student learns the teacher's pooled features
-(standardised, through a linear map) and its class probabilities, as in "Knowledge distillation: a
-good teacher is patient and consistent" (Beyer et al., arXiv 2106.05237). The teacher is Lite2
-alone: averaging Lite0 to Lite2 would double its cost, and their features have nothing in common
-that could be averaged.
+Teacher and student see the same crop. The student learns the teacher's features (standardised,
+through a linear map), pooled and in each cell of the last grid, and its class probabilities, as in
+"Knowledge distillation: a good teacher is patient and consistent" (Beyer et al., arXiv 2106.05237).
+The teacher is Lite2 alone: averaging Lite0 to Lite2 would double its cost, and their features have
+nothing in common that could be averaged.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import click
 import numpy
 import torch
 import torch.nn.functional as F
-from distil_networks import State, Student, Teacher, packed, unpacked
+from distil_networks import State, Student, Teacher, at_cells, packed, unpacked
 from distil_pool import BICUBIC, BILINEAR, CAPTIONING_SIZE, Pool, pack_pool
 from PIL import Image
 from torch import Tensor
@@ -50,12 +50,13 @@ class Plan:
     """How to train. All schedules are functions of the crops seen, not of steps or time."""
 
     crops: int = 2_000_000  # smaller on a later start: the learning rate falls to zero by then
-    batch: int = 16
+    batch: int = 32
     rate: float = 4e-4  # at 32 a batch; others get it times sqrt(batch / 32)
     # Lite2 was trained with smoothed labels. A higher temperature would give most of the loss
     # to the uniform rest that these leave to all 1,000 classes.
     temperature: float = 1.0
-    feature_weight: float = 3.0  # brings the two losses to the same size
+    feature_weight: float = 3.0  # brings this loss and that of the classes to the same size
+    cell_weight: float = 1.0
     lower_from: int = 500_000  # crops after which Mixed_5b to Mixed_6a learn as well
     lower_rate: float = 0.1  # their learning rate, of that of the others
     half_life: int = 20_000  # crops, of the average of the weights
@@ -68,13 +69,13 @@ class Plan:
 
 
 def rate_at(plan: Plan, crops: int, steps: int) -> float:
-    """Give the learning rate: cosine over all crops, rising over the first steps of a run."""
+    """Return the learning rate: cosine over all crops, rising over the first steps of a run."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, crops / plan.crops))
     return plan.rate * math.sqrt(plan.batch / 32) * cosine * min(1.0, (steps + 1) / RAMP)
 
 
 def evaluation_is_due(plan: Plan, state: State) -> bool:
-    """Say whether to evaluate: after 2,000 crops, then after ever more."""
+    """True if it is time to evaluate: after 2,000 crops, then after ever more."""
     last = int(state.history[-1]["crops"]) if state.history else 0
     return state.crops - last >= min(plan.evaluate_every, 2_000 + last // 4)
 
@@ -97,7 +98,7 @@ def batches(
 
 
 def initial_state(
-    weights: dict[str, Tensor], pool: Pool, teacher: Teacher, plan: Plan, count: int = 1024
+    weights: dict[str, Tensor], pool: Pool, teacher: Teacher, plan: Plan, count: int = 4096
 ) -> State:
     """Start from an ``inception_v3`` state dict.
 
@@ -106,21 +107,24 @@ def initial_state(
     """
     nothing = {"weight": torch.zeros(1, 2048), "bias": torch.zeros(1)}
     start = {name: unpacked(w) for name, w in weights.items() if "AuxLogits" not in name}
-    state = State(start, nothing, torch.zeros(1), torch.ones(1))
+    state = State(start, nothing, torch.zeros(1), torch.ones(1), torch.ones(1))
     student, pairs = Student(state, teacher.device), list[tuple[Tensor, Tensor]]()
+    variances = list[Tensor]()
     draws = batches(pool, replace(plan, seed=plan.seed + 1), 0, teacher.size)
     for pictures, for_teacher, _ in islice(draws, max(1, count // plan.batch)):
         with torch.no_grad():
-            pairs.append((student.pooled(pictures).cpu(), teacher(for_teacher)[0].cpu()))
+            cells, wanted = student.cells(pictures), teacher(for_teacher)[0]
+        pairs.append((cells.float().mean((2, 3)).cpu(), wanted.mean((2, 3)).cpu()))
+        variances.append(wanted.var((0, 2, 3)).cpu())
     given, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
     state.mean, state.deviation = wanted.mean(0), wanted.std(0).clamp_min(1e-3)
+    state.cell_deviation = torch.stack(variances).mean(0).sqrt().clamp_min(1e-3)
     # One scale for all features: of those that hardly vary yet, the map must not make much.
     centre = given.mean(0)
     scale = (given - centre).square().mean().sqrt().clamp_min(1e-3)
     given, wanted = (given - centre) / scale, (wanted - state.mean) / state.deviation
-    kernel = given @ given.T
-    ridge = RIDGE * len(kernel) * torch.eye(len(kernel))
-    weight = (given.T @ torch.linalg.solve(kernel + ridge, wanted)).T / scale
+    ridge = RIDGE * len(given) * torch.eye(given.shape[1])
+    weight = torch.linalg.solve(given.T @ given + ridge, given.T @ wanted).T / scale
     state.projection = {"weight": weight, "bias": -weight @ centre}
     return state
 
@@ -133,7 +137,7 @@ class Judge:
     ) -> None:
         self.pictures, self.batch = pictures, batch
         given = [teacher(self.squares(some, teacher.size, BICUBIC)) for some in self.parts()]
-        features = torch.cat([features.cpu() for features, _ in given])
+        features = torch.cat([features.mean((2, 3)).cpu() for features, _ in given])
         self.features = (features - state.mean) / state.deviation
         self.classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
 
@@ -149,10 +153,10 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, student: Student) -> dict[str, float]:
-        """Give the share of equal top-1 classes and the mean cosine of standardised features."""
+        """Return the share of equal top-1 classes and the mean cosine of standardised features."""
         student.train(False)
         given = [student(self.squares(some, CAPTIONING_SIZE)) for some in self.parts()]
-        mapped = torch.cat([features.cpu() for features, _ in given])
+        mapped = torch.cat([features.mean((2, 3)).cpu() for features, _ in given])
         classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
         return {
             "agreement": round((classes == self.classes).float().mean().item(), 4),
@@ -161,13 +165,36 @@ class Judge:
 
 
 def losses(
-    plan: Plan, mapped: Tensor, logits: Tensor, wanted: Tensor, teacher_logits: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Give the squared error of standardised features and the divergence of probabilities."""
+    plan: Plan,
+    state: State,
+    size: int,
+    teacher_size: int,
+    given: tuple[Tensor, Tensor],
+    wanted: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the squared errors of pooled features and of cells, and the divergence of classes.
+
+    Args:
+        plan: the temperature.
+        state: the teacher's statistics.
+        size, teacher_size: sides of the crops in pixels.
+        given: the student's mapped features (B, F, H, W) and logits (B, C).
+        wanted: the teacher's features (B, F, H', W') and logits (B, C).
+    """
+    mapped, logits = given
+    cells, teacher_logits = wanted
+    pooled = (cells.mean((2, 3)) - state.mean) / state.deviation
+    mean, deviation = state.mean[:, None, None], state.deviation[:, None, None]
+    cells = (at_cells(cells, mapped.shape[-1], size, teacher_size) - mean) / deviation
+    error = (mapped - cells) * (deviation / state.cell_deviation[:, None, None])
     target = (teacher_logits / plan.temperature).log_softmax(1)
-    given = (logits / plan.temperature).log_softmax(1)
-    divergence = F.kl_div(given, target, reduction="batchmean", log_target=True)
-    return F.mse_loss(mapped, wanted), divergence * plan.temperature**2
+    log_chances = (logits / plan.temperature).log_softmax(1)
+    divergence = F.kl_div(log_chances, target, reduction="batchmean", log_target=True)
+    return (
+        F.mse_loss(mapped.mean((2, 3)), pooled),
+        error.square().mean(),
+        divergence * plan.temperature**2,
+    )
 
 
 def distil(
@@ -186,7 +213,8 @@ def distil(
     live = {k: t for part in student.tensors().values() for k, t in part.items()}
     average = {k: t.detach().clone() for k, t in live.items()}
     floats = [k for k, t in live.items() if t.is_floating_point()]
-    mean, deviation = state.mean.to(device), state.deviation.to(device)
+    for name in ("mean", "deviation", "cell_deviation"):
+        setattr(state, name, getattr(state, name).to(device))
     begun = saved = reported = time.monotonic()
 
     def keep() -> None:
@@ -211,7 +239,7 @@ def distil(
     if judge is not None and not state.history:
         evaluate(judge)
     draws = batches(pool, plan, state.crops, teacher.size)
-    sums, count, optimiser, steps, frozen = torch.zeros(2, device=device), 0, None, 0, None
+    sums, count, optimiser, steps, frozen = torch.zeros(3, device=device), 0, None, 0, None
     while not ended():
         if frozen != (state.crops < plan.lower_from):
             frozen = state.crops < plan.lower_from
@@ -222,25 +250,26 @@ def distil(
         for group in optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         pictures, for_teacher, whole = next(draws)
-        features, teacher_logits = teacher(for_teacher)
+        wanted = teacher(for_teacher)
         student.train(True, whole)
-        mapped, logits = student(pictures)
-        both = losses(plan, mapped, logits, (features - mean) / deviation, teacher_logits)
+        given = student(pictures)
+        parts = losses(plan, state, pictures.shape[1], teacher.size, given, wanted)
         optimiser.zero_grad()
-        (plan.feature_weight * both[0] + both[1]).backward()
+        (plan.feature_weight * parts[0] + plan.cell_weight * parts[1] + parts[2]).backward()
         optimiser.step()
         half_life = min(plan.half_life, max(2_000, state.crops / 8))
         follow(average, live, floats, 1 - 0.5 ** (plan.batch / half_life))
-        sums += torch.stack(both).detach()
+        sums += torch.stack(parts).detach()
         count, steps, state.crops = count + 1, steps + 1, state.crops + plan.batch
         now = time.monotonic()
         if now - reported > plan.report_seconds:
-            feature_loss, divergence = (sums / count).tolist()
+            feature_loss, cell_loss, divergence = (sums / count).tolist()
             report(
                 {
                     "time": time.strftime("%Y-%m-%d %H:%M:%S"),
                     "crops": state.crops,
                     "features": round(feature_loss, 4),
+                    "cells": round(cell_loss, 4),
                     "classes": round(divergence, 4),
                     "rate": rate,
                     "crops_per_second": round(count * plan.batch / (now - reported), 2),
@@ -326,6 +355,7 @@ def pack(
 @click.option("--minutes", type=float, help="Stop after; the same command continues.")
 @click.option("--batch-size", default=Plan.batch, show_default=True, help="256 suits a GPU.")
 @click.option("--rate", default=Plan.rate, show_default=True, help="Learning rate at 32 a batch.")
+@click.option("--cell-weight", default=Plan.cell_weight, show_default=True, help="See Plan.")
 @click.option("--temperature", default=Plan.temperature, show_default=True)
 @click.option("--lower-from", default=Plan.lower_from, show_default=True, help="Crops; see Plan.")
 @click.option("--evaluate-every", default=Plan.evaluate_every, show_default=True, help="Crops.")
@@ -360,7 +390,7 @@ def train(
     if state.exists():
         kept = State.load(state)
     elif start is None:
-        raise click.UsageError(f"{state} is new: say --start")
+        raise click.UsageError(f"{state} is new: it needs --start")
     else:
         weights = torch.load(start, map_location="cpu", weights_only=True)
         kept = initial_state(weights, photographs, teacher, plan)

@@ -10,13 +10,19 @@ from typing import Any
 
 import click
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.inception import Inception3
 
-# Inception3's layers in the order in which its forward runs them, as far as its pooling.
+# Inception3's layers in the order in which its forward runs them, before its pooling.
 STEM = "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2"
 LOWER = "Mixed_5b Mixed_5c Mixed_5d Mixed_6a"
-UPPER = "Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c avgpool"
+UPPER = "Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c"
+
+# Where the centres of the first cell of the last grid and its neighbour lie, in pixels. InceptionV3
+# strides without padding, so its grid leaves out a border; EfficientNet-Lite2 pads.
+STUDENT_GRID = (37, 32)
+TEACHER_GRID = (3, 32)
 
 STATE_LIMIT = 64 * 2**20
 
@@ -32,7 +38,8 @@ class State:
     Attributes:
         weights: torchvision's Inception3 state dict, float32.
         projection: linear map to the teacher's standardised features: weight (F, 2048), bias (F,).
-        mean, deviation: of the teacher's features, float32 (F,).
+        mean, deviation: of the teacher's pooled features, float32 (F,).
+        cell_deviation: of its features in single cells, float32 (F,).
         history: one entry an evaluation.
     """
 
@@ -40,6 +47,7 @@ class State:
     projection: dict[str, Tensor]
     mean: Tensor
     deviation: Tensor
+    cell_deviation: Tensor
     crops: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -110,7 +118,7 @@ class Frozen:
 
 
 class Teacher:
-    """A teacher: pooled features and class logits, float32, of uint8 pictures (B, S, S, 3).
+    """A teacher: grids of features and class logits, float32, of uint8 pictures (B, S, S, 3).
 
     EfficientNet-Lite2 (Apache-2.0) by default: 260 x 260, (pixel - 127) / 128. With these it
     names 87 % of 125 ImageNet pictures, with ImageNet's mean and deviation 84 %.
@@ -138,15 +146,15 @@ class Teacher:
         network.to(device=device)
         network.to(memory_format=torch.channels_last)
         classifier = network._fc.requires_grad_(False)
-        network._dropout, network._fc = nn.Identity(), nn.Identity()
+        network.forward = network.extract_features
         return cls(network, classifier, 260)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Give features (B, F) and logits (B, C)."""
+        """Return features (B, F, H, W) and logits (B, C)."""
         pixels = (pictures.to(self.device).permute(0, 3, 1, 2).float() - 127) / 128
         features = self.features(pixels).float()
-        return features, self.classifier(features)
+        return features, self.classifier(features.mean((2, 3)))
 
 
 class Student:
@@ -176,7 +184,7 @@ class Student:
         self.train(False)
 
     def freeze(self, lower: bool) -> None:
-        """Say what is frozen: the stem, with ``lower`` the lower blocks too."""
+        """Freeze the stem, with ``lower`` the lower blocks too."""
         self.network.requires_grad_(True)
         self.stem.requires_grad_(False)
         self.lower.requires_grad_(not lower)
@@ -184,17 +192,21 @@ class Student:
         self.learning = self.upper if lower else nn.Sequential(self.lower, self.upper)
 
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Give the mapped features (B, F) and class logits (B, C) of uint8 (B, S, S, 3)."""
-        features = self.pooled(pictures)
-        return self.projection(features), self.network.fc(features)
+        """Return mapped features (B, F, H, W) and class logits (B, C) of uint8 (B, S, S, 3).
 
-    def pooled(self, pictures: Tensor) -> Tensor:
-        """Give the pooled features, float32 (B, 2048)."""
+        The map is linear, so the mean of the mapped cells is what it makes of the pooled features.
+        """
+        cells = self.cells(pictures)
+        with precision(self.device):
+            mapped = self.projection(cells.permute(0, 2, 3, 1)).float().permute(0, 3, 1, 2)
+        return mapped, self.network.fc(cells.float().mean((2, 3)))
+
+    def cells(self, pictures: Tensor) -> Tensor:
+        """Return the last grid of features, (B, 2048, H, W)."""
         pixels = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         middle = self.frozen(pixels.float().mul_(1 / 127.5).sub_(1.0))
         with precision(self.device):
-            features = self.learning(middle.to(memory_format=torch.channels_last))
-        return features.flatten(1).float()
+            return self.learning(middle.to(memory_format=torch.channels_last))
 
     def train(self, learn: bool, whole: bool = True) -> None:
         """Switch BatchNorm: ``learn`` takes the batch's statistics, ``whole`` keeps them."""
@@ -204,14 +216,14 @@ class Student:
             norm.momentum = 0.05 if whole else 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Give all weights and statistics, by the names of ``State``."""
+        """Return all weights and statistics, by the names of ``State``."""
         return {
             "weights": self.network.state_dict(),
             "projection": self.projection.state_dict(),
         }
 
     def groups(self, lower_rate: float) -> list[dict[str, Any]]:
-        """Give AdamW's parameter groups; ``scale`` is of the learning rate.
+        """Return AdamW's parameter groups; ``scale`` is of the learning rate.
 
         The two linear layers have 2,048 inputs, none below zero, and no BatchNorm after them: at
         the full rate each step overshoots, and what they send back is mostly noise.
@@ -229,6 +241,27 @@ class Student:
                 if some:
                     groups.append({"params": some, "scale": scale, "weight_decay": decay})
         return groups
+
+
+def at_cells(features: Tensor, cells: int, size: int, teacher_size: int) -> Tensor:
+    """Interpolate the teacher's grid to where the student's cells look.
+
+    Args:
+        features: (B, F, H, W), of crops squeezed to ``teacher_size``.
+        cells: rows and columns of the student's grid.
+        size: side of the student's crops in pixels.
+
+    Returns:
+        (B, F, cells, cells).
+    """
+    first, stride = STUDENT_GRID
+    centres = (first + stride * torch.arange(cells, device=features.device) + 0.5) / size
+    first, stride = TEACHER_GRID
+    place = (centres * teacher_size - 0.5 - first) / stride
+    place = 2 * place / (features.shape[-1] - 1) - 1  # as grid_sample counts: -1 to 1
+    grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1)
+    grid = grid.expand(len(features), -1, -1, -1)
+    return F.grid_sample(features, grid, padding_mode="border", align_corners=True)
 
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:

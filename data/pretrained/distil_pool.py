@@ -101,7 +101,7 @@ def crop_box(draw: random.Random, aspect: float, size: int) -> tuple[float, floa
 def packed(data: bytes, size: int, quality: int, form: str) -> tuple[bytes, float] | None:
     """Squeeze an encoded picture to a square of at most ``size``: its bytes and aspect ratio.
 
-    A JPEG square that is small enough stays as it is. Gives None for what cannot be decoded.
+    A JPEG square that is small enough stays as it is. Returns None for what cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data)) as opened:

@@ -22,8 +22,25 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "pretrained"))
 
 import distil_encoder
 import distil_pool
-from distil_encoder import Judge, Plan, State, Teacher, batches, distil, initial_state, rate_at
-from distil_networks import LOWER, STATE_LIMIT, STEM
+from distil_encoder import (
+    Judge,
+    Plan,
+    State,
+    Teacher,
+    batches,
+    distil,
+    initial_state,
+    losses,
+    rate_at,
+)
+from distil_networks import (
+    LOWER,
+    STATE_LIMIT,
+    STEM,
+    STUDENT_GRID,
+    TEACHER_GRID,
+    at_cells,
+)
 from distil_pool import Pool, crop_box, pack_pool
 
 CPU = torch.device("cpu")
@@ -133,12 +150,57 @@ def test_teacher_and_student_see_the_same_crop(pool: Pool) -> None:
         assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.8
 
 
+@pytest.mark.parametrize(("size", "cells"), [(299, 8), (224, 5), (128, 2)])
+def test_the_teacher_is_read_where_the_students_cells_lie(size: int, cells: int) -> None:
+    first, stride = TEACHER_GRID
+    places = (first + stride * torch.arange(9.0) + 0.5) / 260  # of its cells, as shares of a side
+    features = torch.stack([places.expand(9, 9), places[:, None].expand(9, 9)])[None]
+    found = at_cells(features, cells, size, 260)
+    first, stride = STUDENT_GRID
+    wanted = (first + stride * torch.arange(cells) + 0.5) / size
+    assert torch.allclose(found[0, 0], wanted.expand(cells, cells), atol=1e-5)
+    assert torch.allclose(found[0, 1], wanted[:, None].expand(cells, cells), atol=1e-5)
+
+
+def test_a_student_that_has_the_teachers_cells_has_no_loss() -> None:
+    torch.manual_seed(0)
+    mean, deviation, cell_deviation = torch.randn(6), torch.rand(6) + 0.1, torch.rand(6) + 0.1
+    state = State({}, {}, mean, deviation, cell_deviation)
+    features, logits = torch.randn(3, 6, 9, 9), torch.randn(3, 10)
+    cells = at_cells(features, 5, 224, 260)
+    mapped = (cells - mean[:, None, None]) / deviation[:, None, None]
+
+    def of(mapped: torch.Tensor, logits_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return losses(Plan(), state, 224, 260, (mapped, logits_), (features, logits))
+
+    _, cell, classes = of(mapped, logits + 1)
+    assert cell < 1e-10 and classes.abs() < 1e-6
+    # A cell's error counts in deviations of cells, the pooled one in deviations of pooled features.
+    _, cell, classes = of(mapped + (cell_deviation / deviation)[:, None, None], -logits)
+    assert cell == pytest.approx(1, abs=1e-5) and classes > 0.5
+    pooled = (features.mean((2, 3)) - mean) / deviation
+    assert of(pooled[:, :, None, None].expand(-1, -1, 5, 5), logits)[0] < 1e-10
+
+
+def test_the_students_grid_has_no_padding() -> None:
+    first, stride = STUDENT_GRID
+    network = Inception3(aux_logits=False, init_weights=False).eval()
+    network.fc = nn.Identity()
+    grids: list[torch.Tensor] = []
+    network.Mixed_7c.register_forward_hook(lambda _, __, out: grids.append(out))
+    # The first cell is the centre of the smallest square that has one; a stride more adds another.
+    smallest = 2 * first + 1
+    for size, cells in ((smallest, 1), (smallest + stride - 1, 1), (smallest + stride, 2)):
+        network(torch.zeros(1, 3, size, size))
+        assert grids.pop().shape[-1] == cells
+    with pytest.raises(RuntimeError):
+        network(torch.zeros(1, 3, smallest - 1, smallest - 1))
+
+
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
     torch.manual_seed(0)
-    features = nn.Sequential(
-        nn.Conv2d(3, 6, 5, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
+    features = nn.Sequential(nn.Conv2d(3, 6, 5, stride=4), nn.ReLU())
     made = Teacher(features, nn.Linear(6, 1000), 40)
     made.features.openvino = None
     return made
@@ -230,7 +292,8 @@ def test_state_fits_and_export_is_torchvisions(
     weights: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     projection = {"weight": torch.randn(1280, 2048), "bias": torch.randn(1280)}
-    state = State(weights, projection, torch.zeros(1280), torch.ones(1280), crops=32)
+    vectors = torch.zeros(1280), torch.ones(1280), torch.ones(1280)
+    state = State(weights, projection, *vectors, crops=32)
     path, small, encoder = (tmp_path / name for name in ("state.pt", "small.pt", "encoder.pth"))
     state.save(path)
     assert path.stat().st_size < STATE_LIMIT
@@ -254,5 +317,5 @@ def test_the_real_teacher_knows_coffee() -> None:
     coffee = Image.fromarray(pytest.importorskip("skimage.data").coffee()).resize((260, 260))
     teacher = Teacher.lite2(CPU)
     features, logits = teacher(torch.from_numpy(numpy.asarray(coffee).copy())[None])
-    assert teacher.size == 260 and features.shape == (1, 1280)
+    assert teacher.size == 260 and features.shape == (1, 1280, 9, 9)
     assert logits.softmax(1)[0, 967] > 0.5  # espresso
