@@ -198,7 +198,7 @@ def test_words_show_what_speaks_for_them_by_pointer_and_by_key(
     }""",
         canvas.element_handle(),
     )
-    assert min(shades) < 20 and max(shades) > 100
+    assert min(shades) < 50 and max(shades) > 100
     page.locator("h1").hover()
     sync_api.expect(canvas).to_be_hidden()
     page.locator(".sentence").first.focus()

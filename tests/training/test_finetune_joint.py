@@ -91,7 +91,7 @@ def test_reranking_uses_features_of_the_fine_tuned_encoder(
     assert torch.equal(after.predictor.keys, before.predictor.keys)
     table = read_captions(drawn_run.data)
     paths = [drawn_run.data / "Images" / Path(i.name).name for i in table.of_split("train")]
-    captioner = Captioner.load(joint_run, device="cpu", precision="fp32")
+    captioner = Captioner.load(joint_run, device="cpu")
     features = torch.from_numpy(captioner.encoder.encode([read_square(path) for path in paths]))
     with torch.no_grad():
         images = captioner.decoder.embed_image(features)[0][:, 0]
