@@ -48,13 +48,14 @@ def steps() -> list[Step]:
 
 
 def shape_of(line: str) -> str:
-    """Take out of a line what differs from machine to machine: numbers and their units."""
+    """Take out of a line what differs from machine to machine: arithmetic, numbers and units."""
+    line = line.replace("bf16", "fp32")  # the default on CPUs with AMX
     line = re.sub(r"\d[\d.,]*", "0", line)
     return re.sub(r"0 (s|min|h|MB|GB)\b", "0 unit", line).strip()
 
 
 def missing_lines(shown: list[str], printed: str) -> list[str]:
-    """Give the lines of the page that a command did not print; ``...`` ends a shortened one."""
+    """Return the lines of the page that a command did not print; ``...`` ends a shortened one."""
     lines = [shape_of(line) for line in printed.splitlines()]
     missing = []
     for line in shown:
