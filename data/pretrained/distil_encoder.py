@@ -35,7 +35,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from distil_networks import State, Student, Teacher, at_cells, packed, unpacked
-from distil_pool import BICUBIC, BILINEAR, CAPTIONING_SIZE, Pool, pack_pool
+from distil_pool import BICUBIC, BILINEAR, SIZE, Pool, pack_pool
 from PIL import Image
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class Plan:
 
     crops: int = 2_000_000  # smaller on a later start: the learning rate falls to zero by then
     batch: int = 32
-    rate: float = 4e-4  # at 32 a batch; others get it times sqrt(batch / 32)
+    rate: float = 3e-4  # at 32 a batch; others get it times sqrt(batch / 32)
     # Lite2 was trained with smoothed labels. A higher temperature would give most of the loss
     # to the uniform rest that these leave to all 1,000 classes.
     temperature: float = 1.0
@@ -82,9 +82,9 @@ def evaluation_is_due(plan: Plan, state: State) -> bool:
 
 def batches(
     pool: Pool, plan: Plan, first: int, teacher_size: int
-) -> Iterator[tuple[Tensor, Tensor, bool]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw batches in threads; what is drawn depends only on the seed and the crops seen."""
-    waiting: deque[Future[tuple[Tensor, Tensor, bool]]] = deque()
+    waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     with ThreadPoolExecutor(plan.workers) as threads:
         try:
             while True:
@@ -111,7 +111,7 @@ def initial_state(
     student, pairs = Student(state, teacher.device), list[tuple[Tensor, Tensor]]()
     variances = list[Tensor]()
     draws = batches(pool, replace(plan, seed=plan.seed + 1), 0, teacher.size)
-    for pictures, for_teacher, _ in islice(draws, max(1, count // plan.batch)):
+    for pictures, for_teacher in islice(draws, max(1, count // plan.batch)):
         with torch.no_grad():
             cells, wanted = student.cells(pictures), teacher(for_teacher)[0]
         pairs.append((cells.float().mean((2, 3)).cpu(), wanted.mean((2, 3)).cpu()))
@@ -154,8 +154,7 @@ class Judge:
     @torch.no_grad()
     def __call__(self, student: Student) -> dict[str, float]:
         """Return the share of equal top-1 classes and the mean cosine of standardised features."""
-        student.train(False)
-        given = [student(self.squares(some, CAPTIONING_SIZE)) for some in self.parts()]
+        given = [student(self.squares(some, SIZE)) for some in self.parts()]
         mapped = torch.cat([features.mean((2, 3)).cpu() for features, _ in given])
         classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
         return {
@@ -249,9 +248,8 @@ def distil(
         rate = rate_at(plan, state.crops, steps)
         for group in optimiser.param_groups:
             group["lr"] = rate * group["scale"]
-        pictures, for_teacher, whole = next(draws)
+        pictures, for_teacher = next(draws)
         wanted = teacher(for_teacher)
-        student.train(True, whole)
         given = student(pictures)
         parts = losses(plan, state, pictures.shape[1], teacher.size, given, wanted)
         optimiser.zero_grad()

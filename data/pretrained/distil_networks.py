@@ -160,10 +160,8 @@ class Teacher:
 class Student:
     """InceptionV3 and the linear map from its pooled features to the teacher's.
 
-    BatchNorm below Mixed_6b uses ImageNet's statistics, as those layers are good and change
-    little. From Mixed_6b on, where all is to be learnt anew, it uses those of the batch, and the
-    running ones are taken only from whole pictures at 299: the features are then computed with
-    the statistics of captioning, not those of small crops.
+    BatchNorm keeps the statistics that the start came with; its scales and shifts learn. Those of
+    batches, or new ones from the pool, made the features of captioning worse at first.
     """
 
     def __init__(self, state: State, device: torch.device) -> None:
@@ -179,9 +177,8 @@ class Student:
             nn.Sequential(*(getattr(self.network, name) for name in names.split()))
             for names in (STEM, LOWER, UPPER)
         )
-        self.norms = [m for m in self.upper.modules() if isinstance(m, nn.BatchNorm2d)]
+        self.network.eval()
         self.freeze(True)
-        self.train(False)
 
     def freeze(self, lower: bool) -> None:
         """Freeze the stem, with ``lower`` the lower blocks too."""
@@ -207,13 +204,6 @@ class Student:
         middle = self.frozen(pixels.float().mul_(1 / 127.5).sub_(1.0))
         with precision(self.device):
             return self.learning(middle.to(memory_format=torch.channels_last))
-
-    def train(self, learn: bool, whole: bool = True) -> None:
-        """Switch BatchNorm: ``learn`` takes the batch's statistics, ``whole`` keeps them."""
-        self.network.eval()
-        self.upper.train(learn)
-        for norm in self.norms:
-            norm.momentum = 0.05 if whole else 0.0
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all weights and statistics, by the names of ``State``."""
