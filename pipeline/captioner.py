@@ -35,6 +35,7 @@ from pipeline.models.pretrained import PRETRAINED
 from pipeline.utils.devices import (
     choose_device,
     choose_precision,
+    cpu_has_int8,
     default_workers,
     inference_batch_size,
 )
@@ -99,7 +100,7 @@ class Captioner:
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             weights: the encoder's weights, if they were moved since training.
             precision: of the encoder: ``auto``, ``fp32``, ``bf16``, ``fp16``, or ``int8``, which
-                needs OpenVINO.
+                needs OpenVINO, and is ``auto`` there if the CPU has VNNI.
             engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which pays off
                 for hundreds of images.
 
@@ -110,8 +111,10 @@ class Captioner:
         models = [model] if isinstance(model, str | os.PathLike) else model
         checkpoint = load_ensemble([Path(path) for path in models])
         chosen = choose_device(device)
-        precision = choose_precision(precision, chosen)
         engine = choose_engine(engine, chosen, precision=precision)
+        if precision == "auto" and engine == "openvino" and cpu_has_int8():
+            precision = "int8"  # up to 3 times faster; scores stay (docs/speed.md)
+        precision = choose_precision(precision, chosen)
         encoder = encoder_of(checkpoint, weights, precision)
         encoder.for_inference(engine).to(chosen)
         return cls(

@@ -87,6 +87,12 @@ def cpu_has_amx() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
+def cpu_has_int8() -> bool:
+    """True if the CPU multiplies 8-bit integers in hardware: VNNI, which all with AMX have."""
+    known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in torch 2.10
+    return bool(known.get("avx512_vnni") or known.get("avx_vnni"))
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Return a context that computes in ``precision``; fp32 changes nothing."""
     if precision not in DTYPES:

@@ -21,6 +21,7 @@ import caption as command
 from pipeline import Captioner
 from pipeline.decoding.options import SearchOptions
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.models.encoder import Encoder
 from pipeline.utils.errors import InputError, UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
@@ -167,6 +168,31 @@ def test_python_interface(drawn_run: DrawnRun, album: Path) -> None:
     assert [captioner.caption(str(album / "a.JPG")), captioner.caption(album / "b.jpg")] == texts
     with pytest.raises(InputError, match=r"broken\.jpg: "):
         captioner.caption([album / "broken.jpg"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "units", "given", "chosen"),
+    [
+        ("openvino", True, "auto", "int8"),
+        ("openvino", True, "fp32", "fp32"),
+        ("openvino", False, "auto", "fp32"),
+        ("torch", True, "auto", "fp32"),
+    ],
+)
+def test_int8_is_taken_under_openvino_where_the_cpu_has_it(
+    engine: str,
+    units: bool,
+    given: str,
+    chosen: str,
+    drawn_run: DrawnRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.captioner.choose_engine", lambda *_, **__: engine)
+    monkeypatch.setattr("pipeline.captioner.cpu_has_int8", lambda: units)
+    monkeypatch.setattr("pipeline.utils.devices.cpu_has_amx", lambda: False)
+    monkeypatch.setattr(Encoder, "for_inference", lambda self, engine: self)
+    captioner = Captioner.load(drawn_run.run, device="cpu", precision=given)
+    assert captioner.encoder.precision == chosen
 
 
 def test_images_and_arrays_are_captioned_like_their_files(drawn_run: DrawnRun, album: Path) -> None:

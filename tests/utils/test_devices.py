@@ -47,6 +47,14 @@ def test_cpu_takes_bf16_only_where_it_has_the_units(
     assert devices.choose_precision("fp32", CPU) == "fp32"
 
 
+def test_int8_units_are_those_of_avx512_or_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, expected in (({"avx512_vnni": True}, True), ({"avx_vnni": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert devices.cpu_has_int8() == expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not devices.cpu_has_int8()
+
+
 def test_bf16_training_needs_a_cpu_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN has no bf16 LSTM below AVX-512."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
