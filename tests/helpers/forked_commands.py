@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,9 +108,12 @@ class World:
         def run() -> None:
             pipeline.models.encoder.Inception3 = TinyInception
             pipeline.captioner.SEARCHED_AT_ONCE = 4
-            folder.mkdir(exist_ok=True)
-            os.chdir(folder)
-            prepare()
+            try:
+                folder.mkdir(exist_ok=True)
+                os.chdir(folder)
+                prepare()
+            except KeyboardInterrupt:  # on a busy machine it comes before the command has begun
+                sys.exit(130)
             command = COMMANDS[name]
             options = command.options.format(world=self.folder).split()
             command.main.main([*options, "--device", "cpu"])
