@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
+from torch import nn
 
 import caption
 import evaluate
@@ -23,6 +24,7 @@ from pipeline.datasets.images import read_square
 from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.finetune import may_flip, settings_to_start_from
+from pipeline.training.joint_stage import _InThreads
 from pipeline.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
@@ -208,3 +210,15 @@ def test_an_image_whose_captions_mention_sides_is_not_flipped() -> None:
     assert not may_flip(["a dog runs", "A dog on the LEFT of a man"])
     assert not may_flip(["the man right of the car"])
     assert not may_flip(["a right-handed pitcher", "a man"])
+
+
+def test_parts_in_threads_have_the_gradients_of_the_whole() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5)).double()
+    pixels = torch.randn(7, 3, 5, 5).double()
+    trained = list(layers.parameters())
+    gradients = []
+    for features in (layers(pixels), _InThreads.apply(layers, pixels.split(3), *trained)):
+        gradients.append(torch.autograd.grad(features.square().sum(), trained))
+    for whole, parts in zip(*gradients, strict=True):
+        assert torch.allclose(whole, parts)
