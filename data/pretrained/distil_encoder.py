@@ -12,8 +12,10 @@ time and continued by the same command, also on another machine. ``export`` writ
 Teacher and student see the same crop. The student learns the teacher's features (standardised,
 through a linear map), pooled and in each cell of the last grid, and its class probabilities, as in
 "Knowledge distillation: a good teacher is patient and consistent" (Beyer et al., arXiv 2106.05237).
-The teacher is Lite2 alone: averaging Lite0 to Lite2 would double its cost, and their features have
-nothing in common that could be averaged.
+With ``--captions FOLDER`` it learns above all the directions of these features along which captions
+change (see ``distil_directions``); only the pictures of FOLDER have captions. The teacher is Lite2
+alone: averaging Lite0 to Lite2 would double its cost, and their features have nothing in common
+that could be averaged.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import click
 import numpy
 import torch
 import torch.nn.functional as F
+from distil_directions import caption_directions, captioned_pictures
 from distil_networks import State, Student, Teacher, at_cells, packed, unpacked
 from distil_pool import BICUBIC, BILINEAR, SIZE, Pool, pack_pool
 from PIL import Image
@@ -55,8 +58,10 @@ class Plan:
     # Lite2 was trained with smoothed labels. A higher temperature would give most of the loss
     # to the uniform rest that these leave to all 1,000 classes.
     temperature: float = 1.0
-    feature_weight: float = 3.0  # brings this loss and that of the classes to the same size
-    cell_weight: float = 1.0
+    feature_weight: float = 0.5
+    caption_weight: float = 4.0  # of the directions of captions, where there are any
+    cell_weight: float = 0.5  # of the error in cells, in that of pooled features
+    class_weight: float = 0.4
     lower_from: int = 500_000  # crops after which Mixed_5b to Mixed_6a learn as well
     lower_rate: float = 0.1  # their learning rate, of that of the others
     half_life: int = 20_000  # crops, of the average of the weights
@@ -107,7 +112,7 @@ def initial_state(
     """
     nothing = {"weight": torch.zeros(1, 2048), "bias": torch.zeros(1)}
     start = {name: unpacked(w) for name, w in weights.items() if "AuxLogits" not in name}
-    state = State(start, nothing, torch.zeros(1), torch.ones(1), torch.ones(1))
+    state = State(start, nothing, torch.zeros(1), torch.ones(1), torch.ones(1), teacher.directions)
     student, pairs = Student(state, teacher.device), list[tuple[Tensor, Tensor]]()
     variances = list[Tensor]()
     draws = batches(pool, replace(plan, seed=plan.seed + 1), 0, teacher.size)
@@ -129,38 +134,58 @@ def initial_state(
     return state
 
 
+def squares(
+    pictures: Sequence[Path], size: int, how: Image.Resampling = BILINEAR, batch: int = 16
+) -> Iterator[Tensor]:
+    """Read pictures, whole and squeezed, in batches: uint8 (B, size, size, 3)."""
+    for first in range(0, len(pictures), batch):
+        some = [Image.open(path).convert("RGB") for path in pictures[first : first + batch]]
+        arrays = [numpy.asarray(picture.resize((size, size), how)) for picture in some]
+        yield torch.from_numpy(numpy.stack(arrays))
+
+
+def taught(teacher: Teacher, pictures: Sequence[Path]) -> list[tuple[Tensor, Tensor]]:
+    """Run the teacher on whole pictures."""
+    return [teacher(some) for some in squares(pictures, teacher.size, BICUBIC)]
+
+
 class Judge:
     """Compares student and teacher on pictures that were not trained on, whole and squeezed."""
 
-    def __init__(
-        self, pictures: Sequence[Path], teacher: Teacher, state: State, batch: int = 16
-    ) -> None:
-        self.pictures, self.batch = pictures, batch
-        given = [teacher(self.squares(some, teacher.size, BICUBIC)) for some in self.parts()]
+    def __init__(self, pictures: Sequence[Path], teacher: Teacher, state: State) -> None:
+        self.pictures, self.shares = pictures, of_captions(state)
+        given = taught(teacher, pictures)
         features = torch.cat([features.mean((2, 3)).cpu() for features, _ in given])
         self.features = (features - state.mean) / state.deviation
         self.classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
 
-    def parts(self) -> list[Sequence[Path]]:
-        """Cut the list of pictures into batches."""
-        return [self.pictures[i : i + self.batch] for i in range(0, len(self.pictures), self.batch)]
-
-    @staticmethod
-    def squares(some: Sequence[Path], size: int, how: Image.Resampling = BILINEAR) -> Tensor:
-        """Read pictures and squeeze them: uint8 (len(some), size, size, 3)."""
-        opened = (Image.open(path).convert("RGB").resize((size, size), how) for path in some)
-        return torch.from_numpy(numpy.stack([numpy.asarray(picture) for picture in opened]))
-
     @torch.no_grad()
     def __call__(self, student: Student) -> dict[str, float]:
-        """Return the share of equal top-1 classes and the mean cosine of standardised features."""
-        given = [student(self.squares(some, SIZE)) for some in self.parts()]
+        """Return the share of equal top-1 classes and the mean cosine of standardised features.
+
+        With directions of captions, also how much of their variance the student explains.
+        """
+        given = [student(some) for some in squares(self.pictures, SIZE)]
         mapped = torch.cat([features.mean((2, 3)).cpu() for features, _ in given])
         classes = torch.cat([logits.argmax(1).cpu() for _, logits in given])
-        return {
+        plain = self.shares == 0
+        cosine = F.cosine_similarity(mapped[:, plain], self.features[:, plain])
+        result = {
             "agreement": round((classes == self.classes).float().mean().item(), 4),
-            "cosine": round(F.cosine_similarity(mapped, self.features).mean().item(), 4),
+            "cosine": round(cosine.mean().item(), 4),
         }
+        if not plain.all():
+            rest = (mapped - self.features).square().mean(0) @ self.shares
+            result["captions"] = round(1 - (rest / (self.features.var(0) @ self.shares)).item(), 4)
+        return result
+
+
+def of_captions(state: State) -> Tensor:
+    """Return each feature's share in what changes captions: (F,), sum 1; 0 but for directions."""
+    count = 0 if state.directions is None else state.directions.shape[1]
+    shares = state.deviation.clone()
+    shares[: len(shares) - count] = 0
+    return shares / shares.sum().clamp_min(1e-30)
 
 
 def losses(
@@ -174,7 +199,7 @@ def losses(
     """Return the squared errors of pooled features and of cells, and the divergence of classes.
 
     Args:
-        plan: the temperature.
+        plan: the temperature, and the weights of features and of captions' directions.
         state: the teacher's statistics.
         size, teacher_size: sides of the crops in pixels.
         given: the student's mapped features (B, F, H, W) and logits (B, C).
@@ -186,12 +211,15 @@ def losses(
     mean, deviation = state.mean[:, None, None], state.deviation[:, None, None]
     cells = (at_cells(cells, mapped.shape[-1], size, teacher_size) - mean) / deviation
     error = (mapped - cells) * (deviation / state.cell_deviation[:, None, None])
+    shares = of_captions(state)
+    plain = (shares == 0).float()
+    weights = plan.feature_weight * plain / plain.sum() + plan.caption_weight * shares
     target = (teacher_logits / plan.temperature).log_softmax(1)
     log_chances = (logits / plan.temperature).log_softmax(1)
     divergence = F.kl_div(log_chances, target, reduction="batchmean", log_target=True)
     return (
-        F.mse_loss(mapped.mean((2, 3)), pooled),
-        error.square().mean(),
+        (mapped.mean((2, 3)) - pooled).square().mean(0) @ weights,
+        error.square().mean((0, 2, 3)) @ weights,
         divergence * plan.temperature**2,
     )
 
@@ -212,6 +240,7 @@ def distil(
     live = {k: t for part in student.tensors().values() for k, t in part.items()}
     average = {k: t.detach().clone() for k, t in live.items()}
     floats = [k for k, t in live.items() if t.is_floating_point()]
+    teacher.directions = state.directions
     for name in ("mean", "deviation", "cell_deviation"):
         setattr(state, name, getattr(state, name).to(device))
     begun = saved = reported = time.monotonic()
@@ -253,7 +282,7 @@ def distil(
         given = student(pictures)
         parts = losses(plan, state, pictures.shape[1], teacher.size, given, wanted)
         optimiser.zero_grad()
-        (plan.feature_weight * parts[0] + plan.cell_weight * parts[1] + parts[2]).backward()
+        (parts[0] + plan.cell_weight * parts[1] + plan.class_weight * parts[2]).backward()
         optimiser.step()
         half_life = min(plan.half_life, max(2_000, state.crops / 8))
         follow(average, live, floats, 1 - 0.5 ** (plan.batch / half_life))
@@ -346,6 +375,7 @@ def pack(
 @click.argument("pool", type=new)
 @click.argument("state", type=new)
 @click.option("--start", type=existing, help="inception_v3 state dict, where STATE is new.")
+@click.option("--captions", type=folder, help="Folder with captions, such as Flickr8k's.")
 @click.option("--dev", type=folder, help="Folder of pictures to evaluate on, never trained on.")
 @click.option("--dev-list", type=existing, help="Names of those to take, one a line.")
 @click.option("--dev-count", default=400, show_default=True, help="The first so many of them.")
@@ -353,7 +383,10 @@ def pack(
 @click.option("--minutes", type=float, help="Stop after; the same command continues.")
 @click.option("--batch-size", default=Plan.batch, show_default=True, help="256 suits a GPU.")
 @click.option("--rate", default=Plan.rate, show_default=True, help="Learning rate at 32 a batch.")
+@click.option("--feature-weight", default=Plan.feature_weight, show_default=True)
+@click.option("--caption-weight", default=Plan.caption_weight, show_default=True)
 @click.option("--cell-weight", default=Plan.cell_weight, show_default=True, help="See Plan.")
+@click.option("--class-weight", default=Plan.class_weight, show_default=True)
 @click.option("--temperature", default=Plan.temperature, show_default=True)
 @click.option("--lower-from", default=Plan.lower_from, show_default=True, help="Crops; see Plan.")
 @click.option("--evaluate-every", default=Plan.evaluate_every, show_default=True, help="Crops.")
@@ -364,6 +397,7 @@ def train(
     pool: Path,
     state: Path,
     start: Path | None,
+    captions: Path | None,
     dev: Path | None,
     dev_list: Path | None,
     dev_count: int,
@@ -390,11 +424,16 @@ def train(
     elif start is None:
         raise click.UsageError(f"{state} is new: it needs --start")
     else:
+        if captions is not None:
+            captioned, texts = captioned_pictures(captions)
+            pooled = [features.mean((2, 3)).cpu() for features, _ in taught(teacher, captioned)]
+            teacher.directions = caption_directions(torch.cat(pooled), texts)
         weights = torch.load(start, map_location="cpu", weights_only=True)
         kept = initial_state(weights, photographs, teacher, plan)
     names = dev_list.read_text().split()[:dev_count] if dev_list else []
     pictures = [dev / name for name in names] if dev else []
-    judge = Judge(pictures, teacher, kept, plan.batch) if pictures else None
+    teacher.directions = kept.directions
+    judge = Judge(pictures, teacher, kept) if pictures else None
     stopped: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda given, _: stopped.append(given))

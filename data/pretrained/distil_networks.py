@@ -40,6 +40,7 @@ class State:
         projection: linear map to the teacher's standardised features: weight (F, 2048), bias (F,).
         mean, deviation: of the teacher's pooled features, float32 (F,).
         cell_deviation: of its features in single cells, float32 (F,).
+        directions: the teacher's, which are the last of the F; None without.
         history: one entry an evaluation.
     """
 
@@ -48,6 +49,7 @@ class State:
     mean: Tensor
     deviation: Tensor
     cell_deviation: Tensor
+    directions: Tensor | None = None
     crops: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -125,11 +127,13 @@ class Teacher:
 
     Attributes:
         size: S.
+        directions: float32 (features, D): so many sums of features are appended to them.
     """
 
     def __init__(self, features: nn.Module, classifier: nn.Linear, size: int) -> None:
         self.features, self.classifier, self.size = Frozen(features), classifier, size
         self.device = classifier.weight.device
+        self.directions: Tensor | None = None
 
     @classmethod
     def lite2(cls, device: torch.device) -> Teacher:
@@ -154,7 +158,11 @@ class Teacher:
         """Return features (B, F, H, W) and logits (B, C)."""
         pixels = (pictures.to(self.device).permute(0, 3, 1, 2).float() - 127) / 128
         features = self.features(pixels).float()
-        return features, self.classifier(features.mean((2, 3)))
+        logits = self.classifier(features.mean((2, 3)))
+        if self.directions is not None:
+            sums = torch.einsum("bfhw,fd->bdhw", features, self.directions.to(self.device))
+            features = torch.cat([features, sums], 1)
+        return features, logits
 
 
 class Student:

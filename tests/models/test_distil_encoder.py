@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "data" / "pretrained"))
 
 import distil_encoder
 import distil_pool
+from distil_directions import caption_directions, captioned_pictures
 from distil_encoder import (
     Judge,
     Plan,
@@ -172,7 +173,9 @@ def test_a_student_that_has_the_teachers_cells_has_no_loss() -> None:
     mapped = (cells - mean[:, None, None]) / deviation[:, None, None]
 
     def of(mapped: torch.Tensor, logits_: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return losses(Plan(), state, 224, 260, (mapped, logits_), (features, logits))
+        return losses(
+            Plan(feature_weight=1), state, 224, 260, (mapped, logits_), (features, logits)
+        )
 
     _, cell, classes = of(mapped, logits + 1)
     assert cell < 1e-10 and classes.abs() < 1e-6
@@ -181,6 +184,43 @@ def test_a_student_that_has_the_teachers_cells_has_no_loss() -> None:
     assert cell == pytest.approx(1, abs=1e-5) and classes > 0.5
     pooled = (features.mean((2, 3)) - mean) / deviation
     assert of(pooled[:, :, None, None].expand(-1, -1, 5, 5), logits)[0] < 1e-10
+
+
+def test_directions_of_captions_count_by_how_much_they_change_captions() -> None:
+    state = State({}, {}, torch.zeros(6), torch.tensor([1.0, 1, 1, 1, 3, 1]), torch.ones(6))
+    state.directions = torch.randn(4, 2)
+    plan = Plan(feature_weight=2, caption_weight=8)
+    wanted = torch.zeros(1, 6, 9, 9), torch.zeros(1, 10)
+    for feature, error in ((0, 2 / 4), (4, 8 * 3 / 4), (5, 8 / 4)):
+        mapped = torch.zeros(1, 6, 5, 5)
+        mapped[:, feature] = 1
+        pooled, _, _ = losses(plan, state, 224, 260, (mapped, wanted[1]), wanted)
+        assert pooled == pytest.approx(error)
+
+
+def test_directions_are_those_along_which_captions_change(tmp_path: Path) -> None:
+    draw = numpy.random.default_rng(0)
+    (tmp_path / "Images").mkdir()
+    rows, truths = ["image,caption,split"], []
+    for number in range(400):
+        dog, red, other = draw.random(3)
+        truths.append((dog, red, other))
+        words = f"a {'red' if red > 0.5 else 'blue'} {'dog' if dog > 0.5 else 'cat'} runs"
+        rows.append(f"{number:03}.jpg,{words},train")
+        (tmp_path / "Images" / f"{number:03}.jpg").write_bytes(encoded(8, 8, 0))
+    rows.append("000.jpg,a horse,val")
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    pictures, captions = captioned_pictures(tmp_path)
+    assert [path.name for path in pictures] == [f"{number:03}.jpg" for number in range(400)]
+    truth = torch.tensor(truths, dtype=torch.float32) - 0.5
+    mixing = torch.from_numpy(draw.normal(size=(3, 20)).astype(numpy.float32))
+    features = truth @ mixing  # of 20 features, in which three things are seen
+    found = features @ caption_directions(features, captions, 2)
+    assert found.std(0)[0] == pytest.approx(1, rel=0.01) and 0.3 < found.std(0)[1] <= 1
+    # Both directions together say what the captions say, and nothing of what they never mention.
+    fitted = found @ torch.linalg.lstsq(found, truth).solution
+    left = (truth - fitted).square().mean(0) / truth.square().mean(0)
+    assert left[0] < 0.1 and left[1] < 0.1 and left[2] > 0.8
 
 
 def test_the_students_grid_has_no_padding() -> None:
