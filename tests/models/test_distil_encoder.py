@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -325,6 +326,40 @@ def test_evaluation_is_of_pictures_apart(
     assert [line["crops"] for line in lines] == [0, 8]
     assert State.load(tmp_path / "state.pt").history == lines
     assert all(0 <= line["agreement"] <= 1 and abs(line["cosine"]) <= 1 for line in lines)
+
+
+def test_directions_are_learnt_evaluated_and_kept(
+    pool: Pool,
+    teacher: Teacher,
+    weights: dict[str, torch.Tensor],
+    photographs: Path,
+    tmp_path: Path,
+) -> None:
+    directed = copy.copy(teacher)
+    directed.directions = torch.randn(6, 2)
+    picture = torch.randint(0, 256, (1, 40, 40, 3), dtype=torch.uint8)
+    plain, appended = teacher(picture)[0], directed(picture)[0]
+    assert torch.equal(appended[:, :6], plain)
+    sums = (plain.permute(0, 2, 3, 1) @ directed.directions).permute(0, 3, 1, 2)
+    assert torch.allclose(appended[:, 6:], sums, atol=1e-5)
+    state = begin(weights, pool, directed)
+    assert state.projection["weight"].shape == (8, 2048)
+    judge = Judge([photographs / "plain" / f"{i}.jpg" for i in range(3)], directed, state)
+    right = nn.functional.one_hot(judge.classes, 1000).float()
+
+    def judged(features: torch.Tensor) -> dict[str, float]:
+        return judge(lambda _: (features[:, :, None, None], right))  # type: ignore[arg-type]
+
+    assert judged(judge.features) == {"agreement": 1, "cosine": 1, "captions": 1}
+    ignorant = judge.features.clone()
+    ignorant[:, 6:] = judge.features[:, 6:].mean(0)
+    assert judged(ignorant)["cosine"] == 1
+    assert judged(ignorant)["captions"] == pytest.approx(1 / 3, abs=1e-3)  # variance of 3: n - 1
+    lines: list[dict[str, Any]] = []
+    path, plan = tmp_path / "state.pt", Plan(crops=4, batch=4)
+    distil(pool, path, state, directed, plan, CPU, lines.append, judge)
+    assert lines[0]["captions"] < 1
+    assert torch.equal(State.load(path).directions, directed.directions)  # type: ignore[arg-type]
 
 
 def test_rate_depends_on_crops_and_falls_to_zero() -> None:
