@@ -58,7 +58,7 @@ class TrainingOptions:
     ema_decay: float = 0.0
     patience: int | None = option(
         None,
-        "Stop after this many epochs without a better CIDEr-D on val, but never before "
+        "Stop after this many epochs without a better one on val, but never before "
         "self-critical ones; 0 never stops early.",
         min=0,
         default_help="15, or more if those have fewer than 2,000 batches",
