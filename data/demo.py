@@ -2,7 +2,7 @@
 
     python data/demo.py
 
-First the pretrained model captions a few photographs that come with scikit-image, of what it knows
+First the pretrained model captions ten photographs that come with scikit-image, of what it knows
 and of what it does not know. Then the demo draws 400 captioned scenes, extracts their features,
 trains a decoder, fine-tunes both networks for two epochs, scores both models, and captions drawings
 that neither has seen. Each command is printed before it runs. Nothing is downloaded: features come
@@ -26,12 +26,15 @@ DECODER = "--epochs 40 --batch-size 64 --lr 2e-3 --embed-size 256 --hidden-size 
 JOINT = "--epochs 2 --unfreeze-from Mixed_7a --grad-accum-steps 1 --min-crop 0.9 --encoder-lr 2e-5"
 SHOWN = 8
 PHOTOS = "data/examples/photos"
-KNOWN = ("camera.png", "motorcycle_left.png", "grass.png")
-UNKNOWN = ("chelsea.png", "coffee.png", "rocket.jpg")
+PHOTOGRAPHS = (
+    *("camera.png", "motorcycle_left.png", "brick.png", "astronaut.png", "grass.png"),
+    *("chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "moon.png"),
+)
 LEARNT = """\
 The model has learnt from 6,000 photographs of people, dogs, sports and streets (Flickr8k).
-It names these subjects, but invents details:    a person (camera.png), a motorcycle, a field
-It is wrong about these, rare in Flickr8k:       a cat (chelsea.png), a cup of coffee, a rocket"""
+It recognises, but invents details:      a man (camera), a motorcycle, a wall of bricks
+It is wrong, as Flickr8k has hardly any: an astronaut, blades of grass, a cat (chelsea), a cup of
+                                         coffee, a rocket, coins, the moon"""
 
 
 @click.command()
@@ -59,10 +62,9 @@ def caption_photographs() -> None:
     echo(LEARNT)
     folder = ROOT / PHOTOS
     folder.mkdir(parents=True, exist_ok=True)
-    names = (*KNOWN, *UNKNOWN)
-    for name in names:
+    for name in PHOTOGRAPHS:
         shutil.copy(Path(package.origin).parent / "data" / name, folder)
-    run(f"caption.py --model pretrained {' '.join(f'{PHOTOS}/{name}' for name in names)}")
+    run(f"caption.py --model pretrained {' '.join(f'{PHOTOS}/{name}' for name in PHOTOGRAPHS)}")
 
 
 def run(command: str) -> None:

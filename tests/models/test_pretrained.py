@@ -177,8 +177,8 @@ def test_a_folder_of_that_name_is_preferred(
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("chelsea.png", "a brown dog with a red collar in its mouth"),
-        ("motorcycle_left.png", "a man is riding a motorcycle"),
+        ("chelsea.png", "a brown dog is looking at the camera"),
+        ("motorcycle_left.png", "a man on a motorcycle"),
     ],
 )
 def test_a_fixed_photograph_gives_a_fixed_caption(boxed: Captioner, name: str, text: str) -> None:
@@ -193,16 +193,20 @@ def test_a_fixed_drawing_gives_fixed_features(boxed: Captioner, tmp_path: Path) 
     draw_scenes(tmp_path, images=1, seed=0)
     image = next((tmp_path / "Images").glob("*.jpg"))
     features = boxed.encoder.encode([read_square(image)])[0]
-    assert features.mean() == pytest.approx(0.0505896, rel=1e-3)
+    assert features.mean() == pytest.approx(0.145048, rel=1e-3)
 
 
 @pytest.mark.shared("weights/inception_v3_standin.pth", "flickr8k_fullres")
-def test_compression_keeps_the_features(boxed: Captioner) -> None:
+def test_8_bits_keep_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
     weights = SHARED / "weights/inception_v3_standin.pth"
-    images = sorted((SHARED / "flickr8k_fullres").rglob("*.jpg"))[:4]
-    squares = [read_square(image) for image in images]
-    whole = load_encoder(str(weights)).for_inference()
-    for a, b in zip(whole.encode(squares), boxed.encoder.encode(squares), strict=True):
+    state = torch.load(weights, weights_only=True)
+    torch.save(dequantize(*quantize(state)), tmp_path / "rounded.pth")
+    squares = [read_square(p) for p in sorted((SHARED / "flickr8k_fullres").rglob("*.jpg"))[:4]]
+    exact, rounded = (
+        load_encoder(str(path)).for_inference().encode(squares)
+        for path in (weights, tmp_path / "rounded.pth")
+    )
+    for a, b in zip(exact, rounded, strict=True):
         assert float(a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b)) > 0.999
 
 
