@@ -249,7 +249,7 @@ class Training:
 def default_patience(batches: int) -> int:
     """Return how many epochs of so many batches a run goes on without a better score.
 
-    On Flickr8k (235 batches), the best of 50 epochs was the 12th to 18th. With few images, scores
+    On Flickr8k (235 batches), the best of 50 epochs was the 24th. With few images, scores
     do not rise for many short epochs at first, and there is little time to save.
     """
     return max(15, 2000 // batches)
