@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.training.loop import Progress
 from pipeline.training.run_folder import CURVES, CURVES_PNG, LOG, read_epochs
 from pipeline.utils.files import atomic_write
 
@@ -40,8 +41,12 @@ MARKED_EPOCHS = 60  # with more epochs points are not marked
 
 
 def best_record(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the epoch with the best CIDEr-D; of equal ones, that with the lowest val loss."""
-    return max(log, key=lambda record: (record["CIDEr-D"], -record["val_loss"]))
+    """Return the epoch whose checkpoint training has kept."""
+    progress, best = Progress(), log[0]
+    for record in log:
+        if progress.update(record):
+            best = record
+    return best
 
 
 def write_curves(run: Path) -> None:

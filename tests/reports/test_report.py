@@ -121,11 +121,12 @@ def test_curves_show_the_log_and_mark_the_best_epoch() -> None:
     log = [
         record(epoch, train_loss=5.0 - epoch, learning_rate=0.1 * epoch) for epoch in range(1, 5)
     ]
-    log[2]["CIDEr-D"] = 40.0
+    log[1]["CIDEr-D"], log[2]["CIDEr-D"] = 40.5, 40.0
+    log[2]["val_loss"] = 2.5  # nearly equal in CIDEr-D, and so the epoch that is kept
     assert drawn_values(log) == {
         "train": [4.0, 3.0, 2.0, 1.0],
-        "val": [3.0] * 4,
-        "CIDEr-D": [20.0, 20.0, 40.0, 20.0],
+        "val": [3.0, 3.0, 2.5, 3.0],
+        "CIDEr-D": [20.0, 40.5, 40.0, 20.0],
         "BLEU-4": [10.0] * 4,
         "learning rate": pytest.approx([0.1, 0.2, 0.3, 0.4]),
     }
