@@ -28,6 +28,13 @@ def test_every_function_exists() -> None:
     assert not missing
 
 
+def test_every_module_exists() -> None:
+    files = re.findall(r"`((?:[a-z_]+/)+\w+\.py)`", PAGE)
+    assert len(files) > 10
+    missing = [file for file in files if not (REPOSITORY / "pipeline" / file).is_file()]
+    assert not missing
+
+
 def test_every_room_is_drawn() -> None:
     drawn = re.findall(r'class="t" x="[\d.]+" y="\d+">(\w+)</text>', DRAWING)
     rooms = {path.parent.name for path in (REPOSITORY / "pipeline").glob("*/__init__.py")}
