@@ -1,13 +1,12 @@
-"""What each lever of the recipe gives, over several seeds: the table in docs/ablation.md.
+"""What each part of the recipe contributes, over several seeds: the tables of docs/ablation.md.
 
     python benchmarks/ablation.py                              # 12 epochs, seeds 0, 1 and 2
     python benchmarks/ablation.py --epochs 50 --only recipe    # the recipe alone, in full
 
-Trains the recipe of train_decoder.py, and variants with and without its levers, with every seed,
-and scores each model on val with three beams; then the models of one variant with every search.
-Interrupted, the same command resumes: what is trained and scored is kept in --runs. On two cores,
-two trainings in parallel with a core each finish sooner than one after the other with both; a GPU
-is kept busy by several (--jobs).
+Trains the recipe of train_decoder.py and its variants with every seed, and scores each model on
+val with three beams; then the models of one variant with every search. Runs and scores are kept
+in --runs, so the same command resumes after an interruption. On two cores, two trainings in
+parallel with one core each finish sooner than one after the other; a GPU needs several (--jobs).
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from measure import ROOT, echo
 
 from pipeline.utils.files import atomic_write
 
-# What is trained. Levers and searches are compared with dropout on features, which the recipe had
-# until this table showed that captions are better without.
+# What is trained. Variants and searches are compared with dropout on features, which the recipe had
+# until this table showed that captions are better without it.
 SEARCHED = "with dropout on features"
-LEVERS = {
+VARIANTS = {
     "recipe": "",
     SEARCHED: "--feature-dropout 0.5",
-    "that, without the image as first state": "--feature-dropout 0.5 --no-init-state-from-image",
+    "that, without the image as initial state": "--feature-dropout 0.5 --no-init-state-from-image",
     "that, without tied embeddings": "--feature-dropout 0.5 --no-tie-embeddings",
-    "that, without the EMA of the weights": "--feature-dropout 0.5 --ema-decay 0",
+    "that, without EMA": "--feature-dropout 0.5 --ema-decay 0",
     "that, without label smoothing": "--feature-dropout 0.5 --label-smoothing 0",
     "without any of these": (
         "--no-init-state-from-image --no-tie-embeddings --ema-decay 0 --label-smoothing 0"
@@ -52,8 +51,8 @@ SEARCHES = {
 }
 ENSEMBLE = "--ensemble"
 ENSEMBLES = {
-    "ensemble of all seeds, 3 beams": PLAIN,
-    "ensemble of all seeds, 20 beams, both (the default)": "",
+    "all seeds as an ensemble, 3 beams": PLAIN,
+    "all seeds as an ensemble, 20 beams, both (the default)": "",
 }
 SCORES = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D", "distinct_captions")
 TABLE = ROOT / "docs" / "ablation.md"
@@ -68,7 +67,10 @@ TABLE = ROOT / "docs" / "ablation.md"
 @click.option("--seeds", type=click.IntRange(min=2), default=3, help="Number of seeds, from 0.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, help="Trainings in parallel.")
 @click.option(
-    "--only", type=click.Choice(list(LEVERS)), multiple=True, help="Levers to train; all if none."
+    "--only",
+    type=click.Choice(list(VARIANTS)),
+    multiple=True,
+    help="Variants to train; all if none.",
 )
 @click.option("--output", type=click.Path(path_type=Path), default=TABLE, help="File of the table.")
 def main(
@@ -82,13 +84,13 @@ def main(
     only: tuple[str, ...],
     output: Path,
 ) -> None:
-    """Train and score the recipe with and without each lever, and write the table."""
-    levers = {name: LEVERS[name] for name in only or LEVERS}
+    """Train and score the recipe and its variants, and write the tables."""
+    variants = {name: VARIANTS[name] for name in only or VARIANTS}
     source = f"--data {data} --features {features}"
     trainings = [
         f"{source} --epochs {epochs} --seed {seed} --run {folder(runs, name, seed)} "
         f"--precision {precision} {options}"
-        for name, options in levers.items()
+        for name, options in variants.items()
         for seed in range(seeds)
     ]
     searched = [folder(runs, SEARCHED, seed) for seed in range(seeds)]
@@ -101,10 +103,10 @@ def main(
         rows = {
             "Training, scored with 3 beams": {
                 name: scored([[folder(runs, name, seed)] for seed in range(seeds)], PLAIN)
-                for name in levers
+                for name in variants
             }
         }
-        if SEARCHED in levers:
+        if SEARCHED in variants:
             alone = {
                 name: scored([[run] for run in searched], options)
                 for name, options in SEARCHES.items()
@@ -122,7 +124,7 @@ def main(
 
 
 def folder(runs: Path, name: str, seed: int) -> Path:
-    """Name the run folder of a lever and a seed."""
+    """Return the run folder of a variant and a seed."""
     return runs / f"{name.replace(' ', '-')}-{seed}"
 
 
@@ -130,7 +132,7 @@ def train(options: str, jobs: int) -> None:
     """Train or resume one model with its share of the cores; skip a finished one."""
     words = options.split()
     run = Path(words[words.index("--run") + 1])
-    if (run / "scores.json").is_file():  # written when all is done
+    if (run / "scores.json").is_file():  # written at the end
         return
     echo(f"train_decoder.py {options}")
     run.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def share_of_cores(jobs: int) -> dict[str, str]:
 
 
 def score(models: Sequence[Path], options: str, source: str, jobs: int) -> dict[str, Any]:
-    """Score a model, or an ensemble; what was scored before is read again."""
+    """Score a model or an ensemble, or read its scores if they exist."""
     name = options.replace("--", "").replace(" ", "-") or "default"
     if len(models) > 1:
         name += "-ensemble"
@@ -177,10 +179,10 @@ def score(models: Sequence[Path], options: str, source: str, jobs: int) -> dict[
 def report(
     sections: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]], epochs: int, seeds: int
 ) -> str:
-    """Write the tables: mean and deviation over the seeds, and the command of each row."""
+    """Return the page: mean and deviation over the seeds, and the options of each row."""
     [first, *_] = next(iter(next(iter(sections.values())).values()))
     lines = [
-        "# What each lever gives",
+        "# Ablation",
         "",
         f"Made by `python benchmarks/ablation.py --epochs {epochs} --seeds {seeds} --precision "
         f"{first['options']['precision']}`, scored on {first['split']} "
@@ -188,7 +190,7 @@ def report(
         "Mean ± standard deviation over the seeds.",
     ]
     for title, rows in sections.items():
-        commands = {**LEVERS, **SEARCHES, **ENSEMBLES}
+        commands = {**VARIANTS, **SEARCHES, **ENSEMBLES}
         program = "train_decoder.py" if title.startswith("Training") else "evaluate.py"
         names = [name for name in SCORES if name in first["scores"]]
         lines += ["", f"## {title}", ""]

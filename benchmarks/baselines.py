@@ -1,9 +1,9 @@
-"""What people do today, written plainly: the loops of tutorials and of the program replaced.
+"""The baselines: plain PyTorch loops as in tutorials, and one that encodes in every step.
 
-Nothing here is slowed down on purpose. Each loop is what its kind of program does, on the
+Nothing here is slowed down on purpose. Each loop does what programs of its kind do, on the
 PyTorch of this environment with its default threads: a DataLoader with two workers around
 PIL and torchvision's transforms, fp32, images in NCHW, shuffled batches padded to their
-longest caption, AdamW or Adam as PyTorch chooses them, beam search image by image.
+longest caption, PyTorch's default AdamW or Adam, beam search image by image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORKERS = 2
 
 
 def plain_inception(weights: dict[str, Tensor]) -> nn.Module:
-    """Make torchvision's network, classifier taken off, as its documentation says to."""
+    """Build torchvision's network without its classifier."""
     network = torchvision.models.inception_v3(
         weights=None, init_weights=False, transform_input=True, aux_logits=False
     )
@@ -76,7 +76,7 @@ def extract(network: nn.Module, paths: Sequence[Path], output: Path) -> numpy.nd
 
 
 class CaptionedFeatures(Dataset[tuple[Tensor, Tensor]]):
-    """One feature vector and one caption at a time, as a list of pairs is read."""
+    """One feature vector and one caption at a time, from a list of pairs."""
 
     def __init__(self, features: Tensor, captions: Sequence[tuple[int, list[int]]]) -> None:
         self.features = features
@@ -152,7 +152,7 @@ def train_epoch(
 def beam_search(
     decoder: PlainDecoder, feature: Tensor, beams: int, longest: int, length_penalty: float
 ) -> list[int]:
-    """Search one image's caption, hypotheses in a Python list; feature (1, 2048)."""
+    """Find one image's caption, with hypotheses in a Python list; feature (1, 2048)."""
     image = decoder.image_embedding((feature - decoder.feature_mean) * decoder.feature_scale)
     _, state = decoder.lstm(image.unsqueeze(1))
     hypotheses = [([START_ID], 0.0, state)]
@@ -236,14 +236,14 @@ def joint_epoch(
     return len(data)
 
 
-# The program that this project replaces: one image and one caption a sample, the network in
-# training mode with its new last layer, in every step of every epoch.
+# A captioner that runs the encoder in every step of every epoch: one image and one caption per
+# sample, the network in training mode with a new last layer.
 
 
 class RawCaptions(Dataset[tuple[Tensor, Tensor]]):
-    """A decoded image and one of its captions, tokenised when it is asked for.
+    """A decoded image and one of its captions, tokenised on access.
 
-    That program tokenises with spaCy; splitting at spaces is faster, which is in its favour.
+    Such programs tokenise with spaCy; splitting at spaces is faster, which favours the baseline.
     """
 
     def __init__(
@@ -300,7 +300,7 @@ class OneStepCaptioner(nn.Module):
 def one_step_batches(
     model: OneStepCaptioner, data: RawCaptions, optimizer: torch.optim.Optimizer
 ) -> Iterator[int]:
-    """Train; return the number of captions of each batch when it is done."""
+    """Train; yield the number of captions in each batch when it is done."""
     model.train()
     criterion = nn.CrossEntropyLoss(ignore_index=PAD_ID)
     loader = DataLoader(

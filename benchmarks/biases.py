@@ -1,9 +1,9 @@
-"""Whom and which colours captions mention, against what people wrote of the same images.
+"""Which people and colours captions mention, compared with references of the same images.
 
     python evaluate.py pretrained --output predictions.json
     python benchmarks/biases.py predictions.json
 
-Words are all that is looked at: whom an image really shows is what its references say.
+Only words count: an image shows the people that its references mention.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(predictions: Path, data: str) -> None:
             for texts in (captions.values(), written)
         ]
         click.echo(f"| {name} | {shares[0]:.1f} % | {shares[1]:.1f} % |")
-    for sex, own, other in (("female", FEMALE, MALE), ("male", MALE, FEMALE)):
+    for people, own, other in (("women and girls", FEMALE, MALE), ("men and boys", MALE, FEMALE)):
         images = [
             name
             for name, texts in references.items()
@@ -63,8 +63,8 @@ def main(predictions: Path, data: str) -> None:
         ]
         found = [sum(mentions(w, captions[name]) for name in images) for w in (FEMALE, MALE)]
         click.echo(
-            f"of {len(images)} images whose references mention {sex} persons only: "
-            f"{found[0]} captions mention female, {found[1]} male ones"
+            f"of {len(images)} images whose references mention only {people}: {found[0]} captions "
+            f"mention a woman or a girl, {found[1]} a man or a boy"
         )
 
 

@@ -1,9 +1,9 @@
-"""Training and encoding beside other programs, with OpenMP's wait policy passive and by default.
+"""Training and encoding beside other programs, with OpenMP's passive and default wait policies.
 
     python benchmarks/compare_busy.py 3.0       # prints the rates of one process as JSON
 
-OpenMP reads ``OMP_WAIT_POLICY`` as torch loads, so each policy is measured in processes of its
-own, alone and beside one busy program per core.
+OpenMP reads ``OMP_WAIT_POLICY`` when torch loads, so each policy is measured in its own processes,
+alone and beside one busy program per core.
 """
 
 from __future__ import annotations

@@ -65,11 +65,11 @@ def compare_search(material: Material, trained: Trained, rounds: int) -> Compari
         return len(features)
 
     result = interleave("beam search", "image", {"baseline": baseline, "ours": ours}, rounds)
-    result.compare("beam search with 3 beams, over features", "ours", "baseline", 20.0)
+    result.compare("beam search with 3 beams, on features", "ours", "baseline", 20.0)
     same = captions["ours"][:: len(features) // 24]
     equal = sum(a == b for a, b in zip(captions["baseline"], same, strict=True))
-    result.facts["captions equal to the baseline's"] = f"{equal} of {len(same)}"
-    result.facts["words a caption"] = round(statistics.fmean(map(len, captions["ours"])), 1)
+    result.facts["captions identical to the baseline's"] = f"{equal} of {len(same)}"
+    result.facts["words per caption"] = round(statistics.fmean(map(len, captions["ours"])), 1)
     return result
 
 
@@ -80,9 +80,8 @@ def compare_captioning(
     encoder = load_encoder(material.weights, choose_precision("auto", CPU))
     identity = encoder.identity
     predictor = predictor_of(material, trained)
-    matcher = Matcher(
-        MatcherConfig(len(material.vocabulary))
-    ).eval()  # takes its time, untrained too
+    # Untrained, it takes as long as a trained one.
+    matcher = Matcher(MatcherConfig(len(material.vocabulary))).eval()
     engine = choose_engine("auto", CPU)
     encoder.for_inference(engine)
     save_checkpoint(
@@ -125,7 +124,9 @@ def compare_captioning(
     result = interleave(
         "captioning", "image", {"extraction": extraction, "captioning": captioning}, rounds
     )
-    result.compare("captioning a folder, of extraction's rate", "captioning", "extraction", 0.85)
+    result.compare(
+        "captioning a folder, share of extraction's rate", "captioning", "extraction", 0.85
+    )
     return result
 
 
@@ -166,7 +167,7 @@ def compare_start(material: Material, folder: Path, rounds: int) -> Comparison:
                 rates[name].append(1 / seconds)
     result = Comparison("start", "run", rates)
     result.compare(
-        "time to the first caption, of that to import torch and load the weights",
+        "time to the first caption, relative to importing torch and loading the weights",
         "import torch and load the weights",
         "caption.py of one image",
         1.5,

@@ -1,4 +1,4 @@
-"""Stage 1 against the loop that everybody writes."""
+"""Stage 1 against a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 def compare_extraction(material: Material, folder: Path, rounds: int) -> Comparison:
-    """JPEG files to a finished cache; and how near the network alone and decoding alone are."""
+    """JPEG files to a finished cache, and the network alone and decoding alone as its limits."""
     weights = inception_weights(material.weights)
     network = baselines.plain_inception(weights)
     names = find_images(material.images)
@@ -88,7 +88,10 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
         goal = {"fp32": 2.0}.get(arithmetic, 5.0 if engine == "torch" else 10.0)
         result.compare(f"extraction, {engine} {arithmetic}", name, "baseline", goal)
         result.compare(
-            f"of what network and decoding allow together, {name}", name, f"{name}, ceiling", 0.85
+            f"share of the limit set by network and decoding, {name}",
+            name,
+            f"{name}, ceiling",
+            0.85,
         )
         reference, features = found["baseline"], found[name]
         norms = numpy.linalg.norm(reference, axis=1) * numpy.linalg.norm(features, axis=1)
@@ -100,7 +103,7 @@ def compare_extraction(material: Material, folder: Path, rounds: int) -> Compari
 
 
 class ReadyEncoder:
-    """An encoder that is folded and compiled already, so that no round pays for it."""
+    """An encoder that is already folded and compiled, so that no round includes that time."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
@@ -118,7 +121,7 @@ class ReadyEncoder:
 
 
 def run_side_by_side(function: Callable, items: list, workers: int) -> None:
-    """Call a function on every item, on the threads that extraction has."""
+    """Call a function on every item, in as many threads as extraction uses."""
     with threads_per_worker(workers) as share:
         for _ in prefetch(
             function, items, workers, workers, start=lambda: torch.set_num_threads(share)

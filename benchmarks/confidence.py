@@ -1,4 +1,4 @@
-"""How often captions are wrong, by their confidence: the threshold of the mark "low confidence".
+"""How often captions are wrong, by confidence: chooses the threshold of "low confidence".
 
     python evaluate.py pretrained --html page.html
     python benchmarks/confidence.py page.html

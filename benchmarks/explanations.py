@@ -2,10 +2,9 @@
 
     python benchmarks/explanations.py photos/ --images 200
 
-For each word of an image's caption that is not one of grammar, the five cells that add most to it
-are replaced by the mean colour of the image, and as often five random cells; the encoder and the
-decoder then read the image anew. Explanations are right if the former lowers the word's
-log-probability more.
+For each content word of an image's caption, the five cells that add most to it, and in another copy
+five random cells, are painted with the image's mean colour; both copies are encoded and scored
+again. Explanations are right if losing the former lowers the word's log-probability more.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def main(folder: Path, model: str, images: int) -> None:
 def measure(
     captioner: Captioner, square: numpy.ndarray, random: numpy.random.Generator
 ) -> list[tuple[float, float]]:
-    """Return, for each word of an image's caption, its loss without the best cells and others."""
+    """Return how much each content word loses without its best cells, and without random ones."""
     found = captioner.explain(square)
     places = [place for place, word in enumerate(found.words) if word not in GRAMMAR]
     deleted = [square]
@@ -80,7 +79,7 @@ def measure(
 
 
 def without(square: numpy.ndarray, cells: numpy.ndarray) -> numpy.ndarray:
-    """Return a square whose cells are of its mean colour."""
+    """Return a copy of a square with some cells in its mean colour."""
     edges = numpy.linspace(0, IMAGE_SIZE, CELLS + 1).round().astype(int)
     changed = square.copy()
     for cell in cells:

@@ -3,8 +3,8 @@
     python benchmarks/gpu.py --images photos
     python benchmarks/gpu.py --data data/flickr8k --features data/features/flickr8k.h5
 
-Measures the encoder alone, at several precisions and batch sizes, on images that lie on the GPU
-and on images that lie in memory; the decoding of --images by several numbers of threads; and,
+Measures the encoder alone, at several precisions and batch sizes, on images in GPU memory and on
+images in main memory; the decoding of --images by several numbers of threads; and,
 with --data and --features, epochs of train_decoder.py in both precisions. Prints a table.
 """
 
@@ -81,7 +81,11 @@ def network_rates(
                 alone = rate(lambda: encoder(pixels), device, seconds)  # noqa: B023
             whole = rate(lambda: encoder.encode(squares), device, seconds)  # noqa: B023
             yield f"InceptionV3, {precision}, batches of {size}", size * alone, "image"
-            yield f"the same, with the way to the GPU and back, {size}", size * whole, "image"
+            yield (
+                f"the same, including transfers to and from the GPU, {size}",
+                size * whole,
+                "image",
+            )
 
 
 def rate(function: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -99,7 +103,7 @@ def rate(function: Callable[[], object], device: torch.device, seconds: float) -
 
 
 def decoding_rates(folder: Path) -> Iterator[tuple[str, float, str]]:
-    """Decode images and bring them to squares, by several numbers of threads."""
+    """Decode and resize images, in several numbers of threads."""
     names = find_images(folder)
     for threads in THREADS:
         files = [folder / name for name in itertools.islice(itertools.cycle(names), 200 * threads)]

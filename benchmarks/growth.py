@@ -5,8 +5,8 @@
     python benchmarks/growth.py captioning 100000 FOLDER
 
 prints a line of JSON. Extraction and captioning run with small stand-ins for the networks,
-as their cost an image is known from the other comparisons, and what might grow is what lies
-around them; training steps are real ones.
+whose cost per image the other comparisons measure: what might grow is the code around them.
+Training steps are real.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FEATURE_MEMORY = 100e6
 
 
 class PixelEncoder:
-    """Pixels as features, from all over the image: all that extraction does but the network."""
+    """Pixels of the whole image as features: extraction without the network."""
 
     engine = "torch"
     identity = EncoderIdentity("pixels", "0" * 64, "squeeze-299-bilinear", "fp32", "random", "0")
@@ -80,8 +80,8 @@ def grow_extraction(count: int, folder: Path) -> float:
 
 def grow_training(count: int, folder: Path) -> float:
     """Train some steps on a cache of ``count`` rows; return milliseconds per step."""
-    lots = numpy.random.default_rng(0)
-    block = lots.standard_normal((min(count, 20_000), FEATURE_SIZE), dtype=numpy.float32)
+    rng = numpy.random.default_rng(0)
+    block = rng.standard_normal((min(count, 20_000), FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block.astype("f2"), count)
     del block
     features = FeatureSet(cache, torch.arange(count), FEATURE_MEMORY)
@@ -107,8 +107,8 @@ def grow_training(count: int, folder: Path) -> float:
 
 def grow_captioning(count: int, folder: Path) -> float:
     """Caption a cache of ``count`` rows with a small decoder; return milliseconds per image."""
-    lots = numpy.random.default_rng(0)
-    block = lots.standard_normal((1_000, FEATURE_SIZE), dtype=numpy.float32)
+    rng = numpy.random.default_rng(0)
+    block = rng.standard_normal((1_000, FEATURE_SIZE), dtype=numpy.float32)
     cache = write_cache(folder / "large.h5", block, count)
     torch.manual_seed(0)
     decoder = Decoder(DecoderConfig(500, 32, 32)).eval()
@@ -147,9 +147,9 @@ def plot_growth(lines: list[dict[str, Any]], path: Path) -> None:
     matplotlib.rcParams.update({"svg.hashsalt": "growth", "svg.fonttype": "none"})
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
     labels = {
-        "extraction": "extraction, an image (network left out)",
-        "training": "training, a step",
-        "captioning": "captioning, an image (small decoder)",
+        "extraction": "extraction, per image (without the network)",
+        "training": "training, per step",
+        "captioning": "captioning, per image (small decoder)",
     }
     for stage, label in labels.items():
         own = [line for line in lines if line["stage"] == stage]

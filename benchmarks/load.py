@@ -1,20 +1,20 @@
-"""Put a load on the program: many images, a large page, many clients at once.
+"""Load test: many images, a large page, many clients at once.
 
     python benchmarks/load.py                       # all, about 20 minutes on two cores
     python benchmarks/load.py --only server --clients 50 --seconds 120
 
-extraction: --images names of a few hundred drawn scenes through extract_features.py, killed
-(SIGKILL) after a third and after two thirds, and gone on with; against a tenth as many, which
-nobody kills. Each row of the cache is compared with that of its scene.
+extraction: --images links to a few hundred drawn scenes through extract_features.py, killed
+(SIGKILL) after one third and two thirds, and resumed; compared with a tenth as many that run
+undisturbed. Each row of the cache is compared with that of its scene.
 
 page: a tenth of --images through caption.py --html --thumbnails beside, with five captions each,
-against a tenth of them.
+compared with a tenth of those.
 
-server: --clients that each send caption.py --serve an image as soon as they have the answer to
-their last, for --seconds. They ask again where they are refused (503), as the page does.
+server: for --seconds, each of --clients sends caption.py --serve its next image as soon as the last
+is answered. A client that is refused (503) tries again, as the page does.
 
-Extraction and page have pixels for features (load_worker.py), and the page and the server the
-captions of the model that comes with the program. Prints a table; docs/scale.md has one. Linux.
+In extraction and page, pixels replace the network's features (load_worker.py); page and server
+caption with the pretrained model. Prints the table of docs/scale.md. Linux only.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ WORKER = [sys.executable, "benchmarks/load_worker.py"]
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.option("--only", type=click.Choice(PARTS), multiple=True, help="All if none.")
-@click.option("--images", type=click.IntRange(min=100), default=100_000, help="To extract.")
-@click.option("--clients", type=click.IntRange(min=1), default=50, help="Of the server.")
-@click.option("--seconds", type=click.IntRange(min=1), default=120, help="That they ask.")
+@click.option("--only", type=click.Choice(PARTS), multiple=True, help="Parts to run; all if none.")
+@click.option("--images", type=click.IntRange(min=100), default=100_000, help="Images to extract.")
+@click.option("--clients", type=click.IntRange(min=1), default=50, help="Clients of the server.")
+@click.option(
+    "--seconds", type=click.IntRange(min=1), default=120, help="Duration of the server's load."
+)
 def main(only: tuple[str, ...], images: int, clients: int, seconds: int) -> None:
-    """Run the parts one after the other and print what was found."""
+    """Run the parts one after the other and print a table."""
     lines = ["| load | found |", "|---|---|"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -67,7 +69,7 @@ def main(only: tuple[str, ...], images: int, clients: int, seconds: int) -> None
 
 
 def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
-    """Extract ``count`` images with two kills, and a tenth of them without."""
+    """Extract ``count`` images with two kills, and a tenth as many without."""
     few, many = folder / "few", folder / "many"
     hard_links(scenes, few, count // 10)
     hard_links(scenes, many, count)
@@ -92,7 +94,7 @@ def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
 
 
 def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float, float]:
-    """Extract a folder, killed once so many rows are done; return peak memory (GB) and seconds."""
+    """Extract a folder, killed at ``kill_at`` rows; return peak memory (GB) and seconds."""
     command = [*WORKER, "extract_features.py", "--data", str(data), "--output", str(output)]
     command += ["--device", "cpu", "--precision", "fp32", "--engine", "torch"]
     began = time.monotonic()
@@ -116,7 +118,7 @@ def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float
 
 
 def output_of(process: subprocess.Popen[str], command: list[str]) -> str:
-    """Wait for a process to end well; return its last line."""
+    """Wait for a process to succeed; return its last line."""
     said, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")
@@ -124,10 +126,10 @@ def output_of(process: subprocess.Popen[str], command: list[str]) -> str:
 
 
 def compare_rows(cache: FeatureCache, scenes: FeatureCache) -> int:
-    """Count the rows of ``cache``, links to the scenes in turn, that are not those of theirs."""
+    """Count rows of ``cache``, whose images link to the scenes in turn, that differ from these."""
     expected = scenes.read(numpy.arange(len(scenes)))
     if len(numpy.unique(expected, axis=0)) < len(scenes):
-        raise RuntimeError("some scenes have the same features: nothing would be proven")
+        raise RuntimeError("some scenes have the same features, so equal rows would prove nothing")
     wrong = 0
     for start in range(0, len(cache), 10_000):
         rows = numpy.arange(start, min(start + 10_000, len(cache)))

@@ -23,12 +23,12 @@ BOUNDARY = "a-client-of-the-load"
 
 @dataclass
 class Client:
-    """One who asks, and what came of it.
+    """A client, and the responses that it got.
 
     Attributes:
-        waits: seconds from asking to the answer, refusals included.
-        refusals: answers 503, after which it asked again.
-        problems: anything else that was no caption.
+        waits: seconds from each request to its answer, refusals included.
+        refusals: number of 503 responses, after which it tried again.
+        problems: other responses without a caption.
     """
 
     waits: list[float] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Client:
     problems: list[str] = field(default_factory=list)
 
     def ask(self, port: int, images: Sequence[Path], until: float) -> None:
-        """Send one image after the other until ``until`` (of ``time.monotonic``)."""
+        """Send one image after the other until the time ``until`` (``time.monotonic``)."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=900)
         for image in images:
             began = time.monotonic()
@@ -53,7 +53,7 @@ class Client:
         connection.close()
 
     def _answered(self, connection: http.client.HTTPConnection, image: Path) -> bool:
-        """Send an image; false where the server wants to be asked later, after that time."""
+        """Send an image; if the server refuses, wait as long as it asks and return False."""
         head = f'Content-Disposition: form-data; name="image"; filename="{image.name}"'
         body = b"\r\n".join(
             [
@@ -76,7 +76,7 @@ class Client:
 
 
 def serve_clients(images: Sequence[Path], folder: Path, count: int, seconds: int) -> dict[str, str]:
-    """Start the server, ask it ``count`` times at once for so many seconds, and end it."""
+    """Start the server, run ``count`` clients at once for ``seconds``, and stop it."""
     temporary = folder / "uploads"
     temporary.mkdir()
     process = subprocess.Popen(
@@ -84,7 +84,7 @@ def serve_clients(images: Sequence[Path], folder: Path, count: int, seconds: int
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
-        # BROWSER: what opens the page.
+        # BROWSER: the program that would open the page.
         env={**os.environ, "TMPDIR": str(temporary), "BROWSER": "true"},
     )
     assert process.stderr is not None
@@ -98,7 +98,7 @@ def serve_clients(images: Sequence[Path], folder: Path, count: int, seconds: int
     threads = [
         threading.Thread(
             target=client.ask,
-            # Each begins elsewhere.
+            # Each client begins with another image.
             args=(port, [*images[number % len(images) :], *images] * 100, until),
         )
         for number, client in enumerate(clients)
@@ -121,7 +121,7 @@ def serve_clients(images: Sequence[Path], folder: Path, count: int, seconds: int
 
 
 def describe(clients: Sequence[Client], seconds: int, memory: Sequence[float]) -> dict[str, str]:
-    """Put what was found into words."""
+    """Describe the result as rows of the table."""
     waits = sorted(wait for client in clients for wait in client.waits)
     each = sorted(len(client.waits) for client in clients)
     quarter = max(1, len(memory) // 4)
@@ -133,10 +133,10 @@ def describe(clients: Sequence[Client], seconds: int, memory: Sequence[float]) -
         f"{len(clients)} clients for {seconds} s: answers, errors, refusals (503)": (
             f"{len(waits):,}, 0, {sum(client.refusals for client in clients):,}"
         ),
-        "seconds to an answer: median, 95 of 100, longest": (
+        "response time, seconds: median, 95th percentile, maximum": (
             f"{statistics.median(waits):.1f}, {waits[int(0.95 * (len(waits) - 1))]:.1f}, "
             f"{waits[-1]:.1f}"
         ),
-        "answers that a client got: fewest, most": f"{each[0]}, {each[-1]}",
+        "answers per client: minimum, maximum": f"{each[0]}, {each[-1]}",
         "memory of the server, GB: in the second quarter, in the last": f"{early:.2f}, {late:.2f}",
     }

@@ -1,9 +1,9 @@
-"""One of this project's commands, with pixels in the place of the network's features.
+"""One of this project's commands, with pixels instead of the network's features.
 
     python benchmarks/load_worker.py extract_features.py --data photos --output photos.h5
 
-What an image costs InceptionV3 is known, and is hours for what ``load.py`` asks for; all that lies
-around it is as it is. Prints the peak memory in GB.
+For the images of ``load.py`` InceptionV3 would take hours, and its speed is known; everything else
+runs unchanged. Prints the peak memory in GB.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.models import encoder
 
 
 class PixelNetwork(PixelEncoder):
-    """What the commands want of an encoder besides."""
+    """Adds what else the commands need from an encoder."""
 
     source = "pixels"
 

@@ -1,9 +1,8 @@
 """What the benchmark works on: images, captions, weights and features.
 
-Photographs and captions of Flickr8k are taken where ``../shared`` has them; elsewhere drawn
-scenes do: speed hardly depends on what an image shows. Features to train on are made up:
-each image's are the sum of a random vector for every word of its captions, and noise, so
-that there is something to learn.
+Photographs and captions are Flickr8k's if ``../shared`` has them, else drawn scenes: speed hardly
+depends on what an image shows. Features to train on are synthetic: the sum of a random vector
+for every word of an image's captions, and noise, so that there is something to learn.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Material:
         weights: what ``--weights`` of extract_features.py takes.
         train, val: tokenised captions by image.
         vocabulary: the words seen five times in ``train``.
-        train_cache, val_cache: made-up features, a row an image in their order.
-        description: what was there, in a line.
+        train_cache, val_cache: synthetic features, one row per image in that order.
+        description: one line on the above.
     """
 
     images: Path
@@ -58,7 +57,7 @@ class Material:
 
 
 def prepare(folder: Path, count: int) -> Material:
-    """Collect or make everything; ``count`` images, some more than once if there are fewer."""
+    """Collect or make everything; ``count`` images, repeated if there are fewer."""
     images = folder / "images"
     originals = sorted(PHOTOGRAPHS.glob("*.jpg")) or draw_images(folder / "drawn")
     images.mkdir()
@@ -85,7 +84,7 @@ def prepare(folder: Path, count: int) -> Material:
 
 
 def draw_images(folder: Path) -> list[Path]:
-    """Draw scenes in the size of Flickr8k's photographs."""
+    """Draw scenes of the size of Flickr8k's photographs."""
     sys.path.insert(0, str(ROOT / "data"))
     from draw_scenes import draw_scenes
 
@@ -100,7 +99,7 @@ def draw_images(folder: Path) -> list[Path]:
 
 
 def collect_captions() -> tuple[list[list[list[str]]], list[list[list[str]]], str]:
-    """Tokenised captions of train and val images, and where they are from."""
+    """Return tokenised captions of train and val images, and where they are from."""
     if FLICKR8K.is_dir():
         table = read_captions(FLICKR8K, None)
         splits = [list(tokenized(table.of_split(split)).values()) for split in ("train", "val")]
@@ -108,19 +107,19 @@ def collect_captions() -> tuple[list[list[list[str]]], list[list[list[str]]], st
     sys.path.insert(0, str(ROOT / "data"))
     from draw_scenes import compose, write_captions
 
-    lots = random.Random(0)
+    rng = random.Random(0)
     groups = [
-        [caption.lower().split() for caption in write_captions(compose(lots), lots)]
+        [caption.lower().split() for caption in write_captions(compose(rng), rng)]
         for _ in range(TRAIN_PICTURES + VAL_PICTURES)
     ]
     return groups[:TRAIN_PICTURES], groups[TRAIN_PICTURES:], "captions of drawn scenes"
 
 
 def made_up_features(groups: list[list[list[str]]]) -> numpy.ndarray:
-    """Return float32 (len(groups), 2048): a direction for every word, summed, and noise."""
-    lots = numpy.random.default_rng(0)
+    """Return float32 (len(groups), 2048): the sum of a direction for every word, and noise."""
+    rng = numpy.random.default_rng(0)
     directions: dict[str, numpy.ndarray] = {}
-    rows = lots.standard_normal((len(groups), FEATURE_SIZE), dtype=numpy.float32)
+    rows = rng.standard_normal((len(groups), FEATURE_SIZE), dtype=numpy.float32)
     for row, group in zip(rows, groups, strict=True):
         for word in sorted({word for words in group for word in words}):
             if word not in directions:
@@ -131,7 +130,7 @@ def made_up_features(groups: list[list[list[str]]]) -> numpy.ndarray:
 
 
 def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) -> FeatureCache:
-    """Write a cache of ``rows`` images, the features over and over again."""
+    """Write a cache of ``rows`` images, repeating the features."""
     identity = EncoderIdentity("inception_v3", "0" * 64, "made up", "fp32", "random", "0")
     count = rows or len(features)
     names = [f"{number:07d}.jpg" for number in range(count)]
@@ -140,7 +139,7 @@ def write_cache(path: Path, features: numpy.ndarray, rows: int | None = None) ->
     for start in range(0, count, step):
         chunk = range(start, min(start + step, count))
         writer.write(chunk, features[: len(chunk)], {})
-        writer.commit()  # what it keeps until then counts as memory of the process
+        writer.commit()  # what is pending until then counts as the process's memory
     return writer.finish()
 
 

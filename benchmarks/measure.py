@@ -19,17 +19,14 @@ class Ratio:
     """How many times as fast one side is as another, over the rounds.
 
     Attributes:
-        median, low, high: of the ratios, each of two runs that came one after the other.
-        goal: what was aimed at, or None.
+        median, low, high: over the rounds, in each of which the two sides run one after the other.
+        goal: the target, or None.
     """
 
     median: float
     low: float
     high: float
     goal: float | None = None
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 @dataclass
@@ -39,9 +36,9 @@ class Comparison:
     Attributes:
         name: what was done.
         unit: what is counted per second.
-        rates: for every side its rate in each round.
-        ratios: what was compared, by its description.
-        facts: what else was found, by its description.
+        rates: each side's rate in each round.
+        ratios: ratios of two sides, by their description.
+        facts: other measurements, by their description.
     """
 
     name: str
@@ -69,8 +66,8 @@ def interleave(
 ) -> Comparison:
     """Run all sides in turn, ``rounds`` times, after one round that does not count.
 
-    Each side returns how many units it has done. The machine's speed drifts, and so only
-    rates from the same round are ever compared.
+    Each side returns how many units it has done. The machine's speed drifts, so only rates
+    of the same round are compared.
     """
     rates: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds + 1):

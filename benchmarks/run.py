@@ -1,4 +1,4 @@
-"""Measure every stage against what people do today, in one run on this machine.
+"""Measure every stage against plain PyTorch loops, in one run on this machine.
 
     make benchmark                       # all of it, 20 to 35 minutes on two cores
     python benchmarks/run.py --only extraction --only captioning
@@ -50,7 +50,7 @@ PARTS = (
     "memory",
     "growth",
 )
-# What a part needs to have been measured before it.
+# Parts that must be measured before a part.
 NEEDS = {
     "whole-job": {"extraction", "decoder"},
     "search": {"decoder"},
@@ -76,7 +76,7 @@ def main(rounds: int, only: tuple[str, ...]) -> None:
     if not only:
         write_json(RESULTS, results)
         growth.plot_growth(results["growth"], PLOT)
-        put_into_readme(table(results))
+        put_into_page(table(results))
         echo(f"written: {RESULTS}, {PLOT}, {PAGE}")
     echo(f"{results['minutes']} minutes")
 
@@ -152,15 +152,15 @@ def table(results: dict[str, Any]) -> str:
             figures = f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
             lines.append(f"| {description} | {figures} | {goal} |")
         facts += list(comparison["facts"].items())
-    lines += ["", "| found along the way | |", "|---|---:|"]
+    lines += ["", "| other measurements | |", "|---|---:|"]
     lines += [f"| {description} | {value} |" for description, value in facts]
     for script, peak in results["peak_memory_gb"].items():
         lines.append(f"| peak memory of {script}, GB | {peak} |")
     return "\n".join(lines)
 
 
-def put_into_readme(text: str) -> None:
-    """Replace what stands between the marks."""
+def put_into_page(text: str) -> None:
+    """Replace the text between the marks."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     with atomic_write(PAGE) as handle:

@@ -30,7 +30,7 @@ def test_the_table_has_every_row_and_work_is_kept(
     small = "--embed-size 8 --hidden-size 8 --batch-size 16 --min-count 1"
     monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(run=run_here))
     monkeypatch.setattr(ablation, "SEARCHED", "recipe")
-    monkeypatch.setattr(ablation, "LEVERS", {"recipe": small})
+    monkeypatch.setattr(ablation, "VARIANTS", {"recipe": small})
     monkeypatch.setattr(ablation, "PLAIN", greedy)  # its scores are made once
     monkeypatch.setattr(ablation, "SEARCHES", {"greedy": greedy})
     monkeypatch.setattr(ablation, "ENSEMBLES", {"both seeds, greedy": greedy})

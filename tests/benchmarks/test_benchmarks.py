@@ -1,4 +1,4 @@
-"""The benchmark: its baselines compute what the program computes, and its sums are right."""
+"""The benchmark: its baselines compute what the program computes, and its tables are right."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_baselines_beams_find_our_captions(
     assert len({tuple(words) for words in theirs}) > 5
 
 
-def test_one_step_of_the_program_replaced_trains_its_last_layers(tmp_path: Path) -> None:
+def test_a_step_of_the_captioner_with_its_encoder_trains_the_last_layers(tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", 1)
     model = baselines.OneStepCaptioner(load_encoder("random").trunk.state_dict(), 12, 8)
     before = {name: value.clone() for name, value in model.named_parameters()}
@@ -110,12 +110,12 @@ def test_sides_run_in_turn_and_ratios_are_of_one_round(monkeypatch: pytest.Monke
     assert result.ratios["a by b"] == Ratio(6.0, 2.0, 10.0, 3.0)
 
 
-def test_the_table_goes_into_the_readme_and_nothing_else_changes(
+def test_the_table_goes_into_its_page_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
-    monkeypatch.setattr(benchmark, "PAGE", readme)
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    monkeypatch.setattr(benchmark, "PAGE", page)
     comparison = Comparison("x", "image", {"a": [4.0], "b": [2.0]}).compare("speed", "a", "b", 1.5)
     results = {
         "machine": {"cores": 2, "processor": "P", "amx": False, "torch": "2"},
@@ -124,8 +124,8 @@ def test_the_table_goes_into_the_readme_and_nothing_else_changes(
         "comparisons": [benchmark.asdict(comparison)],
         "peak_memory_gb": {"caption.py": 0.9},
     }
-    benchmark.put_into_readme(benchmark.table(json.loads(json.dumps(results))))
-    text = readme.read_text()
+    benchmark.put_into_page(benchmark.table(json.loads(json.dumps(results))))
+    text = page.read_text()
     assert text.startswith(f"before\n{benchmark.BEGIN}\n")
     assert text.endswith(f"{benchmark.END}\nafter\n")
     assert "| speed | 2.00 (2.00 to 2.00) | 1.5 |" in text
@@ -133,8 +133,9 @@ def test_the_table_goes_into_the_readme_and_nothing_else_changes(
     assert "old" not in text
 
 
-def test_readme_has_the_table_of_the_stored_results() -> None:
-    results = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["results.json", "results-avx2.json"])
+def test_the_page_has_the_tables_of_the_stored_results(name: str) -> None:
+    results = json.loads(benchmark.RESULTS.with_name(name).read_text(encoding="utf-8"))
     assert benchmark.table(results) in benchmark.PAGE.read_text(encoding="utf-8")
     assert benchmark.PLOT.is_file()
 
