@@ -71,19 +71,38 @@ def _rounded(lines: list[str]) -> list[str]:
     return [re.sub(r"\t-(\d+\.\d+)$", lambda m: f"\t-{float(m[1]):.1f}", line) for line in lines]
 
 
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "data").rglob("*.md")]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "SECURITY.md",
+    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "data").rglob("*.md"),
+]
 
 
-def test_links_lead_to_files() -> None:
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    checked = 0
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            if not link.startswith("http"):
+                target, _, anchor = link.partition("#")
+                path = page.parent / target if target else page
+                assert path.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(path), f"{page.name}: {link}"
+                checked += 1
+    assert checked > 30
 
 
-def test_modules_and_tests_that_are_named_exist() -> None:
+def test_files_that_are_named_exist() -> None:
+    named = r"`((?:pipeline|tests|benchmarks)/[\w/.-]+)`"
     for page in PAGES:
-        for path in re.findall(r"`((?:pipeline|tests)/[\w/.]+)`", page.read_text(encoding="utf-8")):
+        for path in re.findall(named, page.read_text(encoding="utf-8")):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
