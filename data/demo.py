@@ -2,8 +2,8 @@
 
     python data/demo.py
 
-First the pretrained model captions ten photographs that come with scikit-image, of what it knows
-and of what it does not know. Then the demo draws 400 captioned scenes, extracts their features,
+First the pretrained model captions ten photographs that come with scikit-image: some show what it
+knows, others what it does not. Then the demo draws 400 captioned scenes, extracts their features,
 trains a decoder, fine-tunes both networks for two epochs, scores both models, and captions drawings
 that neither has seen. Each command is printed before it runs. Nothing is downloaded: features come
 from the pretrained model's encoder.
@@ -31,7 +31,7 @@ PHOTOGRAPHS = (
     *("chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "moon.png"),
 )
 LEARNT = """\
-The model has learnt from 6,000 photographs of people, dogs, sports and streets (Flickr8k).
+The model was trained on 6,000 photographs of people, dogs, sports and streets (Flickr8k).
 It recognises, but invents details:      a man (camera), a motorcycle, a wall of bricks
 It is wrong, as Flickr8k has hardly any: an astronaut, blades of grass, a cat (chelsea), a cup of
                                          coffee, a rocket, coins, the moon"""
@@ -39,7 +39,7 @@ It is wrong, as Flickr8k has hardly any: an astronaut, blades of grass, a cat (c
 
 @click.command()
 def main() -> None:
-    """Caption photographs, then run all stages on drawings; some minutes on two cores."""
+    """Caption photographs, then run all stages on drawings; a few minutes on two cores."""
     caption_photographs()
     run("data/draw_scenes.py")
     run("extract_features.py --data data/scenes --weights pretrained --force")

@@ -4,12 +4,12 @@
     python data/draw_scenes.py --output OUT --images 50 --seed 1
 
 The folder has the layout of Kaggle's Flickr8k: ``Images/*.jpg`` and ``captions.csv``
-(columns image, caption, split), five captions an image. One image in ten is for
+(columns image, caption, split), five captions per image. One image in ten is for
 validation, one for the test. The same seed and Pillow version give the same bytes.
 
-How it is made: a ``Scene`` is drawn by lot (``compose``); ``draw`` and ``write_captions``
-both work from it alone, so a caption says only what the image shows. What can appear
-is in the tables below. A drawing is a list of shapes in a box of 100 x 100, the y axis
+``compose`` chooses a ``Scene`` at random; ``draw`` and ``write_captions`` both work from
+it alone, so a caption says only what the image shows. The tables below hold what can
+appear. A drawing is a list of shapes in a box of 100 x 100, the y axis
 pointing down, an animal looking to the right: "oval FILL x0 y0 x1 y1", "box" the same,
 "area FILL x y x y ..." (a polygon), "line FILL THICKNESS x y x y ...", "dots FILL WIDTH
 HEIGHT x y x y ..." (round boxes). FILL is a colour that Pillow knows, or "main" (the
@@ -28,7 +28,7 @@ import click
 from PIL import Image, ImageColor, ImageDraw
 
 WIDTH, HEIGHT = 320, 240
-SMOOTH = 2  # drawn so much larger, then reduced: smooth edges
+SMOOTH = 2  # drawn this many times larger, then reduced, for smooth edges
 COLOURS = {
     "red": "#d63031", "blue": "#2d69d7", "yellow": "#fad232", "green": "#37a046",
     "black": "#26262b", "white": "#fafafa", "brown": "#8c552d", "orange": "#f0862a",
@@ -71,7 +71,7 @@ DOG_HEAD += "oval black 95 28 103 37; oval white 77 20 85 29; oval black 80 22 8
 
 
 def person(body: str, legs: tuple[str, str, str]) -> dict[str, str]:
-    """The drawings of one kind of person, by action."""
+    """Return the drawings of one kind of person, by action."""
     arms = {"stand": ARMS, "run": ARMS_RUN, "jump": ARMS_JUMP, "hold": ARM_UP}
     by_action = dict(zip(("stand", "run", "jump", "hold"), (*legs, legs[0]), strict=True))
     return {action: by_action[action] + body + arms[action] + FACE for action in arms}
@@ -178,15 +178,15 @@ KINDS = {
 
 
 class Setting(NamedTuple):
-    """A background: shapes over the whole image, where feet stand, who comes, the words."""
+    """A background: shapes over the whole image, the shadow's colour, its objects and words."""
 
     shapes: str
     shadow: str
     subjects: str  # "kind:action,action ..."
     others: str  # "kind:relation ..."
-    avoid: str  # colours that would not be seen
+    avoid: str  # colours that would hardly be visible
     places: tuple[str, ...]
-    skies: tuple[str, ...]  # the place of one who flies
+    skies: tuple[str, ...]  # places for what flies
     sunny: bool
 
 
@@ -262,7 +262,7 @@ TEMPLATES_PAIRED = (
 
 
 class Relation(NamedTuple):
-    """How subject and other object stand: words both ways, places from the image's middle."""
+    """How subject and other object are placed: words both ways, offsets from the middle."""
 
     near: tuple[str, ...]
     back: tuple[str, ...]
@@ -332,7 +332,7 @@ def compose(rng: random.Random) -> Scene:
 
 
 def write_captions(scene: Scene, rng: random.Random) -> list[str]:
-    """Five captions, all true of ``scene`` and no two alike."""
+    """Return five captions, all different and true of ``scene``."""
     templates = TEMPLATES_PAIRED if scene.relation in RELATIONS else TEMPLATES_ALONE
     captions: dict[str, str] = {}
     while len(captions) < 5:
@@ -344,7 +344,7 @@ def write_captions(scene: Scene, rng: random.Random) -> list[str]:
 
 
 def _phrases(scene: Scene, rng: random.Random) -> dict[str, str]:
-    """Wordings for the places in a template, chosen anew for each caption."""
+    """Return words for a template's fields, chosen anew for each caption."""
     setting, one, twins = SETTINGS[scene.setting], scene.count == 1, scene.other == scene.kind
     full = _noun(scene.kind, scene.count, scene.colour, scene.size, rng)
     plural, singular, ing = ACTIONS["fly" if scene.other == "kite" else scene.action].split()
@@ -369,7 +369,7 @@ def _phrases(scene: Scene, rng: random.Random) -> dict[str, str]:
 
 
 def _noun(kind: str, count: int, colour: str, size: str, rng: random.Random) -> str:
-    """For example "a small brown dog", "two men in red shirts"; "" for no kind."""
+    """Return for example "a small brown dog" or "two men in red shirts"; "" for no kind."""
     if not kind:
         return ""
     name, wear, tail = rng.choice(KINDS[kind].names), WEAR.get(kind), ""
@@ -388,7 +388,7 @@ def _counted(words: str, count: int) -> str:
 
 
 class Canvas:
-    """An image in the making; the shades of its setting, of skin and of hair by lot."""
+    """An image being drawn; shades of its setting, of skin and of hair are random."""
 
     def __init__(self, setting: Setting, rng: random.Random) -> None:
         self.image = Image.new("RGB", (WIDTH * SMOOTH, HEIGHT * SMOOTH))
@@ -438,7 +438,7 @@ class Canvas:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw ``scene``, its exact places and shades by lot."""
+    """Draw ``scene``, with random exact places and shades."""
     canvas = Canvas(SETTINGS[scene.setting], rng)
     for _ in range(rng.randrange(3) if SETTINGS[scene.setting].sunny else 0):
         canvas.shapes(CLOUD, (rng.uniform(10, 180), rng.uniform(4, 40), 70, 28))
@@ -487,16 +487,21 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
 
 
 def _scaled(colour: str, factor: float) -> str:
-    """``colour`` made darker or lighter."""
+    """Return ``colour`` made darker or lighter."""
     parts = (min(255, round(part * factor)) for part in ImageColor.getrgb(colour)[:3])
     return "#{:02x}{:02x}{:02x}".format(*parts)
+
+
+def generator(seed: int, index: int) -> random.Random:
+    """Return an image's own generator: however many are drawn, the first ones are the same."""
+    return random.Random(f"{seed}-{index}")
 
 
 def draw_scenes(folder: Path, images: int, seed: int) -> None:
     """Write the data set into ``folder``; images of an earlier run there are replaced.
 
-    Raises ``ValueError`` for fewer than one image, and ``OSError`` where ``folder``
-    cannot be written.
+    Raises ``ValueError`` for fewer than one image, and ``OSError`` if ``folder`` cannot be
+    written.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, not {images}")
@@ -505,8 +510,7 @@ def draw_scenes(folder: Path, images: int, seed: int) -> None:
     names = [f"scene_{index:05d}.jpg" for index in range(images)]
     rows = [("image", "caption", "split")]
     for index, name in enumerate(names):
-        # A generator an image: the first fifty are the same however many are drawn.
-        rng = random.Random(f"{seed}-{index}")
+        rng = generator(seed, index)
         scene = compose(rng)
         part = image_folder / f".{name}.part"
         draw(scene, rng).save(part, "JPEG", quality=90)
@@ -514,7 +518,7 @@ def draw_scenes(folder: Path, images: int, seed: int) -> None:
         split = {8: "val", 9: "test"}.get(index % 10, "train")
         rows += [(name, caption, split) for caption in write_captions(scene, rng)]
     for stale in set(image_folder.glob("scene_*.jpg")) - {image_folder / name for name in names}:
-        stale.unlink()  # of a longer run; no caption knows it
+        stale.unlink()  # from a larger run; it has no captions now
     part = folder / ".captions.csv.part"
     with part.open("w", encoding="utf-8", newline="") as handle:
         csv.writer(handle, lineterminator="\n").writerows(rows)

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import csv
 import json
-import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import click
-from draw_scenes import WEAR, Scene, compose, draw_scenes
+from draw_scenes import WEAR, Scene, compose, draw_scenes, generator
 
 NEW_PICTURES = 4
 
@@ -72,7 +71,7 @@ CHINESE_HELD = {"kite": "风筝", "balloon": "气球"}
 
 
 def german_captions(scene: Scene) -> list[str]:
-    """Two German captions, true of ``scene``."""
+    """Return two German captions that are true of ``scene``."""
     gender, one, several = GERMAN_NOUNS[scene.kind]
     place, colour = GERMAN_PLACES[scene.setting], GERMAN_COLOURS[scene.colour]
     verb = GERMAN_VERBS[scene.action][scene.count > 1]
@@ -91,7 +90,7 @@ def german_captions(scene: Scene) -> list[str]:
 
 
 def chinese_captions(scene: Scene) -> list[str]:
-    """Two Chinese captions, true of ``scene``."""
+    """Return two Chinese captions that are true of ``scene``."""
     measure, noun = CHINESE_NOUNS[scene.kind][0], CHINESE_NOUNS[scene.kind][1:]
     place, colour = CHINESE_PLACES[scene.setting], CHINESE_COLOURS[scene.colour]
     verb = CHINESE_VERBS[scene.action].format(other=CHINESE_HELD.get(scene.other, ""))
@@ -102,7 +101,7 @@ def chinese_captions(scene: Scene) -> list[str]:
 
 def scenes_of(images: int, seed: int) -> list[Scene]:
     """Compose the scenes that ``draw_scenes`` drew with this seed."""
-    return [compose(random.Random(f"{seed}-{index}")) for index in range(images)]
+    return [compose(generator(seed, index)) for index in range(images)]
 
 
 def read_captions(folder: Path) -> dict[str, list[tuple[str, str]]]:

@@ -1,8 +1,8 @@
-"""What captions speak of, as directions in the teacher's features; ``distil_encoder`` weights them.
+"""What captions mention, as directions in the teacher's features; ``distil_encoder`` weights them.
 
-The teacher tells 120 breeds of dogs apart, captions hardly a dog from another, but a girl from a
-boy. A student that has too little time for all that the teacher knows should learn first what
-changes captions.
+The teacher distinguishes 120 breeds of dogs; captions hardly do, but they distinguish girls from
+boys. A student without the time to learn all that the teacher knows should first learn what changes
+captions.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pipeline.datasets.image_sources import ImageFolder
 from pipeline.datasets.vocabulary import Vocabulary
 from pipeline.models.ngram_predictor import ngram_targets
 
-# In a trial with words and word pairs, so many predicted those of Flickr8k's dev as well as all
+# In a trial with words and word pairs, this many predicted those of Flickr8k's dev as well as all
 # 1,280 features did.
 DIRECTIONS = 128
-# Of the regression, per image: in the same trial, the best of 0.05 to 7.
+# Ridge of the regression, per image: in the same trial, the best of 0.05 to 7.
 RIDGE = 1.7
 
 
 def captioned_pictures(data: Path) -> tuple[list[Path], EncodedCaptions]:
-    """Return the pictures of the train split of a folder, and their captions in the same order."""
+    """Return the photographs of a folder's train split, and their captions in the same order."""
     source = ImageFolder(data)
     table, names = read_captions(source).restrict(source.names)
     captions = tokenized(table.of_split("train"))
@@ -41,13 +41,13 @@ def caption_directions(
     """Return the directions along which features change the captions most: float32 (F, count).
 
     They are the principal components of the n-grams, weighted as by CIDEr-D, that ridge regression
-    predicts from the features. A component's deviation is how much it changes captions: 1 of the
-    first, less of each other.
+    predicts from the features. A component's standard deviation says how much it changes captions:
+    1 for the first, less for each later one.
 
     Args:
-        features: pooled features of the captioned pictures, float32 (N, F).
-        captions: of the same pictures.
-        count: at most so many directions.
+        features: pooled features of the captioned photographs, float32 (N, F).
+        captions: of the same photographs.
+        count: maximum number of directions.
     """
     vectors = ngram_targets(captions).vectors
     deviation = features.std(0) + 1e-3 * features.std()

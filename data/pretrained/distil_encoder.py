@@ -6,16 +6,15 @@
     python data/pretrained/distil_encoder.py export STATE encoder.pth
 
 ``pack`` writes all photographs into one file (see ``distil_pool``). ``train`` can be stopped at any
-time and continued by the same command, also on another machine. ``export`` writes what
+time and resumed by the same command, also on another machine. ``export`` writes what
 ``extract_features.py --weights`` takes.
 
 Teacher and student see the same crop. The student learns the teacher's features (standardised,
 through a linear map), pooled and in each cell of the last grid, and its class probabilities, as in
 "Knowledge distillation: a good teacher is patient and consistent" (Beyer et al., arXiv 2106.05237).
 With ``--captions FOLDER`` it learns above all the directions of these features along which captions
-change (see ``distil_directions``); only the pictures of FOLDER have captions. The teacher is Lite2
-alone: averaging Lite0 to Lite2 would double its cost, and their features have nothing in common
-that could be averaged.
+change (see ``distil_directions``); only the photographs of FOLDER have captions. The teacher is
+Lite2 alone: averaging Lite0 to Lite2 would double its cost, and their features are not comparable.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from distil_pool import BICUBIC, BILINEAR, SIZE, Pool, pack_pool
 from PIL import Image
 from torch import Tensor
 
-RAMP = 60  # steps in which the learning rate rises after each start: AdamW's moments are new
-RIDGE = 3.0  # of the first map, per crop that it is fitted to
+RAMP = 60  # warm-up steps after each start, when AdamW's moments are new
+RIDGE = 3.0  # of the initial map, per crop that it is fitted to
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -52,20 +51,20 @@ Report = Callable[[dict[str, Any]], None]
 class Plan:
     """How to train. All schedules are functions of the crops seen, not of steps or time."""
 
-    crops: int = 2_000_000  # smaller on a later start: the learning rate falls to zero by then
+    crops: int = 2_000_000  # the learning rate falls to zero by then; a later start may lower it
     batch: int = 32
-    rate: float = 3e-4  # at 32 a batch; others get it times sqrt(batch / 32)
-    # Lite2 was trained with smoothed labels. A higher temperature would give most of the loss
-    # to the uniform rest that these leave to all 1,000 classes.
+    rate: float = 3e-4  # for batches of 32; for others times sqrt(batch / 32)
+    # Lite2 was trained with label smoothing. At a higher temperature most of the loss would come
+    # from the uniform probability that smoothing gives to all 1,000 classes.
     temperature: float = 1.0
     feature_weight: float = 0.5
-    caption_weight: float = 4.0  # of the directions of captions, where there are any
-    cell_weight: float = 0.5  # of the error in cells, in that of pooled features
+    caption_weight: float = 4.0  # of the directions of captions, if there are any
+    cell_weight: float = 0.5  # of the error in cells, relative to that of pooled features
     class_weight: float = 0.4
-    lower_from: int = 500_000  # crops after which Mixed_5b to Mixed_6a learn as well
-    lower_rate: float = 0.1  # their learning rate, of that of the others
-    half_life: int = 20_000  # crops, of the average of the weights
-    evaluate_every: int = 10_000  # crops; more often at first
+    lower_from: int = 500_000  # crops after which Mixed_5b to Mixed_6a are trained as well
+    lower_rate: float = 0.1  # their learning rate, relative to that of the others
+    half_life: int = 20_000  # of the moving average of the weights, in crops
+    evaluate_every: int = 10_000  # in crops; more often at first
     seconds: float = math.inf
     save_seconds: float = 600.0
     report_seconds: float = 120.0
@@ -74,13 +73,13 @@ class Plan:
 
 
 def rate_at(plan: Plan, crops: int, steps: int) -> float:
-    """Return the learning rate: cosine over all crops, rising over the first steps of a run."""
+    """Return the learning rate: a cosine over all crops, with warm-up at each start."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, crops / plan.crops))
     return plan.rate * math.sqrt(plan.batch / 32) * cosine * min(1.0, (steps + 1) / RAMP)
 
 
 def evaluation_is_due(plan: Plan, state: State) -> bool:
-    """True if it is time to evaluate: after 2,000 crops, then after ever more."""
+    """True if it is time to evaluate: after 2,000 crops, then at growing intervals."""
     last = int(state.history[-1]["crops"]) if state.history else 0
     return state.crops - last >= min(plan.evaluate_every, 2_000 + last // 4)
 
@@ -88,7 +87,7 @@ def evaluation_is_due(plan: Plan, state: State) -> bool:
 def batches(
     pool: Pool, plan: Plan, first: int, teacher_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw batches in threads; what is drawn depends only on the seed and the crops seen."""
+    """Sample batches in threads; they depend only on the seed and the number of crops seen."""
     waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
     with ThreadPoolExecutor(plan.workers) as threads:
         try:
@@ -107,8 +106,9 @@ def initial_state(
 ) -> State:
     """Start from an ``inception_v3`` state dict.
 
-    The teacher's statistics, and by ridge regression the map to its features, are from ``count``
-    crops: fitted in the time of a thousand training crops, rather than learnt in many thousands.
+    The teacher's statistics and, by ridge regression, the map to its features are fitted to
+    ``count`` crops, which takes as long as training on a thousand, rather than learnt from many
+    thousands.
     """
     nothing = {"weight": torch.zeros(1, 2048), "bias": torch.zeros(1)}
     start = {name: unpacked(w) for name, w in weights.items() if "AuxLogits" not in name}
@@ -124,7 +124,7 @@ def initial_state(
     given, wanted = (torch.cat(side) for side in zip(*pairs, strict=True))
     state.mean, state.deviation = wanted.mean(0), wanted.std(0).clamp_min(1e-3)
     state.cell_deviation = torch.stack(variances).mean(0).sqrt().clamp_min(1e-3)
-    # One scale for all features: of those that hardly vary yet, the map must not make much.
+    # One scale for all features: the map must not amplify those that hardly vary yet.
     centre = given.mean(0)
     scale = (given - centre).square().mean().sqrt().clamp_min(1e-3)
     given, wanted = (given - centre) / scale, (wanted - state.mean) / state.deviation
@@ -137,7 +137,7 @@ def initial_state(
 def squares(
     pictures: Sequence[Path], size: int, how: Image.Resampling = BILINEAR, batch: int = 16
 ) -> Iterator[Tensor]:
-    """Read pictures, whole and squeezed, in batches: uint8 (B, size, size, 3)."""
+    """Read whole pictures, squeezed to squares, in batches: uint8 (B, size, size, 3)."""
     for first in range(0, len(pictures), batch):
         some = [Image.open(path).convert("RGB") for path in pictures[first : first + batch]]
         arrays = [numpy.asarray(picture.resize((size, size), how)) for picture in some]
@@ -150,7 +150,7 @@ def taught(teacher: Teacher, pictures: Sequence[Path]) -> list[tuple[Tensor, Ten
 
 
 class Judge:
-    """Compares student and teacher on pictures that were not trained on, whole and squeezed."""
+    """Compares student and teacher on whole, squeezed pictures that were not trained on."""
 
     def __init__(self, pictures: Sequence[Path], teacher: Teacher, state: State) -> None:
         self.pictures, self.shares = pictures, of_captions(state)
@@ -161,7 +161,7 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, student: Student) -> dict[str, float]:
-        """Return the share of equal top-1 classes and the mean cosine of standardised features.
+        """Return top-1 agreement and the mean cosine of standardised features.
 
         With directions of captions, also how much of their variance the student explains.
         """
@@ -181,7 +181,7 @@ class Judge:
 
 
 def of_captions(state: State) -> Tensor:
-    """Return each feature's share in what changes captions: (F,), sum 1; 0 but for directions."""
+    """Return each feature's share in what changes captions: (F,), sum 1; 0 except directions."""
     count = 0 if state.directions is None else state.directions.shape[1]
     shares = state.deviation.clone()
     shares[: len(shares) - count] = 0
@@ -235,7 +235,7 @@ def distil(
     judge: Judge | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> State:
-    """Train from ``state`` on and keep it in ``path`` now and then, and at the end."""
+    """Train from ``state`` on; save it to ``path`` from time to time and at the end."""
     student = Student(state, device)
     live = {k: t for part in student.tensors().values() for k, t in part.items()}
     average = {k: t.detach().clone() for k, t in live.items()}
@@ -247,7 +247,7 @@ def distil(
 
     def keep() -> None:
         if not all(average[k].isfinite().all() for k in floats):
-            raise click.ClickException(f"weights are no longer numbers; {path} is as before")
+            raise click.ClickException(f"weights became NaN or infinite; {path} is unchanged")
         for name in ("weights", "projection"):
             own = student.tensors()[name]
             setattr(state, name, {k: average[k].detach().cpu() for k in own})
@@ -322,7 +322,7 @@ def copy_all(into: dict[str, Tensor], given: dict[str, Tensor], names: Sequence[
 def follow(
     average: dict[str, Tensor], live: dict[str, Tensor], names: Sequence[str], share: float
 ) -> None:
-    """Move the average by ``share`` towards the weights that learn."""
+    """Move the average by ``share`` towards the trained weights."""
     with torch.no_grad():
         torch._foreach_lerp_([average[k] for k in names], [live[k] for k in names], share)
 
@@ -339,18 +339,20 @@ new = click.Path(dir_okay=False, path_type=Path)
 
 @main.command()
 @click.argument("pool", type=new)
-@click.option("--manifest", type=existing, required=True, help="What is in the pool, JSON.")
-@click.option("--root", type=folder, default=".", help="Where the manifest's folders lie.")
+@click.option(
+    "--manifest", type=existing, required=True, help="JSON list of the pool's photographs."
+)
+@click.option("--root", type=folder, default=".", help="Parent of the manifest's folders.")
 @click.option(
     "--git-dirs",
     default="{owner}/{name}.git",
     show_default=True,
-    help="Where clones of the manifest's repositories lie.",
+    help="Clones of the manifest's repositories.",
 )
-@click.option("--size", default=256, show_default=True, help="Side of the squares at most.")
+@click.option("--size", default=256, show_default=True, help="Maximum side of the squares.")
 @click.option("--quality", default=90, show_default=True)
 @click.option("--form", type=click.Choice(["JPEG", "WEBP"]), default="JPEG", show_default=True)
-@click.option("--limit", type=int, help="So many photographs, drawn by the manifest's weights.")
+@click.option("--limit", type=int, help="Number of photographs, sampled by weight; by default all.")
 def pack(
     pool: Path,
     manifest: Path,
@@ -364,7 +366,7 @@ def pack(
     """Write the photographs of a manifest to POOL.bin and POOL.npz.
 
     \b
-    A pool of 36 MB, to take to another machine:
+    A pool of 36 MB, to copy to another machine:
       pack small --manifest pool.json --size 160 --form WEBP --quality 15 --limit 20000
     """
     counts = pack_pool(manifest, pool, root, git_dirs, size, quality, form, limit)
@@ -374,15 +376,19 @@ def pack(
 @main.command()
 @click.argument("pool", type=new)
 @click.argument("state", type=new)
-@click.option("--start", type=existing, help="inception_v3 state dict, where STATE is new.")
-@click.option("--captions", type=folder, help="Folder with captions, such as Flickr8k's.")
-@click.option("--dev", type=folder, help="Folder of pictures to evaluate on, never trained on.")
-@click.option("--dev-list", type=existing, help="Names of those to take, one a line.")
-@click.option("--dev-count", default=400, show_default=True, help="The first so many of them.")
-@click.option("--crops", default=Plan.crops, show_default=True, help="To see in all runs together.")
-@click.option("--minutes", type=float, help="Stop after; the same command continues.")
-@click.option("--batch-size", default=Plan.batch, show_default=True, help="256 suits a GPU.")
-@click.option("--rate", default=Plan.rate, show_default=True, help="Learning rate at 32 a batch.")
+@click.option("--start", type=existing, help="inception_v3 state dict, if STATE is new.")
+@click.option("--captions", type=folder, help="Folder with images and captions, such as Flickr8k.")
+@click.option("--dev", type=folder, help="Folder of images to evaluate on.")
+@click.option("--dev-list", type=existing, help="Names of these images, one per line.")
+@click.option("--dev-count", default=400, show_default=True, help="Use the first of these names.")
+@click.option("--crops", default=Plan.crops, show_default=True, help="Total over all runs.")
+@click.option("--minutes", type=float, help="Stop after this time; the same command resumes.")
+@click.option(
+    "--batch-size", default=Plan.batch, show_default=True, help="Crops per step; 256 suits a GPU."
+)
+@click.option(
+    "--rate", default=Plan.rate, show_default=True, help="Learning rate for batches of 32."
+)
 @click.option("--feature-weight", default=Plan.feature_weight, show_default=True)
 @click.option("--caption-weight", default=Plan.caption_weight, show_default=True)
 @click.option("--cell-weight", default=Plan.cell_weight, show_default=True, help="See Plan.")
@@ -390,8 +396,10 @@ def pack(
 @click.option("--temperature", default=Plan.temperature, show_default=True)
 @click.option("--lower-from", default=Plan.lower_from, show_default=True, help="Crops; see Plan.")
 @click.option("--evaluate-every", default=Plan.evaluate_every, show_default=True, help="Crops.")
-@click.option("--threads", type=int, help="Of torch.")
-@click.option("--workers", type=int, help="Threads that decode; 1 on a CPU, else 12.")
+@click.option("--threads", type=int, help="Threads of PyTorch.")
+@click.option(
+    "--workers", type=int, help="Threads that decode images; by default 1 on a CPU, else 12."
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 def train(
     pool: Path,
@@ -408,7 +416,7 @@ def train(
     batch_size: int,
     **options: Any,
 ) -> None:
-    """Train on POOL, continuing STATE where it exists. Each line printed is a JSON object."""
+    """Train on POOL, resuming STATE if it exists. Each line printed is a JSON object."""
     if threads:
         torch.set_num_threads(threads)
     target = torch.device(device)
@@ -447,7 +455,7 @@ def train(
 @main.command()
 @click.argument("state", type=existing)
 @click.argument("weights", type=new)
-@click.option("--small-state", is_flag=True, help="Write a state of half the size, in 8 bits.")
+@click.option("--small-state", is_flag=True, help="Instead write STATE in 8 bits, half its size.")
 def export(state: Path, weights: Path, small_state: bool) -> None:
     """Write the encoder of STATE as a torchvision state dict in 16 bits."""
     kept = State.load(state)

@@ -1,4 +1,4 @@
-"""The two networks of ``distil_encoder``, and what is kept of them between two runs."""
+"""The two networks of ``distil_encoder``, and their state between two runs."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ STATE_LIMIT = 64 * 2**20
 class State:
     """All that is kept between two runs.
 
-    Only the average of the weights is kept, and no moments of AdamW: with the weights that learn
-    and two moments the file would have four times its size. Starting again from the average loses
-    nothing that counts; the moments are back after a few steps at a low learning rate.
+    Only the average of the weights is kept, without the trained weights and AdamW's two moments,
+    which would make the file four times as large. Resuming from the average loses nothing that
+    counts; the moments recover within a few steps of warm-up.
 
     Attributes:
         weights: torchvision's Inception3 state dict, float32.
         projection: linear map to the teacher's standardised features: weight (F, 2048), bias (F,).
         mean, deviation: of the teacher's pooled features, float32 (F,).
         cell_deviation: of its features in single cells, float32 (F,).
-        directions: the teacher's, which are the last of the F; None without.
-        history: one entry an evaluation.
+        directions: the teacher's, the last of the F features; None if there are none.
+        history: one entry per evaluation.
     """
 
     weights: dict[str, Tensor]
@@ -54,7 +54,7 @@ class State:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def save(self, path: Path, bits: int = 16) -> None:
-        """Write the state in one piece: matrices in 16 bits, or 8 with a scale a row."""
+        """Write the state atomically: matrices in 16 bits, or in 8 with a scale per row."""
         values = {**vars(self)}
         for name in ("weights", "projection"):
             values[name] = {key: packed(value, bits) for key, value in values[name].items()}
@@ -74,7 +74,7 @@ class State:
 
 
 def packed(values: Tensor, bits: int) -> Tensor | tuple[Tensor, Tensor]:
-    """Round a matrix to 16 or 8 bits; vectors, such as BatchNorm's, are few and are kept."""
+    """Round a matrix to 16 or 8 bits; vectors, such as BatchNorm's, are small and stay."""
     if values.dim() < 2:
         return values
     if bits == 16:
@@ -84,14 +84,14 @@ def packed(values: Tensor, bits: int) -> Tensor | tuple[Tensor, Tensor]:
 
 
 def unpacked(values: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """Bring the result of ``packed`` back to float32."""
+    """Return the result of ``packed`` in float32."""
     if isinstance(values, tuple):
         return values[0].float() * values[1]
     return values.float() if values.is_floating_point() else values
 
 
 class Frozen:
-    """Run a network that does not learn: by OpenVINO on a CPU where it is, in half the time."""
+    """Run a frozen network: on a CPU by OpenVINO, if installed, in half the time."""
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network.eval().requires_grad_(False)
@@ -122,12 +122,12 @@ class Frozen:
 class Teacher:
     """A teacher: grids of features and class logits, float32, of uint8 pictures (B, S, S, 3).
 
-    EfficientNet-Lite2 (Apache-2.0) by default: 260 x 260, (pixel - 127) / 128. With these it
-    names 87 % of 125 ImageNet pictures, with ImageNet's mean and deviation 84 %.
+    EfficientNet-Lite2 (Apache-2.0) takes 260 x 260 pixels as (pixel - 127) / 128: so it classifies
+    87 % of 125 ImageNet pictures correctly, with ImageNet's mean and deviation 84 %.
 
     Attributes:
         size: S.
-        directions: float32 (features, D): so many sums of features are appended to them.
+        directions: float32 (features, D): D weighted sums of features that are appended to them.
     """
 
     def __init__(self, features: nn.Module, classifier: nn.Linear, size: int) -> None:
@@ -168,8 +168,8 @@ class Teacher:
 class Student:
     """InceptionV3 and the linear map from its pooled features to the teacher's.
 
-    BatchNorm keeps the statistics that the start came with; its scales and shifts learn. Those of
-    batches, or new ones from the pool, made the features of captioning worse at first.
+    BatchNorm keeps its initial statistics; its scales and shifts are trained. Batch statistics, or
+    new ones from the pool, at first made the features worse for captioning.
     """
 
     def __init__(self, state: State, device: torch.device) -> None:
@@ -189,7 +189,7 @@ class Student:
         self.freeze(True)
 
     def freeze(self, lower: bool) -> None:
-        """Freeze the stem, with ``lower`` the lower blocks too."""
+        """Freeze the stem and, with ``lower``, the lower blocks."""
         self.network.requires_grad_(True)
         self.stem.requires_grad_(False)
         self.lower.requires_grad_(not lower)
@@ -199,7 +199,7 @@ class Student:
     def __call__(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Return mapped features (B, F, H, W) and class logits (B, C) of uint8 (B, S, S, 3).
 
-        The map is linear, so the mean of the mapped cells is what it makes of the pooled features.
+        The map is linear, so the mean of the mapped cells equals the mapped pooled features.
         """
         cells = self.cells(pictures)
         with precision(self.device):
@@ -221,10 +221,10 @@ class Student:
         }
 
     def groups(self, lower_rate: float) -> list[dict[str, Any]]:
-        """Return AdamW's parameter groups; ``scale`` is of the learning rate.
+        """Return AdamW's parameter groups; ``scale`` multiplies the learning rate.
 
-        The two linear layers have 2,048 inputs, none below zero, and no BatchNorm after them: at
-        the full rate each step overshoots, and what they send back is mostly noise.
+        The two linear layers have 2,048 non-negative inputs and no BatchNorm after them: at the
+        full rate each step overshoots, and their gradients to the layers below are mostly noise.
         """
         groups = []
         parts: tuple[tuple[Sequence[nn.Module], float], ...] = (
@@ -242,7 +242,7 @@ class Student:
 
 
 def at_cells(features: Tensor, cells: int, size: int, teacher_size: int) -> Tensor:
-    """Interpolate the teacher's grid to where the student's cells look.
+    """Interpolate the teacher's grid at the centres of the student's cells.
 
     Args:
         features: (B, F, H, W), of crops squeezed to ``teacher_size``.
@@ -256,13 +256,13 @@ def at_cells(features: Tensor, cells: int, size: int, teacher_size: int) -> Tens
     centres = (first + stride * torch.arange(cells, device=features.device) + 0.5) / size
     first, stride = TEACHER_GRID
     place = (centres * teacher_size - 0.5 - first) / stride
-    place = 2 * place / (features.shape[-1] - 1) - 1  # as grid_sample counts: -1 to 1
+    place = 2 * place / (features.shape[-1] - 1) - 1  # grid_sample's coordinates: -1 to 1
     grid = torch.stack(torch.meshgrid(place, place, indexing="xy"), -1)
     grid = grid.expand(len(features), -1, -1, -1)
     return F.grid_sample(features, grid, padding_mode="border", align_corners=True)
 
 
 def precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Compute in bfloat16 where that is fast."""
+    """Autocast to bfloat16 where that is fast."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)

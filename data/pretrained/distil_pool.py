@@ -20,8 +20,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-# The captioner squeezes whole pictures to a square of this size. Crops of 128 to 224 pixels are two
-# to five times as cheap, but what is learnt on their small grids, mostly border, made it worse.
+# The captioner squeezes whole pictures to a square of this size. Crops of 128 to 224 pixels cost a
+# half to a fifth, but training on their small grids, which are mostly border, made it worse.
 SIZE = 299
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = {"train", "val", "validation", "test", "training_set", "test_set", "dataset", "data"}
@@ -33,12 +33,12 @@ BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 class Pool:
     """Photographs in two files: ``NAME.bin``, encoded pictures end to end, and ``NAME.npz``.
 
-    Encoded, 80,000 pictures of 256 pixels take 1.5 GB rather than 16, and 20,000 small ones
-    travel to a rented GPU; decoding one takes 1 ms, a training step on a CPU takes 300.
+    Encoded, 80,000 pictures of 256 pixels take 1.5 GB rather than 16, and 20,000 small ones are
+    quickly copied to a GPU machine; decoding one takes 1 ms, a training step on a CPU 300.
 
     Attributes:
         aspects: float32 (N,), width / height before the picture was squeezed to a square.
-        chances: float64 (N,), how often each is drawn; sums to 1.
+        chances: float64 (N,), the probability that each is sampled; sums to 1.
     """
 
     def __init__(self, path: Path) -> None:
@@ -56,7 +56,7 @@ class Pool:
         return Image.open(io.BytesIO(data)).convert("RGB")
 
     def batch(self, seed: int, count: int, teacher_size: int) -> tuple[Tensor, Tensor]:
-        """Draw ``count`` photographs and a crop of each.
+        """Sample ``count`` photographs and a crop of each.
 
         Returns:
             The crops for the student, uint8 (count, SIZE, SIZE, 3), and the same for the teacher.
@@ -78,10 +78,10 @@ class Pool:
 
 
 def crop_box(draw: random.Random, aspect: float) -> tuple[float, float, float, float]:
-    """Draw a crop as shares of width and height: left, top, right, bottom.
+    """Sample a crop as shares of width and height: left, top, right, bottom.
 
-    One in ten is the whole picture, squeezed. Else it has a true aspect ratio of 3:4 to 4:3 and at
-    least three quarters of the area, so that things in it are about as large as in captioning.
+    One in ten is the whole picture, squeezed. The others have a true aspect ratio of 3:4 to 4:3 and
+    at least three quarters of the area, so that objects are about as large as in captioning.
     """
     if draw.random() < 0.1:
         return 0.0, 0.0, 1.0, 1.0
@@ -93,7 +93,7 @@ def crop_box(draw: random.Random, aspect: float) -> tuple[float, float, float, f
     return left, top, left + width, top + height
 
 
-def packed(data: bytes, size: int, quality: int, form: str) -> tuple[bytes, float] | None:
+def encoded_square(data: bytes, size: int, quality: int, form: str) -> tuple[bytes, float] | None:
     """Squeeze an encoded picture to a square of at most ``size``: its bytes and aspect ratio.
 
     A JPEG square that is small enough stays as it is. Returns None for what cannot be decoded.
@@ -161,7 +161,7 @@ def contents(source: dict[str, Any], blobs: list[str], git_dirs: str) -> Iterato
 
 
 def group_of(path: str) -> str:
-    """Name the class folder of a picture, whatever split it is in."""
+    """Return the class folder of a picture, without the folder of its split."""
     return "/".join(part for part in Path(path).parts[:-1] if part not in SPLITS)
 
 
@@ -175,9 +175,9 @@ def pack_pool(
     form: str,
     limit: int | None = None,
 ) -> Counter[str]:
-    """Write the pool that ``manifest`` lists; with ``limit``, so many drawn by their weights.
+    """Write the pool that ``manifest`` lists; with ``limit``, a sample of that size by weight.
 
-    Of a class folder with more pictures than the cap each is drawn more seldom, so that the
+    The pictures of a class folder with more than ``cap`` are sampled less often, so that the
     folder as a whole counts like ``cap`` pictures.
     """
     plan = json.loads(manifest.read_text())
@@ -190,7 +190,7 @@ def pack_pool(
             cap = source.get("caps", {}).get(group.split("/")[-1], source.get("cap", plan["cap"]))
             share = min(1.0, cap / sizes[group])
             rows.append((source, blob, source.get("weight", 1) * share))
-    if limit is not None:  # Efraimidis and Spirakis: drawn without replacement, by weight
+    if limit is not None:  # Efraimidis and Spirakis: weighted sampling without replacement
         draw = random.Random(0)
         keys = [draw.random() ** (1 / weight) for _, _, weight in rows]
         best = sorted(range(len(rows)), key=keys.__getitem__)[-limit:]
@@ -203,7 +203,7 @@ def pack_pool(
             mine = [(blob, weight) for given, blob, weight in rows if given is source]
             data = contents(source, [blob for blob, _ in mine], git_dirs)
             for some in iter(lambda: list(islice(zip(data, mine, strict=False), 256)), []):  # noqa: B023
-                done = threads.map(lambda row: packed(row[0], size, quality, form), some)
+                done = threads.map(lambda row: encoded_square(row[0], size, quality, form), some)
                 for result, (_, (_, weight)) in zip(done, some, strict=True):
                     if result is None:
                         counts["undecodable"] += 1
