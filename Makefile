@@ -2,7 +2,7 @@
 # make test        run the tests (5 to 7 minutes on two idle cores)
 # make test-slow   run the tests that take more than 10 seconds each
 # make lint        run ruff, mypy and the import contract
-# make benchmark   measure every stage against common practice (20 to 35 minutes)
+# make benchmark   measure every stage against plain PyTorch loops (20 to 35 minutes)
 #
 # Each first sets up .venv, once, and again when setup.cfg, pyproject.toml or constraints.txt
 # change. "make PYTHON=python3.12 demo" takes another Python. On Linux without an NVIDIA GPU,
@@ -33,7 +33,7 @@ test-slow: $(READY)
 
 # Measure on an idle machine: other work distorts the figures.
 benchmark: $(READY)
-	$(BIN)/python -m pip install --quiet --editable ".[benchmark]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[openvino]" --constraint constraints.txt
 	$(BIN)/python benchmarks/run.py
 
 lint: $(READY)
