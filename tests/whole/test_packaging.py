@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -50,3 +51,13 @@ def test_every_data_file_is_installed() -> None:
             for folder, listed in patterns.items()
             for pattern in listed
         ), path
+
+
+def test_security_md_gives_the_lower_bounds_of_setup_cfg() -> None:
+    page = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z, -]+) \| ([\d., ]+) \| CVE", page, re.MULTILINE)
+    assert len(rows) > 7
+    required = (REPOSITORY / "setup.cfg").read_text(encoding="utf-8")
+    for packages, versions in rows:
+        for package, version in zip(packages.split(", "), versions.split(", "), strict=True):
+            assert re.search(rf"(^|\s){package}>={version}$", required, re.MULTILINE), package
