@@ -95,34 +95,38 @@ def load_extraction(scenes: Path, folder: Path, count: int) -> dict[str, str]:
 
 def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float, float]:
     """Extract a folder, killed at ``kill_at`` rows; return peak memory (GB) and seconds."""
-    command = [*WORKER, "extract_features.py", "--data", str(data), "--output", str(output)]
-    command += ["--device", "cpu", "--precision", "fp32", "--engine", "torch"]
+    how = "--device cpu --precision fp32 --engine torch".split()
     began = time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = start("extract_features.py", "--data", str(data), "--output", str(output), *how)
     partial = partial_path(output)
     if kill_at is not None:
         while not partial.is_file() or (FeatureCache(partial).status != PENDING).sum() < kill_at:
             if process.poll() is not None:
-                raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")
+                raise RuntimeError(f"{process.args!r}: ended with {process.returncode}")
             time.sleep(0.2)
         peak = memory_of(process.pid, "VmHWM")
         process.send_signal(signal.SIGKILL)
         process.wait()
     else:
-        peak = float(output_of(process, command))
+        peak = memory_told_by(process)
     seconds = time.monotonic() - began
     echo(f"  extraction: {data.name}, to {kill_at or 'the end'}: {seconds:.0f} s, {peak:.2f} GB")
     return peak, seconds
 
 
-def output_of(process: subprocess.Popen[str], command: list[str]) -> str:
-    """Wait for a process to succeed; return its last line."""
-    said, _ = process.communicate()
+def start(*command: str) -> subprocess.Popen[str]:
+    """Start one of the commands with pixels for features."""
+    return subprocess.Popen(
+        [*WORKER, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def memory_told_by(process: subprocess.Popen[str]) -> float:
+    """Wait for a process to succeed; return the peak memory that it prints last, in GB."""
+    printed, _ = process.communicate()
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: ended with {process.returncode}")
-    return said.splitlines()[-1]
+        raise RuntimeError(f"{process.args!r}: ended with {process.returncode}")
+    return float(printed.splitlines()[-1])
 
 
 def compare_rows(cache: FeatureCache, scenes: FeatureCache) -> int:
@@ -143,15 +147,11 @@ def load_page(scenes: Path, folder: Path, count: int) -> dict[str, str]:
     for size in (count // 10, count):
         data, page = folder / f"page-{size}", folder / f"page-{size}.html"
         hard_links(scenes, data, size)
-        command = [*WORKER, "caption.py", str(data), "--html", str(page), "--thumbnails", "beside"]
-        command += ["--output", str(page.with_suffix(".csv"))]
-        command += ["--model", "pretrained", "--device", "cpu"]
-        command += ["--beam-size", "5", "--consensus", "0", "--matching", "0"]
+        output = ["--html", str(page), "--output", str(page.with_suffix(".csv"))]
+        how = "--thumbnails beside --model pretrained --device cpu --beam-size 5".split()
+        how += "--consensus 0 --matching 0".split()
         began = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        peak = float(output_of(process, command))
+        peak = memory_told_by(start("caption.py", str(data), *output, *how))
         seconds = time.monotonic() - began
         shown = page.read_text(encoding="utf-8").count('<script type="application/json">')
         if shown != size:
