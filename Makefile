@@ -2,7 +2,7 @@
 # make test        run the tests (5 to 7 minutes on two idle cores)
 # make test-slow   run the tests that take more than 10 seconds each
 # make lint        run ruff, mypy and the import contract
-# make benchmark   measure every stage against plain PyTorch loops (20 to 35 minutes)
+# make benchmark   measure every stage against plain PyTorch loops (17 to 35 minutes)
 #
 # Each first sets up .venv, once, and again when setup.cfg, pyproject.toml or constraints.txt
 # change. "make PYTHON=python3.12 demo" takes another Python. On Linux without an NVIDIA GPU,

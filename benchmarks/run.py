@@ -1,6 +1,6 @@
 """Measure every stage against plain PyTorch loops, in one run on this machine.
 
-    make benchmark                       # all of it, 20 to 35 minutes on two cores
+    make benchmark                       # all of it, 17 to 35 minutes on two cores
     python benchmarks/run.py --only extraction --only captioning
 
 Both sides of a comparison run alternately, several times, and only rates of the same round are

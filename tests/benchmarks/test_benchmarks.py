@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import baselines
+import biases
 import compare_busy
 import gpu
 import numpy
@@ -193,6 +194,28 @@ def test_wait_policies_are_compared_alone_and_beside_busy_programs(
     monkeypatch.setattr(compare_busy, "measure_once", measure_once)
     for comparison in compare_busy.compare_busy(rounds=2):
         assert [ratio.median for ratio in comparison.ratios.values()] == [0.75, 2.0]
+
+
+def test_biases_count_captions_and_references(tmp_path: Path) -> None:
+    rows = ["image,caption", "a.jpg,A woman in a red dress .", "b.jpg,a man with dogs"]
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    captions = {"a.jpg": "a man in a red shirt", "b.jpg": "a dog runs in redwoods"}
+    for name in captions:
+        draw(tmp_path / name)
+    predictions = tmp_path / "predictions.json"
+    records = [{"image_id": name, "caption": text} for name, text in captions.items()]
+    predictions.write_text(json.dumps(records))
+    result = CliRunner().invoke(biases.main, [str(predictions), "--data", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    for line in (
+        "| man or men | 50.0 % | 50.0 % |",
+        "| woman or women | 0.0 % | 50.0 % |",
+        "| red | 50.0 % | 50.0 % |",
+        "| dog | 50.0 % | 50.0 % |",
+        "of 1 images whose references mention only women and girls: "
+        "0 captions mention a woman or a girl, 1 a man or a boy",
+    ):
+        assert line in result.stdout.splitlines()
 
 
 def test_the_command_lists_its_parts() -> None:
