@@ -471,14 +471,6 @@ def test_rows_are_done_only_once_they_are_on_disk(
     assert writer.cache.status.tolist() == [DONE, FAILED, PENDING, PENDING]
 
 
-def test_batches_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
-    names = [f"{number}.jpg" for number in range(8)]
-    writer = writer_of(tmp_path / "x.h5", names)
-    assert list(writer.pending_batches(3)) == [[0, 1, 2], [3, 4, 5], [6, 7]]
-    fill(writer, rows=4)
-    assert list(writer.pending_batches(3)) == [[3, 4, 5], [6, 7]]
-
-
 def test_images_added_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     make(path, NAMES, {"d.jpg": "empty file"})
@@ -495,7 +487,12 @@ def test_images_added_and_removed(tmp_path: Path) -> None:
     assert cache.names() == names
     assert cache.failures() == {"d.jpg": "empty file"}
     assert_holds(cache, ["0.jpg", "a.jpg", "x.jpg", "y" * 300])
-    assert writer_of(path, names, retry_failed=True).cache.names(PENDING) == ["d.jpg"]
+    retried = writer_of(path, names, retry_failed=True)
+    assert retried.cache.names(PENDING) == ["d.jpg"]
+    fill(retried)
+    sources = [retried.cache, FeatureCache(path)]  # the first that has a row gives it
+    writer = open_writer(path, [*names, "z.jpg"], IDENTITY, sources=sources)
+    assert writer.cache.names(PENDING) == ["z.jpg"] and not writer.cache.failures()
     assert writer_of(path, names[:2]).finish().names() == names[:2]  # nothing to encode
 
 

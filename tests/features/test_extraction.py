@@ -115,32 +115,6 @@ def test_stop_at_a_broken_image(images: Path, tmp_path: Path) -> None:
     assert sha256(tmp_path / "x.h5") == sha256(undisturbed)
 
 
-def test_complete_is_not_done_again(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
-    before = sha256(tmp_path / "x.h5")
-    encoder = StubEncoder()
-    result = run(images, tmp_path / "x.h5", encoder)
-    assert (result.encoded, result.kept, encoder.batches) == (0, 10, [])
-    assert sha256(tmp_path / "x.h5") == before
-    assert run(images, tmp_path / "x.h5", encoder, force=True).encoded == 10
-
-
-def test_images_added_later(images: Path, tmp_path: Path) -> None:
-    first = run(images, tmp_path / "x.h5", StubEncoder()).cache
-    kept = first.read(first.rows(["0.png", "9.png"]))
-    draw(images / "z.png", 20)
-    (images / "5.png").unlink()
-    encoder = StubEncoder()
-    result = run(images, tmp_path / "x.h5", encoder)
-    assert encoder.batches == [2]  # 9.png goes along with z.png
-    assert len(result.cache) == 10
-    assert result.kept == 9
-    assert (result.cache.rows(["z.png", "5.png"]) == [9, -1]).all()
-    now = result.cache.read(result.cache.rows(["0.png", "9.png"]))
-    assert (now[0] == kept[0]).all()
-    assert numpy.allclose(now[1], kept[1], atol=0.02)
-
-
 def test_another_encoder_is_refused(images: Path, tmp_path: Path) -> None:
     run(images, tmp_path / "x.h5", StubEncoder())
     other = StubEncoder(weights="1" * 64)
@@ -217,9 +191,9 @@ def test_a_moved_folder_keeps_its_features(images: Path, tmp_path: Path) -> None
     moved = images.rename(tmp_path / "moved")
     encoder = StubEncoder()
     assert run(moved, tmp_path / "x.h5", encoder).kept == 10
-    draw(moved / "more.png", 20)
+    (moved / "8.png").rename(moved / "8b.png")  # in the same row, with the same size and time
     result = run(moved, tmp_path / "x.h5", encoder, batch_size=1)
-    assert (result.kept, result.encoded) == (10, 1)
+    assert (result.kept, result.encoded) == (9, 1)
     assert result.cache.data == str(moved.resolve())
 
 

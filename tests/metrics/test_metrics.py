@@ -159,27 +159,10 @@ def test_scores_equal_published_ones() -> None:
     assert Scorer(references).score(predictions) == pytest.approx(published, abs=1e-4)
 
 
-def test_corpus_bleu_is_not_the_mean_of_the_images() -> None:
-    corpus = Scorer(REFERENCES).score(PREDICTIONS)["BLEU-4"]
-    single = [
-        Scorer({name: REFERENCES[name]}).score({name: PREDICTIONS[name]})["BLEU-4"]
-        for name in REFERENCES
-    ]
-    assert abs(corpus - sum(single) / len(single)) > 5
-
-
 def test_bleu_takes_the_shorter_of_two_equally_close_references() -> None:
     # Five words lie between references of four and six; with six, a brevity penalty follows.
     references = {"a.jpg": [words("a b c d e f"), words("a b c d")]}
     assert Scorer(references).score({"a.jpg": words("a b c d e")})["BLEU-1"] == pytest.approx(100)
-
-
-def test_perfect_predictions() -> None:
-    references = {"a.jpg": [words("a fox runs fast")], "b.jpg": [words("two red hens eat corn")]}
-    predictions = {name: captions[0] for name, captions in references.items()}
-    scores = Scorer(references).score(predictions)
-    assert scores.pop("CIDEr-D") == pytest.approx(1000)
-    assert scores == pytest.approx(dict.fromkeys(scores, 100), abs=1e-6)
 
 
 def test_cider_of_a_single_image_is_zero() -> None:
@@ -198,14 +181,15 @@ def test_captions_without_words_score_zero() -> None:
     )
 
 
-def test_order_of_images_does_not_matter() -> None:
+def test_scores_of_images_are_in_the_order_of_the_references() -> None:
+    """So that those of two sets of predictions can be compared image by image."""
     turned = dict(reversed(PREDICTIONS.items()))
-    assert Scorer(REFERENCES).score(turned) == Scorer(REFERENCES).score(PREDICTIONS)
+    assert [*Scorer(REFERENCES).per_image_cider(turned)] == [*REFERENCES]
 
 
 @pytest.mark.parametrize("special", [START, END, PAD])
 def test_special_tokens_never_reach_a_scorer(special: str) -> None:
-    references = {**REFERENCES, "tea.jpg": [[*REFERENCES["tea.jpg"][0], special]]}
+    references = {**REFERENCES, "tea.jpg": [["tea"], ["tea", special]]}
     predictions = {**PREDICTIONS, "tea.jpg": [*PREDICTIONS["tea.jpg"], special]}
     scorer = Scorer(REFERENCES)
     for refused in (
