@@ -8,7 +8,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -210,13 +209,6 @@ def test_a_large_image_is_decoded_alone_and_reduced(
         alone.clear()
         assert max(load_image(tmp_path / name, 10).size) <= 50
         assert alone[0] == (name in ("large.png", "progressive.jpg"))
-    threads = [
-        threading.Thread(target=load_image, args=(tmp_path / "large.png",)) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
     assert not images._large_image_lock.locked()
 
 

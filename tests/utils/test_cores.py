@@ -36,22 +36,26 @@ def test_the_quota_of_a_container(
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux binds processes")
-@pytest.mark.parametrize("given, expected", [({}, "1 1"), ({"OMP_NUM_THREADS": "3"}, "3")])
-def test_torch_starts_as_many_threads_as_the_process_has_cores(
-    given: dict[str, str], expected: str
+@pytest.mark.parametrize(
+    "given, threads, policy",
+    [({}, 1, "PASSIVE"), ({"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "ACTIVE"}, 3, "ACTIVE")],
+)
+def test_torch_starts_a_thread_per_core_and_none_spins_unless_the_user_says_otherwise(
+    given: dict[str, str], threads: int, policy: str
 ) -> None:
-    """Unless the user says otherwise."""
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import pipeline, torch; print(os.environ['OMP_NUM_THREADS'], torch.get_num_threads())"
+        "import pipeline, torch; print(*map(os.getenv, ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY')))"
     )
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     ended = subprocess.run(
         [sys.executable, "-c", script],
         cwd=REPOSITORY,
-        env=kept | given,
+        env=others | {"OMP_DISPLAY_ENV": "TRUE"} | given,  # OpenMP says what it has read
         capture_output=True,
         text=True,
         check=True,
     )
-    assert ended.stdout.startswith(expected)
+    assert ended.stdout == f"{threads} {policy}\n"
+    read = ended.stderr.replace(" ", "")
+    assert f"OMP_WAIT_POLICY='{policy}'" in read and f"OMP_NUM_THREADS='{threads}'" in read

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Generator, Iterator
 
 import pytest
-from conftest import REPOSITORY
 
 from pipeline.utils.threads import prefetch
 
@@ -73,25 +69,3 @@ def test_prefetch_closed_early_stops() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
     time.sleep(0.05)
     assert len(started) == count
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")]
-)
-def test_waiting_threads_are_passive_unless_the_user_set_the_policy(
-    own: dict[str, str], expected: str
-) -> None:
-    """OpenMP itself prints the policy that it read when torch loaded it."""
-    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    ended = subprocess.run(
-        [sys.executable, "-c", "import pipeline, torch, os; print(os.environ['OMP_WAIT_POLICY'])"],
-        cwd=REPOSITORY,
-        env={**others, "OMP_DISPLAY_ENV": "TRUE", "OMP_NUM_THREADS": "1", **own},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert ended.stdout.split()[-1] == expected
-    shown = [line for line in ended.stderr.splitlines() if "OMP_WAIT_POLICY" in line]
-    assert all(expected in line for line in shown)
-    assert shown or sys.platform != "linux"
