@@ -27,9 +27,6 @@ SPLIT_WORDS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-# Where the splits come from.
-BY_COLUMN = "the file's own split column"
-BY_FILE_NAME = "the names of the captions files"
 # A list in a cell, as Python and NumPy print it.
 PRINTED_TEXT = r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\""
 PRINTED_LIST = re.compile(rf"\s*\[\s*(?:(?:{PRINTED_TEXT})[\s,]*)+\]\s*", re.DOTALL)
@@ -91,8 +88,7 @@ class CaptionCollector:
     def count(self, reason: str, where: str = "") -> None:
         """Count one record that was dropped or repaired."""
         self._counts[reason] += 1
-        if reason not in self._first:
-            self._first[reason] = clean(where)  # file names can hold line ends
+        self._first.setdefault(reason, clean(where))  # file names can hold line ends
 
     def malformed(self, where: str) -> None:
         """Count one record that was dropped because of its structure."""
@@ -134,8 +130,8 @@ class CaptionCollector:
                 self.count("empty captions dropped", where)
         if isinstance(image_id, int) and not isinstance(image_id, bool):
             self.ids[cleaned] = image_id
-        if not self.set_split(cleaned, split, BY_COLUMN):
-            self.set_split(cleaned, self.file_split, BY_FILE_NAME)
+        if not self.set_split(cleaned, split, "the file's own split column"):
+            self.set_split(cleaned, self.file_split, "the names of the captions files")
 
     def add_record(self, where: str, record: object) -> None:
         """Add one JSON object whose keys are those of ``ALIASES``, in any case."""

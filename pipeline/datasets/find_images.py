@@ -84,7 +84,8 @@ def find_images(
             continue
         seen.add((status.st_dev, status.st_ino))
         # What a browser saves beside a page, and caption.py with --thumbnails beside.
-        page_files = {f"{Path(name).stem}_files" for name in files if _is_page(name)}
+        pages = [name for name in files if name.lower().endswith((".html", ".htm"))]
+        page_files = {f"{Path(name).stem}_files" for name in pages}
         kinds = {name: skipped_folder(name) for name in folders}
         kinds |= dict.fromkeys(page_files & kinds.keys(), "folders of web pages")
         folders[:] = [name for name in folders if kinds[name] is None]
@@ -95,10 +96,6 @@ def find_images(
         relative = Path(parent).relative_to(folder)
         names += [(relative / name).as_posix() for name, reason in reasons.items() if not reason]
     return sorted(names, key=os.fsencode)
-
-
-def _is_page(name: str) -> bool:
-    return name.lower().endswith((".html", ".htm"))
 
 
 def describe_skipped(skipped: Counter[str]) -> str:

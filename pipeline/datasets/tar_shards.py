@@ -242,8 +242,7 @@ def _list_members(shard: str, texts: dict[str, bytes] | None) -> dict[str, TarMe
                 if reason is None:
                     # A header may claim any time.
                     time_ns = round(member.mtime * 1e9) if 0 < member.mtime < 1 << 33 else 0
-                    place = member.offset_data, member.size, time_ns
-                    found[name] = TarMember(shard, name, *place)
+                    found[name] = TarMember(shard, name, member.offset_data, member.size, time_ns)
                 elif texts is not None and suffix == ".txt" and member.size <= MAX_TEXT_BYTES:
                     file.seek(member.offset_data)
                     texts[name] = file.read(member.size)

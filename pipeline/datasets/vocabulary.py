@@ -87,21 +87,17 @@ class Vocabulary:
         return tokens
 
     def __len__(self) -> int:
-        """Return the number of words, special tokens among them."""
         return len(self.words)
 
     def __contains__(self, word: object) -> bool:
-        """True if the vocabulary has this word."""
         return word in self._ids
 
     def __eq__(self, other: object) -> bool:
-        """True if words, ids and tokenizer are the same."""
         if not isinstance(other, Vocabulary):
             return NotImplemented
         return (self.words, self.tokenizer) == (other.words, other.tokenizer)
 
     def __hash__(self) -> int:
-        """Equal vocabularies have equal hashes."""
         return hash((self.words, self.tokenizer.name))
 
 

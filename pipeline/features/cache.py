@@ -24,7 +24,6 @@ from pipeline.utils.errors import UserError
 SCHEMA_VERSION = 2
 PENDING, DONE, FAILED = 0, 1, 2
 REASON_BYTES = 160
-FEATURE_TYPE = numpy.dtype("<f2")
 # Shape of a row and type of each dataset; S: bytes of a fixed number.
 DATASETS: dict[str, tuple[tuple[int, ...], str]] = {
     "features": ((FEATURE_SIZE,), "<f2"),

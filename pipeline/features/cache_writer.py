@@ -22,7 +22,6 @@ from pipeline.features.cache import (
     DATASETS,
     DONE,
     FAILED,
-    FEATURE_TYPE,
     PENDING,
     REASON_BYTES,
     SCHEMA_VERSION,
@@ -37,7 +36,7 @@ from pipeline.utils.terminal import echo
 
 # Seconds between two commits; a kill costs at most the work of one such span.
 COMMIT_INTERVAL = 1.0
-NO_FEATURES = numpy.zeros(FEATURE_SIZE, FEATURE_TYPE)
+NO_FEATURES = numpy.zeros(FEATURE_SIZE, numpy.float16)
 # Upper limit of a file's bytes beside its rows.
 STRUCTURE_BYTES = 1 << 14
 
@@ -73,7 +72,7 @@ class CacheWriter:
         Returns how many of these rows were pending.
         """
         pending = int((self.cache.status[[*rows, *failures]] == PENDING).sum())
-        for row, value in zip(rows, features.astype(FEATURE_TYPE), strict=True):
+        for row, value in zip(rows, features.astype(numpy.float16), strict=True):
             self._uncommitted[row] = (DONE, value, b"")
         for row, reason in failures.items():
             encoded = reason.encode("utf-8", "replace")[:REASON_BYTES]

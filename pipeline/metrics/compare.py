@@ -70,13 +70,13 @@ def compare_predictions(
         UserError: a file cannot be read, or they are not of the same images of that split.
     """
     if tokenizer is None:
-        found = {_tokenizer_beside(path) for path in (first, second)} - {None}
+        found = {name for path in (first, second) if (name := _tokenizer_beside(path))}
         if len(found) > 1:
             raise UserError(
                 f"{first} and {second} were scored with different tokenizers; choose one with "
                 "--tokenizer"
             )
-        tokenizer = found.pop() or ENGLISH if found else ENGLISH
+        tokenizer = found.pop() if found else ENGLISH
     table = read_captions(open_source(data), captions, encoding)
     references = references_of(table, split, tokenizer)
     names = {str(table.image_id(name)): name for name in references}

@@ -23,9 +23,7 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["duration"] = duration
-    made.filters["tidy"] = tidy
-    made.filters["counted"] = counted
+    made.filters.update(duration=duration, tidy=tidy, counted=counted)
     return made
 
 
