@@ -97,9 +97,6 @@ class Vocabulary:
             return NotImplemented
         return (self.words, self.tokenizer) == (other.words, other.tokenizer)
 
-    def __hash__(self) -> int:
-        return hash((self.words, self.tokenizer.name))
-
 
 def _check_words(words: Sequence[str]) -> None:
     """Raise UserError if ``words`` cannot be the words of a vocabulary, by id."""
