@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -95,20 +96,16 @@ def encode_captions(
 ) -> EncodedCaptions:
     """Encode tokenized captions, grouped by image; very long ones are cut."""
     longest = vocabulary.tokenizer.longest_in_training
-    tokens: list[numpy.ndarray] = []
-    counts = []
+    tokens, offsets, counts = array("i"), [0], []
     for group in captions:
         counts.append(len(group))
         for words in group:
-            ids = [START_ID, *vocabulary.encode(words[:longest]), END_ID]
-            tokens.append(numpy.array(ids, dtype=numpy.int32))
-    offsets = numpy.zeros(len(tokens) + 1, dtype=numpy.int64)
-    numpy.cumsum([len(ids) for ids in tokens], out=offsets[1:])
-    flat = numpy.concatenate(tokens) if tokens else numpy.empty(0, dtype=numpy.int32)
+            tokens.extend([START_ID, *vocabulary.encode(words[:longest]), END_ID])
+            offsets.append(len(tokens))
     return EncodedCaptions(
         torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts, dtype=torch.int64)),
-        torch.from_numpy(flat),
-        torch.from_numpy(offsets),
+        torch.from_numpy(numpy.array(tokens, dtype=numpy.int32)),
+        torch.tensor(offsets),
     )
 
 
