@@ -52,14 +52,14 @@ def test_any_batches_and_threads(
     result = run(images, tmp_path / "x.h5", encoder, batch_size=batch_size, workers=workers)
     assert sum(encoder.batches) == 10
     assert max(encoder.batches) == min(batch_size, 10)
-    alone = run(images, tmp_path / "y.h5", StubEncoder(), batch_size=batch_size, workers=1)
+    alone = run(images, tmp_path / "y.h5", batch_size=batch_size, workers=1)
     assert result.cache.path.read_bytes() == alone.cache.path.read_bytes()
 
 
 def test_broken_images_are_recorded(images: Path, tmp_path: Path) -> None:
     spoil(images / "1.png")
     (images / "5.png").write_text("no image")
-    result = run(images, tmp_path / "x.h5", StubEncoder())
+    result = run(images, tmp_path / "x.h5")
     assert result.cache.failures() == {
         "1.png": "empty file",
         "5.png": "not a supported image",
@@ -94,7 +94,7 @@ def test_a_batch_wholly_broken(
 def test_stop_at_a_broken_image(images: Path, tmp_path: Path) -> None:
     spoil(images / "5.png")
     with pytest.raises(InputError, match=r"5\.png: empty file \(--on-error skip") as caught:
-        run(images, tmp_path / "x.h5", StubEncoder(), on_error="fail")
+        run(images, tmp_path / "x.h5", on_error="fail")
     assert caught.value.exit_code == 1
     assert not (tmp_path / "x.h5").exists()
     partial = FeatureCache(partial_path(tmp_path / "x.h5"))
@@ -106,7 +106,7 @@ def test_stop_at_a_broken_image(images: Path, tmp_path: Path) -> None:
     encoder = StubEncoder()
     run(images, tmp_path / "x.h5", encoder, on_error="fail")
     assert encoder.batches == [4, 2]
-    undisturbed = run(images, tmp_path / "undisturbed.h5", StubEncoder()).cache.path
+    undisturbed = run(images, tmp_path / "undisturbed.h5").cache.path
     assert (tmp_path / "x.h5").read_bytes() == undisturbed.read_bytes()
 
 
@@ -123,7 +123,7 @@ def test_interrupted_and_resumed(
 ) -> None:
     monkeypatch.setattr("pipeline.features.cache_writer.COMMIT_INTERVAL", commit_interval)
     spoil(images / "4.png")
-    run(images, tmp_path / "undisturbed.h5", StubEncoder())
+    run(images, tmp_path / "undisturbed.h5")
     with pytest.raises(error):
         run(images, tmp_path / "x.h5", StubEncoder(stop_after=stop_after, error=error))
     assert not (tmp_path / "x.h5").exists()
@@ -138,7 +138,7 @@ def test_interrupted_and_resumed(
 def test_an_image_that_changed_is_encoded_again(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = run(images, tmp_path / "x.h5", StubEncoder(), batch_size=1).cache
+    first = run(images, tmp_path / "x.h5", batch_size=1).cache
     before = first.read(numpy.arange(10))
     draw(images / "3.png", 30)
     information = (images / "7.png").stat()
@@ -152,7 +152,7 @@ def test_an_image_that_changed_is_encoded_again(
     assert "features dropped: 1\n" in said and "to be encoded again: 2\n" in said
     alike = (after.read(numpy.arange(10)) == before).all(1)
     assert alike.tolist() == [number not in (3, 7) for number in range(10)]
-    alone = run(images, tmp_path / "alone.h5", StubEncoder(), batch_size=1).cache
+    alone = run(images, tmp_path / "alone.h5", batch_size=1).cache
     assert after.path.read_bytes() == alone.path.read_bytes()
     assert run(images, tmp_path / "x.h5", encoder, batch_size=1).kept == 10
     assert "dropped" not in capsys.readouterr().err
@@ -169,12 +169,12 @@ def test_an_image_that_changed_while_an_extraction_was_stopped(
     encoder = StubEncoder()
     result = run(images, tmp_path / "x.h5", encoder, batch_size=1)
     assert (result.kept, sum(encoder.batches)) == (2, 8)
-    run(images, tmp_path / "alone.h5", StubEncoder(), batch_size=1)
+    run(images, tmp_path / "alone.h5", batch_size=1)
     assert (tmp_path / "x.h5").read_bytes() == (tmp_path / "alone.h5").read_bytes()
 
 
 def test_a_moved_folder_keeps_its_features(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
+    run(images, tmp_path / "x.h5")
     moved = images.rename(tmp_path / "moved")
     encoder = StubEncoder()
     assert run(moved, tmp_path / "x.h5", encoder).kept == 10
@@ -185,18 +185,18 @@ def test_a_moved_folder_keeps_its_features(images: Path, tmp_path: Path) -> None
 
 
 def test_another_folder_with_the_same_names_is_refused(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
+    run(images, tmp_path / "x.h5")
     for number in range(10):
         draw(tmp_path / "others" / f"{number}.png", 50 + number)
     with pytest.raises(UserError, match=r"images, not .*others; --output .*--force"):
-        run(tmp_path / "others", tmp_path / "x.h5", StubEncoder())
+        run(tmp_path / "others", tmp_path / "x.h5")
 
 
 @pytest.mark.parametrize("option", ["precision", "engine"])
 def test_other_rounding_is_refused_only_where_rows_are_to_be_made(
     images: Path, tmp_path: Path, option: str
 ) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
+    run(images, tmp_path / "x.h5")
     other = StubEncoder(precision="bf16" if option == "precision" else "fp32")
     engine = "openvino" if option == "engine" else "torch"
     assert run(images, tmp_path / "x.h5", other, engine=engine).kept == 10
@@ -213,7 +213,7 @@ class MovedEncoder(StubEncoder):
 
 
 def test_where_the_weights_lay_does_not_matter(images: Path, tmp_path: Path) -> None:
-    run(images, tmp_path / "x.h5", StubEncoder())
+    run(images, tmp_path / "x.h5")
     moved = MovedEncoder()
     assert run(images, tmp_path / "x.h5", moved).kept == 10
     assert run(images, tmp_path / "y.h5", moved).cache.identity.weights_source == (
@@ -224,8 +224,8 @@ def test_where_the_weights_lay_does_not_matter(images: Path, tmp_path: Path) -> 
 def test_a_damaged_cache_is_begun_anew_with_force(images: Path, tmp_path: Path) -> None:
     partial_path(tmp_path / "x.h5").write_bytes(b"garbage")
     with pytest.raises(UserError, match="not a readable feature cache"):
-        run(images, tmp_path / "x.h5", StubEncoder())
-    assert run(images, tmp_path / "x.h5", StubEncoder(), force=True).encoded == 10
+        run(images, tmp_path / "x.h5")
+    assert run(images, tmp_path / "x.h5", force=True).encoded == 10
     (tmp_path / "folder.h5").mkdir()
     with pytest.raises(UserError, match="is a folder"):
-        run(images, tmp_path / "folder.h5", StubEncoder())
+        run(images, tmp_path / "folder.h5")
