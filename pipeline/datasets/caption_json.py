@@ -37,16 +37,16 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
         for number, record in enumerate(document, 1):
             collector.add_record(f"entry {number}", record)
         return "JSON list"
-    if path.suffix.lower() == ".json" and _is_mapping(document):
-        for name, captions in document.items():
-            collector.add(f'"{name}"', name, captions)
-        return "JSON object"
-    if path.suffix.lower() == ".json":
+    if path.suffix.lower() != ".json":
+        return _read_jsonl(lines, collector)
+    if not _is_mapping(document):
         raise UserError(
             f'{path}: neither "images" with "sentences" (Karpathy) nor "annotations" (COCO), nor a '
             'list of {"image", "caption"}, nor an object of captions by image'
         )
-    return _read_jsonl(lines, collector)
+    for name, captions in document.items():
+        collector.add(f'"{name}"', name, captions)
+    return "JSON object"
 
 
 def _is_mapping(document: Any) -> bool:

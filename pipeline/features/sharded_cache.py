@@ -39,12 +39,12 @@ def earlier_work(path: Path, output: Path) -> list[FeatureCache]:
 
     Those are the file itself, partial or else complete, and what other processes made or began.
     """
-    own = next((file for file in (partial_path(path), path) if file.is_file()), None)
-    others = [partial_path(output), output, *shard_files(output)]
-    if path == output and output.is_file():
-        others = []  # the file itself was made of all that there was
-    others = [file for file in others if file.is_file() and file not in (partial_path(path), path)]
-    return [FeatureCache(file) for file in ([own] if own else []) + others]
+    own = (partial_path(path), path)
+    files = [file for file in own if file.is_file()][:1]
+    if path != output or not output.is_file():  # else the file was made of all that there was
+        others = (partial_path(output), output, *shard_files(output))
+        files += [file for file in others if file.is_file() and file not in own]
+    return [FeatureCache(file) for file in files]
 
 
 def resume_identity(path: Path) -> EncoderIdentity | None:
