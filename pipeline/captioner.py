@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import numpy
 import torch
@@ -154,14 +154,10 @@ class Captioner:
         Raises:
             InputError: an image cannot be read; ``stream`` reports it and continues.
         """
-        single = isinstance(images, SINGLE_IMAGE)
-        several = [images] if isinstance(images, SINGLE_IMAGE) else images
-        texts = []
-        for prediction in self.stream(several, options, batch_size=batch_size, **search):
-            if prediction.error is not None:
-                raise InputError(f"{prediction.path}: {prediction.error}")
-            texts.append(prediction.captions[0].text)
-        return texts[0] if single else texts
+        if isinstance(images, SINGLE_IMAGE):
+            return self.caption([images], options, batch_size=batch_size, **search)[0]
+        stream = self.stream(images, options, batch_size=batch_size, **search)
+        return [_best(prediction).text for prediction in stream]
 
     def stream(
         self,
@@ -204,8 +200,10 @@ class Captioner:
             numbered = enumerate(images)
             while batch := list(islice(numbered, batch_size)):
                 for key, image in batch:
-                    named = isinstance(image, str | os.PathLike)
-                    paths[key] = os.fspath(cast(StrPath, image)) if named else f"image {key}"
+                    if isinstance(image, str | os.PathLike):
+                        paths[key] = os.fspath(image)
+                    else:
+                        paths[key] = f"image {key}"
                 yield batch
 
         def predictions(group: Sequence[EncodedBatch]) -> Iterator[Prediction]:
@@ -251,14 +249,18 @@ class Captioner:
             InputError: the image cannot be read.
         """
         [prediction] = self.stream([image], options, details=True, explain=True, **search)
-        if prediction.error is not None:
-            raise InputError(f"{prediction.path}: {prediction.error}")
-        caption = prediction.captions[0]
+        caption = _best(prediction)
+        cells = numpy.array([word.cells for word in caption.words], numpy.float32)
         return Explanation(
             caption.text,
             tuple(word.text for word in caption.words),
             numpy.array([word.probability for word in caption.words], numpy.float32),
-            numpy.array([word.cells for word in caption.words], numpy.float32).reshape(
-                -1, CELLS, CELLS
-            ),
+            cells.reshape(-1, CELLS, CELLS),
         )
+
+
+def _best(prediction: Prediction) -> Caption:
+    """Return an image's best caption; InputError if the image cannot be read."""
+    if prediction.error is not None:
+        raise InputError(f"{prediction.path}: {prediction.error}")
+    return prediction.captions[0]
