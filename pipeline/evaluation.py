@@ -325,7 +325,9 @@ def _open_split(
     """Return the features of a split: cached ones if they are of the model's encoder, else new."""
     checkpoint.refuse_other_features()
     tokenizer = checkpoint.vocabulary.tokenizer.name
-    cache = FeatureCache(features) if features.is_file() else None
+    has_encoder = checkpoint.encoder_weights is not None
+    # Without an encoder in the checkpoint a missing cache is an error, which this raises.
+    cache = FeatureCache(features) if features.is_file() or not has_encoder else None
     mismatch = checkpoint.encoder.mismatch(cache.identity) if cache is not None else None
     if cache is not None and mismatch is None:
         table, names = load_table(source, captions, cache.names(DONE), encoding)
@@ -334,12 +336,10 @@ def _open_split(
         batches = (torch.from_numpy(cache.read(chunk.numpy())) for chunk in rows.split(256))
         paths = {name: Path(source.origin) / names[name] for name in groups}
         return SplitData(str(features), table, groups, paths, batches, {})
-    if checkpoint.encoder_weights is None and cache is not None:
+    if not has_encoder:
         raise UserError(
             f"--features {features}: not of the encoder that this run was trained with ({mismatch})"
         )
-    if checkpoint.encoder_weights is None:
-        FeatureCache(features)  # raises: it is missing
     table, names = load_table(source, captions, source.names, encoding)
     groups = references_of(table, split, tokenizer)
     images = {name: source.image(names[name]) for name in groups}
