@@ -279,19 +279,17 @@ def _click_option(field: dataclasses.Field[Any], hint: Any) -> Decorator:
     )
 
 
-class DeviceName(click.ParamType):
-    """The type of ``--device``, checked before torch is imported, which takes seconds."""
-
-    name = "text"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Check the name."""
-        check_device_name(value)
-        return str(value)
+def _check_device(_context: click.Context, _option: click.Parameter, name: str) -> str:
+    """Check ``--device`` before torch is imported, which takes seconds."""
+    check_device_name(name)
+    return name
 
 
 device = click.option(
-    "--device", type=DeviceName(), default="auto", help="Device: auto, cpu, cuda, cuda:N or mps."
+    "--device",
+    callback=_check_device,
+    default="auto",
+    help="Device: auto, cpu, cuda, cuda:N or mps.",
 )
 
 captions = path(
@@ -340,11 +338,16 @@ def check_ensemble(models: Sequence[Path], ensemble: bool) -> None:
 
 def refuse_given(names: Sequence[str], reason: str) -> None:
     """Raise UserError if an option of the present command was given, by its parameter's name."""
-    context = click.get_current_context()
+    for parameter in _given(click.get_current_context()):
+        if parameter.name in names:
+            raise UserError(f"{parameter.opts[0]}: {reason}")
+
+
+def _given(context: click.Context) -> Iterator[click.Parameter]:
+    """Yield the options and arguments that the user wrote on the command line."""
     for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
-        if given and parameter.name in names:
-            raise UserError(f"{[*parameter.opts, *parameter.secondary_opts][0]}: {reason}")
+        if context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE:
+            yield parameter
 
 
 def default_model() -> Path:
@@ -368,10 +371,9 @@ def render_command(command: str, options: Mapping[str, str]) -> list[str]:
     words = ["python", SCRIPTS[command]]
     if context.parent is not None:
         words = [*context.parent.command_path.split(), command]
-    for parameter in context.command.params:
+    for parameter in _given(context):
         name = parameter.name or ""
-        given = context.get_parameter_source(name) == ParameterSource.COMMANDLINE
-        if not given or name not in options:
+        if name not in options:
             continue
         value = context.params[name]
         if isinstance(value, bool):
