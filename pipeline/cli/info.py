@@ -121,8 +121,8 @@ def _describe_run(run: Path) -> Facts:
 
 def _describe_model(path: Path, kind: str) -> Facts:
     """Describe a checkpoint from its document and the shapes of its tensors."""
-    document, shapes = _header(path)
     try:
+        document, shapes = _header(path)
         sizes, scores = document["decoder_config"], document["scores"]
         groups = {name.partition(".")[0] for name in shapes}
         weights = sum(
@@ -151,22 +151,19 @@ def _describe_model(path: Path, kind: str) -> Facts:
             "settings": ", ".join(f"{name} {value}" for name, value in given.items()) or "none",
             "licence": "that of the images, captions and weights that it was trained with",
         }
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a checkpoint of this program, or damaged") from error
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
     """Return a checkpoint's document and the shape of each tensor."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > LARGEST_HEADER:
-                raise ValueError("not a header of safetensors")
-            header = json.loads(file.read(length))
-        document = json.loads(header.pop("__metadata__")[DOCUMENT])
-        return document, {name: entry["shape"] for name, entry in header.items()}
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: not a checkpoint of this program, or damaged") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise ValueError("not a header of safetensors")
+        header = json.loads(file.read(length))
+    document = json.loads(header.pop("__metadata__")[DOCUMENT])
+    return document, {name: entry["shape"] for name, entry in header.items()}
 
 
 def _file(path: Path) -> str:

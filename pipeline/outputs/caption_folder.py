@@ -138,8 +138,10 @@ def caption_images(
     if not wanted:
         return outcome
     captioner = load(len(wanted))
-    count = search.num_captions or 1
-    options = replace(search, num_captions=_captions_searched(search, places))
+    count = searched = search.num_captions or 1
+    if places.page and search.num_captions is None:
+        searched = min(PAGE_CAPTIONS, search.beam_size or PAGE_CAPTIONS)
+    options = replace(search, num_captions=searched)
     config = asdict(captioner.search_config(options))
     with_words = details or places.page is not None
     owners = _sidecar_owners(paths)
@@ -194,13 +196,6 @@ def caption_images(
             facts = {"Model": model, "Search": describe_search(config)}
             _write_page(map(results.__getitem__, wanted), places.page, wanted, facts, places)
     return outcome
-
-
-def _captions_searched(search: SearchOptions, places: Destinations) -> int:
-    """Return the number of captions per image: a page shows several where the number is open."""
-    if places.page and search.num_captions is None:
-        return min(PAGE_CAPTIONS, search.beam_size or PAGE_CAPTIONS)
-    return search.num_captions or 1
 
 
 def _merge(

@@ -214,18 +214,20 @@ def _write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
 
 # Which formats each writes was found by trying: exiv2 0.28 and exiftool 12.57.
 _BOTH = frozenset({"JPEG", "MPO", "PNG", "WEBP", "TIFF", "JPEG2000"})
-_EXIFTOOL = _BOTH | {"HEIF", "AVIF", "GIF"}
-
-
-def _has_pyexiv2() -> bool:
-    return load_pyexiv2() is not None
-
-
-def _has_exiftool() -> bool:
-    return find_exiftool() is not None
-
 
 TOOLS = (
-    Tool("pyexiv2", _BOTH, _has_pyexiv2, _read_with_pyexiv2, _write_with_pyexiv2),
-    Tool("exiftool", _EXIFTOOL, _has_exiftool, _read_with_exiftool, _write_with_exiftool),
+    Tool(
+        name="pyexiv2",
+        formats=_BOTH,
+        available=lambda: load_pyexiv2() is not None,
+        read=_read_with_pyexiv2,
+        write=_write_with_pyexiv2,
+    ),
+    Tool(
+        name="exiftool",
+        formats=_BOTH | {"HEIF", "AVIF", "GIF"},
+        available=lambda: find_exiftool() is not None,
+        read=_read_with_exiftool,
+        write=_write_with_exiftool,
+    ),
 )

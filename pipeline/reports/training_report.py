@@ -106,11 +106,14 @@ def write_report(run: Path, data: str | Path | None = None) -> None:
     Raises:
         UserError: the folder holds no run.
     """
-    if _read_json(run / CONFIG) is None or not read_epochs(run / LOG):
+    settings = _read_json(run / CONFIG)
+    if settings is None or not read_epochs(run / LOG):
         raise UserError(f"{run}: no run of train_decoder.py or finetune_joint.py with an epoch")
     described, missing = None, ""
     try:
-        described = _read_run_data(run, data)
+        if data is None:
+            refuse_elsewhere(settings, ("data", "captions", "features"), run)
+        described = read_data(settings, data, load_checkpoint(run).vocabulary)
     except UserError as error:
         missing = str(error)
         echo(f"{run / REPORT}: without images and references ({error})", err=True)
@@ -142,13 +145,6 @@ def epoch_reporter(run: Path) -> EpochCallback:
         due = ended + (ended - began) / SHARE
 
     return write
-
-
-def _read_run_data(run: Path, data: str | Path | None) -> ReportData:
-    settings = _read_json(run / CONFIG)
-    if data is None:
-        refuse_elsewhere(settings, ("data", "captions", "features"), run)
-    return read_data(settings, data, load_checkpoint(run).vocabulary)
 
 
 def _write_page(
