@@ -11,7 +11,7 @@ import sys
 import click
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from conftest import REPOSITORY
 
 from pipeline.cli import COMMANDS, main
@@ -31,7 +31,7 @@ def test_every_option_of_a_heading_is_there_and_stands_in_the_help_once(name: st
     grouped = [option for options in command.groups.values() for option in options]
     assert len(set(grouped)) == len(grouped)
     assert set(grouped) <= {parameter.name for parameter in command.params}
-    text = CliRunner().invoke(command, ["--help"]).stdout
+    text = invoke(command, "--help").stdout
     text = text[text.index("\nOptions:\n") :]
     for heading in command.groups:
         assert f"\n{heading}:\n" in text
@@ -43,10 +43,10 @@ def test_every_option_of_a_heading_is_there_and_stands_in_the_help_once(name: st
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_examples_in_the_words_that_were_used(name: str) -> None:
-    direct = CliRunner().invoke(command_of(name), ["--help"]).stdout
+    direct = invoke(command_of(name), "--help").stdout
     own = f"python {SCRIPTS[name]}" if name in SCRIPTS else f"captioner {name}"
     assert f"    {own}" in direct and "Example" in direct
-    installed = CliRunner().invoke(main, [name, "--help"], prog_name="captioner").stdout
+    installed = invoke(main, name, "--help", prog_name="captioner").stdout
     assert f"    captioner {name}" in installed
     assert not re.search(r"python (-m pipeline|(?!captioner-onnx)\w+\.py)", installed)
 
@@ -79,14 +79,12 @@ print(loaded + [m for m in heavy if m in sys.modules])
 
 
 def test_an_unknown_command_is_named() -> None:
-    result = CliRunner().invoke(main, ["paint"])
-    assert result.exit_code == 2 and "paint" in result.stderr
+    assert "paint" in invoke(main, "paint", code=2).stderr
 
 
 def test_the_scripts_are_the_commands() -> None:
     for name, script in SCRIPTS.items():
-        if script.endswith(".py"):
-            assert importlib.import_module(script.removesuffix(".py")).main is command_of(name)
+        assert importlib.import_module(script.removesuffix(".py")).main is command_of(name)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +101,7 @@ def test_the_shell_completes_commands_and_options(words: str, place: int, expect
         "COMP_WORDS": words,
         "COMP_CWORD": str(place),
     }
-    result = CliRunner().invoke(main, [], prog_name="captioner", env=variables)
-    assert expected in result.stdout
+    assert expected in invoke(main, prog_name="captioner", env=variables).stdout
 
 
 @pytest.mark.parametrize(
@@ -122,8 +119,7 @@ def test_the_shell_completes_commands_and_options(words: str, place: int, expect
     ],
 )
 def test_options_without_effect_are_refused(words: str, message: str) -> None:
-    result = CliRunner().invoke(main, words.split())
-    assert result.exit_code == 2 and message in result.stderr, result.output
+    assert message in invoke(main, *words.split(), code=2).stderr
 
 
 @pytest.mark.parametrize("kind", ["python", "torch", "gpu"])
@@ -137,8 +133,7 @@ def test_a_lack_of_memory_is_one_line(kind: str) -> None:
 
     option = click.Option(["--batch-size"], type=int, default=1)
     command = GroupedCommand("x", callback=run, params=[option], groups={}, resumable=True)
-    result = CliRunner().invoke(command, [])
-    assert result.exit_code == 2
+    result = invoke(command, code=2)
     said = "out of memory: try a smaller --batch-size; run the same command to resume"
     assert result.stderr == f"Error: {said}\n"
 
@@ -161,8 +156,7 @@ def test_ctrl_c_is_one_line_at_any_moment(moment: str) -> None:
                 raise UserError("a package is missing") from None
         context.call_on_close(interrupt)  # as locks are released
 
-    result = CliRunner().invoke(run, [])
-    assert result.exit_code == 130
+    result = invoke(run, code=130)
     assert result.stderr == "interrupted; run the same command to resume\n"
 
 
@@ -171,7 +165,7 @@ def test_the_lines_of_another_librarys_error_become_one() -> None:
         cause = RuntimeError("Error(s) in loading:\n\tMissing key")
         raise UserError(f"a\nb.pt: damaged ({cause})") from cause
 
-    result = CliRunner().invoke(GroupedCommand("x", callback=run, groups={}), [])
+    result = invoke(GroupedCommand("x", callback=run, groups={}), code=2)
     assert result.stderr == "Error: a\\nb.pt: damaged (Error(s) in loading: Missing key)\n"
 
 
@@ -179,13 +173,13 @@ def test_other_errors_of_the_program_are_not_hidden() -> None:
     def run() -> None:
         raise RuntimeError("a bug")
 
-    result = CliRunner().invoke(GroupedCommand("x", callback=run, groups={}), [])
+    result = invoke(GroupedCommand("x", callback=run, groups={}), code=1)
     assert isinstance(result.exception, RuntimeError)
 
 
 @pytest.mark.parametrize("name", ["train", "finetune"])
 def test_what_most_trainings_need_comes_first_and_the_rest_is_advanced(name: str) -> None:
-    text = CliRunner().invoke(command_of(name), ["--help"]).stdout
+    text = invoke(command_of(name), "--help").stdout
     first, *others = re.findall(r"^(\S.*):$", text[text.index("\nOptions:") :], re.MULTILINE)
     assert first == "Options" and all(heading.startswith("Advanced: ") for heading in others)
     basics = text[text.index("\nOptions:") : text.index("\nAdvanced")]

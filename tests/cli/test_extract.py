@@ -13,7 +13,8 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from conftest import draw
 
 import extract_features
@@ -27,20 +28,16 @@ def spoil(*paths: Path) -> None:
         path.write_bytes(b"")
 
 
-def invoke(*arguments: str | Path) -> Result:
+def extract(*words: object, code: int = 0) -> Result:
     options = ("--device", "cpu", "--precision", "fp32")
-    return CliRunner().invoke(extract_features.main, [*options, *map(str, arguments)])
+    return invoke(extract_features.main, *options, *words, code=code)
 
 
-def refusal(*arguments: str | Path) -> str:
+def refusal(*words: object) -> str:
     """Return the message of a command that must end with exit code 2."""
-    result = invoke(*arguments)
-    assert result.exit_code == 2, result.output
-    assert isinstance(result.exception, SystemExit)
+    result = extract(*words, code=2)
     assert result.stdout == ""
-    before, _, message = result.stderr.partition("Error: ")
-    assert "Traceback" not in before
-    return message.strip()
+    return result.stderr.partition("Error: ")[2].strip()
 
 
 def test_no_data_names_both_ways(tmp_path: Path) -> None:
@@ -151,26 +148,22 @@ def test_broken_images_are_named_at_the_end(tmp_path: Path) -> None:
     draw(data / "good.png")
     spoil(draw(data / "sub" / "bad.png"))
     options = ("--data", data, "--output", output, "--weights", "random")
-    result = invoke(*options)
-    assert result.exit_code == 1
+    result = extract(*options, code=1)
     assert result.stdout == ""
     assert "x.h5: complete, 1 image (1 encoded now, 0 before; fp32, torch)" in result.stderr
     assert "failed: sub/bad.png: empty file" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("1 could not be read; --retry-failed")
 
-    again = invoke(*options)
-    assert again.exit_code == 1
+    again = extract(*options, code=1)
     assert "x.h5: complete, 1 image (0 encoded now, 1 before; fp32, torch)" in again.stderr
     draw(data / "sub" / "bad.png", 1)
-    mended = invoke(*options)
-    assert mended.exit_code == 0
+    mended = extract(*options)
     assert "images that have changed, to be encoded again: 1\n" in mended.stderr
     assert "complete, 2 images (" in mended.stderr
     assert "failed" not in mended.stderr
 
     spoil(data / "good.png")
-    stopped = invoke(*options, "--force", "--on-error", "fail")
-    assert stopped.exit_code == 1
+    stopped = extract(*options, "--force", "--on-error", "fail", code=1)
     assert "good.png: empty file (--on-error skip" in stopped.stderr
     assert FeatureCache(output).complete  # the old one is still there
 
@@ -184,11 +177,11 @@ def test_a_cache_keeps_the_precision_that_it_was_begun_with(
     if engine == "openvino":
         pytest.importorskip("openvino")
     options = ("--data", images, "--output", tmp_path / "x.h5", "--weights", "random")
-    assert invoke(*options, "--precision", precision).exit_code == 0
+    extract(*options, "--precision", precision)
     draw(images / "more.png", 20)
     message = refusal(*options, "--precision", "fp32")
     assert f"begun with --precision {precision}, not fp32" in message
-    assert f"{precision}, {engine})" in invoke(*options, "--precision", "auto").stderr
+    assert f"{precision}, {engine})" in extract(*options, "--precision", "auto").stderr
 
 
 def test_int8_is_refused_of_pytorch_before_any_weights_are_loaded(

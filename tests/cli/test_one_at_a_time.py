@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from drawn_run import DrawnRun
 
 import caption
@@ -42,19 +42,16 @@ def test_what_another_process_works_on_is_left_alone(
     held: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    target = Path(held)
+    target, words = Path(held), options.split()
     if held == "run":
         shutil.copytree(drawn_run.run, target)  # one that could be gone on with
-        words = [*options.split(), "--force"]
-    else:
-        words = options.split()
+        words.append("--force")
     image = next((drawn_run.data / "Images").glob("*.jpg"))
     places = {**vars(drawn_run), "image": image}
     before = contents()
     with locked(target):
-        result = CliRunner().invoke(command, [word.format(**places) for word in words])
+        result = invoke(command, *(word.format(**places) for word in words), code=2)
         after = contents()
     after.pop(lock_path(target).name)
-    assert result.exit_code == 2, result.output
     assert f"Error: {target}: another process is at work on it" in result.stderr
     assert after == before

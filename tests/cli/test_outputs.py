@@ -12,18 +12,19 @@ from pathlib import Path
 import click
 import h5py
 import pytest
-from click.testing import CliRunner
+from click.testing import Result
+from commands import invoke
 from conftest import draw
 from drawn_run import DrawnRun
 
-import caption
+import caption as caption_command
 import evaluate
 import extract_features
 from pipeline.cli import compress
 
 COMMANDS: dict[str, tuple[click.Command, str]] = {
-    "caption --output": (caption.main, "photos --output {path}"),
-    "caption --html": (caption.main, "photos --html {path}"),
+    "caption --output": (caption_command.main, "photos --output {path}"),
+    "caption --html": (caption_command.main, "photos --html {path}"),
     "evaluate --output": (evaluate.main, "runs/x --output {path}"),
     "evaluate --html": (evaluate.main, "runs/x --html {path}"),
     "extract --output": (extract_features.main, "--data photos --force --output {path}"),
@@ -40,13 +41,16 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "photos"
 
 
+def caption(run: DrawnRun, *words: object, code: int = 0) -> Result:
+    return invoke(caption_command.main, "--model", run.run, "--device", "cpu", *words, code=code)
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "new.PNG", "scan.txt", "archive", "../photos"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_files_of_other_kinds_are_refused(photos: Path, command: str, name: str) -> None:
     before = {path: path.read_bytes() for path in photos.iterdir()}
     main, arguments = COMMANDS[command]
-    result = CliRunner().invoke(main, arguments.format(path=f"photos/{name}").split())
-    assert result.exit_code == 2, result.output
+    result = invoke(main, *arguments.format(path=f"photos/{name}").split(), code=2)
     assert f"Error: photos/{name}: " in result.stderr and result.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in photos.iterdir()} == before
 
@@ -69,8 +73,7 @@ def test_texts_of_the_users_are_refused(photos: Path, command: str, content: str
     mine = photos.parent / "mine"
     mine.write_text(content)
     main, arguments = COMMANDS[command]
-    result = CliRunner().invoke(main, arguments.format(path="mine").split())
-    assert result.exit_code == 2, result.output
+    result = invoke(main, *arguments.format(path="mine").split(), code=2)
     assert result.stderr.splitlines()[-1].startswith("Error: mine: holds something else")
     assert mine.read_text() == content
 
@@ -81,36 +84,29 @@ def test_what_the_program_wrote_is_replaced(drawn_run: DrawnRun, photos: Path) -
     names = ["x.txt", "x.csv", "x.json", "x.jsonl", "x.coco"]
     for name in names * 2:
         layout = ["--format", "coco"] if name == "x.coco" else []
-        run_caption(drawn_run.run, "photos", "--output", name, "--html", "x.html", *layout)
+        caption(drawn_run, "photos", "--output", name, "--html", "x.html", *layout)
     table = Path("x.csv").read_text().replace(",", ";").replace("\n", "\r\n")
     Path("x.csv").write_text("\ufeff" + table, encoding="utf-8")  # as a spreadsheet saves it
-    run_caption(drawn_run.run, "photos", "--output", "x.csv", "--html", "x.html")
+    caption(drawn_run, "photos", "--output", "x.csv", "--html", "x.html")
     assert Path("x.csv").read_text().startswith("image,rank,")
     (photos / 'a "b" c.jpg').unlink()
-    run_caption(drawn_run.run, "photos", "--output", "x.txt", "--skip-existing")
+    caption(drawn_run, "photos", "--output", "x.txt", "--skip-existing")
 
 
 def test_a_scores_file_beside_the_predictions_is_not_replaced_either(photos: Path) -> None:
     Path("scores-x.json").write_text('{"mine": 1}')
-    result = CliRunner().invoke(evaluate.main, ["runs/x", "--output", "x.json"])
-    assert result.exit_code == 2 and "scores-x.json: holds something else" in result.stderr
+    result = invoke(evaluate.main, "runs/x", "--output", "x.json", code=2)
+    assert "scores-x.json: holds something else" in result.stderr
 
 
 def test_an_hdf5_file_of_another_program_is_not_replaced(photos: Path) -> None:
     with h5py.File("mine.h5", "w") as file:
         file["x"] = [1]
-    result = CliRunner().invoke(
-        extract_features.main, "--data photos --weights random --force --output mine.h5".split()
-    )
-    assert result.exit_code == 2 and "mine.h5: holds something else" in result.stderr
+    words = "--data photos --weights random --force --output mine.h5".split()
+    result = invoke(extract_features.main, *words, code=2)
+    assert "mine.h5: holds something else" in result.stderr
     with h5py.File("mine.h5") as file:
         assert list(file) == ["x"]
-
-
-def run_caption(model: Path, *arguments: object) -> None:
-    words = ["--model", str(model), "--device", "cpu", *map(str, arguments)]
-    result = CliRunner().invoke(caption.main, words)
-    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.usefixtures("tiny_inception")
@@ -121,7 +117,7 @@ def test_a_pipe_is_written_through(drawn_run: DrawnRun, photos: Path) -> None:
     received: list[str] = []
     reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
     reader.start()
-    run_caption(drawn_run.run, "photos", "--output", pipe)
+    caption(drawn_run, "photos", "--output", pipe)
     reader.join(timeout=30)
     assert pipe.is_fifo() and received[0].startswith("photos/a.jpg\t")
     assert {path.name for path in photos.parent.iterdir()} == {"photos", "pipe"}
@@ -132,11 +128,10 @@ def test_outputs_are_neither_images_nor_each_other(drawn_run: DrawnRun, photos: 
     text = photos / "text"
     text.write_text("photos/a.jpg\tno image\n")
     for arguments, message in (
-        (["photos/text", "--output", str(text)], f"{text}: is one of the images"),
+        (["photos/text", "--output", text], f"{text}: is one of the images"),
         (["photos", "--output", "both", "--html", "photos/../both"], "both are both"),
     ):
-        result = CliRunner().invoke(caption.main, ["--model", str(drawn_run.run), *arguments])
-        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert message in caption(drawn_run, *arguments, code=2).stderr
 
 
 @pytest.mark.usefixtures("tiny_inception")
@@ -144,10 +139,7 @@ def test_an_image_called_txt_is_not_its_own_text_file(drawn_run: DrawnRun, photo
     scan = photos / "scan.txt"
     before = scan.read_bytes()
     for more in ([], ["--overwrite"]):
-        result = CliRunner().invoke(
-            caption.main, ["--model", str(drawn_run.run), str(scan), "--sidecar", *more]
-        )
-        assert result.exit_code == 1 and "not replaced" in result.stderr, result.output
+        assert "not replaced" in caption(drawn_run, scan, "--sidecar", *more, code=1).stderr
         assert scan.read_bytes() == before
 
 
@@ -157,9 +149,9 @@ def test_a_folder_that_cannot_be_listed_is_a_named_failure(
 ) -> None:
     (photos / "share").mkdir()
     unlistable("share", errno.EACCES)
-    result = CliRunner().invoke(caption.main, ["--model", str(drawn_run.run), "photos"])
-    assert result.exit_code == 1 and "photos/a.jpg\t" in result.stdout
+    result = caption(drawn_run, "photos", code=1)
+    assert "photos/a.jpg\t" in result.stdout
     assert "failed: photos/share: Permission denied" in result.stderr
     assert "skipped: files with other endings (2)" in result.stderr
-    result = CliRunner().invoke(extract_features.main, "--data photos --weights random".split())
-    assert result.exit_code == 2 and "photos/share: cannot be listed" in result.stderr
+    result = invoke(extract_features.main, "--data", "photos", "--weights", "random", code=2)
+    assert "photos/share: cannot be listed" in result.stderr

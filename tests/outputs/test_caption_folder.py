@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from drawn_run import DrawnRun
 from tqdm import TMonitor, tqdm
 
@@ -68,9 +69,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def caption(run: DrawnRun, *arguments: object, stdin: bytes | None = None) -> Result:
-    words = ["--model", str(run.run), "--device", "cpu", *map(str, arguments)]
-    return CliRunner().invoke(command.main, words, input=stdin)
+def caption(run: DrawnRun, *words: object, **options: Any) -> Result:
+    return invoke(command.main, "--model", run.run, "--device", "cpu", *words, **options)
 
 
 NAMES = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
@@ -89,7 +89,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
 ) -> None:
     whole, output = album.parent / f"whole{name}", album.parent / name
     words = ["--words"] if name == "out.jsonl" else []
-    assert caption(drawn_run, album, "--output", whole, *words).exit_code == 0
+    caption(drawn_run, album, "--output", whole, *words)
     append = PartialResults.append
 
     def interrupted(self: PartialResults, prediction: Prediction) -> None:
@@ -99,8 +99,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(PartialResults, "append", interrupted)
-        result = caption(drawn_run, album, "--output", output, *words)
-    assert result.exit_code == 130
+        result = caption(drawn_run, album, "--output", output, *words, code=130)
     assert "interrupted; run the same command to resume" in result.stderr
     assert not output.exists() and results_path(output).read_bytes().count(b"\n") == 4
     with results_path(output).open("a", encoding="utf-8") as handle:
@@ -108,7 +107,6 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_file(
 
     asked.clear()
     result = caption(drawn_run, album, "--output", output, *words)
-    assert result.exit_code == 0, result.output
     assert "3 were captioned before the interruption" in result.stderr
     assert asked == ["d.jpg", "e.jpg", "f.jpg"]
     assert output.read_bytes() == whole.read_bytes()
@@ -122,9 +120,9 @@ def test_an_interruption_promises_to_go_on_only_where_something_is_kept(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Captioner, "stream", interrupted)
-    result = caption(drawn_run, album)
-    assert result.exit_code == 130 and result.stderr == "interrupted\n"
-    result = caption(drawn_run, album, "--sidecar")
+    result = caption(drawn_run, album, code=130)
+    assert result.stderr == "interrupted\n"
+    result = caption(drawn_run, album, "--sidecar", code=130)
     assert result.stderr == "interrupted; run the same command to resume\n"
 
 
@@ -138,12 +136,12 @@ def test_what_changed_since_the_interruption_is_captioned_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.utils.files.os.fsync", fail)
-        assert caption(drawn_run, album, "--output", output).exit_code == 2
+        caption(drawn_run, album, "--output", output, code=2)
     assert not output.exists()
     shutil.copy(album / "a.jpg", album / "b.jpg")
     (album / "c.jpg").unlink()
     asked.clear()
-    assert caption(drawn_run, album, "--output", output).exit_code == 0
+    caption(drawn_run, album, "--output", output)
     assert asked == ["b.jpg"]
     rows = list(csv.DictReader(io.StringIO(output.read_text(encoding="utf-8"))))
     captions = {Path(row["image"]).name: row["caption"] for row in rows}
@@ -164,7 +162,7 @@ def test_another_search_does_not_go_on_with_the_captions_of_the_first(
         patch.setattr(PartialResults, "__exit__", lambda *_: None)  # as if killed at the very end
         caption(drawn_run, album, "--output", output)
     asked.clear()
-    assert caption(drawn_run, album, "--output", output, *change).exit_code == 0
+    caption(drawn_run, album, "--output", output, *change)
     assert asked == NAMES
 
 
@@ -173,12 +171,11 @@ def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     drawn_run: DrawnRun, album: Path, asked: list[str], layout: str
 ) -> None:
     whole, output = album.parent / "whole", album.parent / "out"
-    assert caption(drawn_run, album, "--format", layout, "--output", whole).exit_code == 0
+    caption(drawn_run, album, "--format", layout, "--output", whole)
     some = [album / "b.jpg", album / "e.jpg"]
-    assert caption(drawn_run, *some, "--format", layout, "--output", output).exit_code == 0
+    caption(drawn_run, *some, "--format", layout, "--output", output)
     asked.clear()
     result = caption(drawn_run, album, "--format", layout, "--output", output, "--skip-existing")
-    assert result.exit_code == 0, result.output
     assert asked == ["a.jpg", "c.jpg", "d.jpg", "f.jpg"]
     assert "2 already captioned: skipped" in result.stderr
     assert output.read_bytes() == whole.read_bytes()
@@ -187,7 +184,7 @@ def test_skip_existing_keeps_what_the_file_has_and_adds_the_rest(
     def add(name: str) -> list[str]:
         asked.clear()
         words = ["--format", layout, "--output", output, "--skip-existing"]
-        assert caption(drawn_run, album / name, *words).exit_code == 0
+        caption(drawn_run, album / name, *words)
         return asked
 
     assert add("a.jpg") == [] and output.read_bytes() == whole.read_bytes()
@@ -224,12 +221,12 @@ def test_every_format_can_be_read_again(tmp_path: Path, layout: str) -> None:
 def test_the_format_follows_the_name_of_the_output(drawn_run: DrawnRun, album: Path) -> None:
     for name, layout in (("o.csv", "csv"), ("o.JSON", "json"), ("o.jsonl", "jsonl"), ("o", "text")):
         output = album.parent / name
-        assert caption(drawn_run, album / "a.jpg", "--output", output).exit_code == 0
+        caption(drawn_run, album / "a.jpg", "--output", output)
         assert len(read_predictions(output, layout)) == 1
     foreign = album.parent / "foreign.csv"
     foreign.write_text("image,rank,text\na,1,b\n", encoding="utf-8")
-    result = caption(drawn_run, album, "--output", foreign, "--skip-existing")
-    assert result.exit_code == 2 and "foreign.csv: not in --format csv" in result.stderr
+    result = caption(drawn_run, album, "--output", foreign, "--skip-existing", code=2)
+    assert "foreign.csv: not in --format csv" in result.stderr
     assert foreign.read_text(encoding="utf-8") == "image,rank,text\na,1,b\n"
 
 
@@ -242,7 +239,6 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     (album / "b.txt").write_text("my own words\n", encoding="utf-8")
     (album / "c.txt").write_text("")  # nothing in it: no caption
     result = caption(drawn_run, album, "--sidecar")
-    assert result.exit_code == 0, result.output
     assert asked == ["a.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"]
     assert "1 already captioned: skipped" in result.stderr
     shown = dict(line.split("\t") for line in result.stdout.splitlines())
@@ -252,15 +248,15 @@ def test_sidecars_are_written_beside_and_never_replaced_unasked(
     assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
 
     asked.clear()
-    assert caption(drawn_run, album, "--sidecar", "--skip-existing").exit_code == 0
+    caption(drawn_run, album, "--sidecar", "--skip-existing")
     assert asked == []
     output = album.parent / "out.json"  # wants all captions, also of images with a sidecar
-    assert caption(drawn_run, album, "--sidecar", "--output", output).exit_code == 0
+    caption(drawn_run, album, "--sidecar", "--output", output)
     assert asked == NAMES and len(json.loads(output.read_text(encoding="utf-8"))) == 6
     assert (album / "b.txt").read_text(encoding="utf-8") == "my own words\n"
     asked.clear()
-    result = caption(drawn_run, album, "--sidecar", "--overwrite", "--num-captions", 2)
-    assert result.exit_code == 0 and asked == NAMES
+    caption(drawn_run, album, "--sidecar", "--overwrite", "--num-captions", 2)
+    assert asked == NAMES
     assert len((album / "b.txt").read_text(encoding="utf-8").splitlines()) == 2
 
 
@@ -269,8 +265,7 @@ def test_a_sidecar_that_cannot_be_written_is_named_and_the_rest_goes_on(
 ) -> None:
     shutil.copy(album / "a.jpg", album / "a.png")
     (album / "b.txt").mkdir()
-    result = caption(drawn_run, album, "--sidecar", "--overwrite")
-    assert result.exit_code == 1
+    result = caption(drawn_run, album, "--sidecar", "--overwrite", code=1)
     assert f"failed: {album / 'a.png'}: a.txt belongs to a.jpg" in result.stderr
     assert f"failed: {album / 'b.jpg'}: " in result.stderr and "is a folder" in result.stderr
     assert len(result.stdout.splitlines()) == 7
@@ -283,12 +278,11 @@ def test_metadata_get_the_caption_once(drawn_run: DrawnRun, album: Path, asked: 
 
     before = {path: path.stat().st_mtime_ns for path in album.rglob("*.jpg")}
     result = caption(drawn_run, album, "--write-metadata")
-    assert result.exit_code == 0, result.output
     shown = dict(line.split("\t") for line in result.stdout.splitlines())
     assert {str(path): read_description(path) for path in before} == shown
     assert {path: path.stat().st_mtime_ns for path in before} == before
     asked.clear()
-    assert caption(drawn_run, album, "--write-metadata").exit_code == 0
+    caption(drawn_run, album, "--write-metadata")
     assert asked == []
 
 
@@ -296,8 +290,8 @@ def test_a_page_has_more_captions_than_the_other_places(drawn_run: DrawnRun, alb
     (album / "broken.jpg").write_bytes(b"no image")
     page = album.parent / "page.html"
     words = ("--html", page, "--sidecar", "--format", "jsonl", "--explain")
-    result = caption(drawn_run, album, *words)
-    assert result.exit_code == 1 and f"page: {page}" in result.stderr
+    result = caption(drawn_run, album, *words, code=1)
+    assert f"page: {page}" in result.stderr
     records = [json.loads(line) for line in result.stdout.splitlines()]
     assert [len(r.get("captions", [])) for r in records] == [1, 1, 0, 1, 1, 1, 1]
     assert '"words"' not in result.stdout
@@ -336,7 +330,7 @@ def test_captions_do_not_gather_in_memory_for_a_page(
 
     monkeypatch.setattr(Captioner, "stream", watched)
     monkeypatch.setattr("pipeline.outputs.caption_folder.write_gallery", counted)
-    assert caption(drawn_run, album, "--html", album.parent / "page.html").exit_code == 0
+    caption(drawn_run, album, "--html", album.parent / "page.html")
     assert len(made) == 6
     assert kept[0] <= 1, "but for the last, which is still in hand"
 
@@ -344,16 +338,12 @@ def test_captions_do_not_gather_in_memory_for_a_page(
 # Which images
 
 
-@pytest.mark.parametrize("separator", [b"\n", b"\r\n", b"\0"])
-def test_paths_are_read_from_standard_input(
-    drawn_run: DrawnRun, album: Path, separator: bytes
-) -> None:
+def test_paths_are_read_from_standard_input(drawn_run: DrawnRun, album: Path) -> None:
     odd = album / "an odd  name é.jpg"
     shutil.copy(album / "a.jpg", odd)
     paths = [odd, album / "b.jpg", album / "missing.jpg", album / "sub", album / "b.jpg"]
-    listed = separator.join(os.fsencode(path) for path in paths) + separator
-    result = caption(drawn_run, "-", stdin=listed)
-    assert result.exit_code == 1
+    listed = b"".join(os.fsencode(path) + b"\n" for path in paths)
+    result = caption(drawn_run, "-", input=listed, code=1)
     shown = [line.split("\t")[0] for line in result.stdout.splitlines()]
     assert shown == [str(odd), str(album / "b.jpg"), str(album / "sub" / "f.jpg")]
     assert f"failed: {album / 'missing.jpg'}: no such file" in result.stderr
@@ -365,7 +355,6 @@ def test_paths_are_read_from_standard_input(
 def test_prefix_lengths_and_draws(drawn_run: DrawnRun, album: Path) -> None:
     def texts(*arguments: object) -> list[str]:
         result = caption(drawn_run, album, *arguments)
-        assert result.exit_code == 0, result.output
         return [line.split("\t")[1] for line in result.stdout.splitlines()]
 
     assert all(text.startswith("two red ") for text in texts("--prefix", "Two red"))
@@ -417,10 +406,8 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         ((album, "--model", drawn_run.run), "2 models: add --ensemble to use them as one"),
         (("-",), "standard input: no images there"),
     ):
-        result = caption(drawn_run, *arguments)
-        assert result.exit_code == 2, result.output
-        assert message in result.stderr and "Traceback" not in result.output
-        assert result.stdout == ""
+        result = caption(drawn_run, *arguments, code=2)
+        assert message in result.stderr and result.stdout == ""
 
 
 # The records of an interrupted command, and progress
@@ -466,16 +453,14 @@ def test_no_line_is_repeated_in_a_log_while_nothing_happens(
     assert capsys.readouterr().err.count("6 of 9") == 1
 
 
-@pytest.mark.parametrize("layout", [*WRITERS])
 def test_captions_are_sentences_everywhere(
-    drawn_run: DrawnRun, album: Path, tmp_path: Path, layout: str
+    drawn_run: DrawnRun, album: Path, tmp_path: Path
 ) -> None:
     plain, page, output = (tmp_path / name for name in ("plain.csv", "page.html", "out"))
-    assert caption(drawn_run, album / "a.jpg", "--output", plain).exit_code == 0
+    caption(drawn_run, album / "a.jpg", "--output", plain)
     [text] = [row["caption"] for row in csv.DictReader(plain.open(encoding="utf-8"))]
-    words = ["--format", layout, "--output", output, "--html", page, "--sidecar", "--sentence"]
-    result = caption(drawn_run, album / "a.jpg", *words)
-    assert result.exit_code == 0, result.output
+    words = ["--output", output, "--html", page, "--sidecar", "--sentence"]
+    caption(drawn_run, album / "a.jpg", *words)
     sentence = text[0].upper() + text[1:] + "."
     for file in (output, page, album / "a.txt"):
         assert sentence in file.read_text(encoding="utf-8")

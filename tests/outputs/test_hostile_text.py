@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from conftest import REPOSITORY, draw
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,8 +79,7 @@ def test_what_is_said_moves_no_cursor(text: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_wrong_command_does_not_obey_its_words() -> None:
-    result = CliRunner().invoke(pipeline.cli.caption.main, ["--\x1b[2J"])
-    assert result.exit_code == 2
+    result = invoke(pipeline.cli.caption.main, "--\x1b[2J", code=2)
     assert "\x1b" not in result.output and r"--\x1b[2J" in result.output
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from drawn_run import DrawnRun
 from small_data import make_small_data
 
@@ -202,9 +202,8 @@ def test_the_report_of_a_training_has_every_part(drawn_run: DrawnRun) -> None:
 
 def test_an_evaluation_renews_the_report(drawn_run: DrawnRun, tmp_path: Path) -> None:
     run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
-    options = ["--split", "test", "--no-java", "--device", "cpu", "--html", str(run / "test.html")]
-    result = CliRunner().invoke(evaluate.main, [str(run), *options])
-    assert result.exit_code == 0, result.output
+    options = ["--split", "test", "--no-java", "--device", "cpu", "--html", run / "test.html"]
+    invoke(evaluate.main, run, *options)
     scores = json.loads((run / "scores-test.json").read_text())["scores"]
     report = Page(run / "report.html")
     row = report.text[report.text.index("scores-test.json") :].split("\n", 2)
@@ -256,11 +255,8 @@ def test_the_page_loads_nothing_and_runs_nothing(drawn_run: DrawnRun) -> None:
 
 def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_path: Path) -> None:
     run = tmp_path / "joint"
-    options = f"--start {drawn_run.run} --run {run} --epochs 1 --batch-size 8 --device cpu"
-    result = CliRunner().invoke(
-        finetune_joint.main, [*options.split(), "--unfreeze-from", "Mixed_7c"]
-    )
-    assert result.exit_code == 0, result.output
+    options = "--epochs 1 --batch-size 8 --device cpu --unfreeze-from Mixed_7c".split()
+    result = invoke(finetune_joint.main, "--start", drawn_run.run, "--run", run, *options)
     assert f"report: {run / 'report.html'}" in result.stderr
     assert re.search(
         r"^epoch 0/1  before training +val loss [^,]* s  best so far$", result.stderr, re.M
@@ -280,21 +276,19 @@ def test_a_run_whose_data_are_gone_or_moved_or_others(drawn_run: DrawnRun, tmp_p
         (run / name).unlink()
     settings = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
-    result = CliRunner().invoke(main, [str(run)])
-    assert result.exit_code == 0, result.output
+    result = invoke(main, run)
     assert "without images and references" in result.stderr and "gone" in result.stderr
     page = Page(run / "report.html")
     assert page.headings == ["curves", "scores", "captions", "data", "time", "settings"]
     assert not page.all("img")
     assert (run / "curves.svg").read_bytes() == (drawn_run.run / "curves.svg").read_bytes()
-    moved = CliRunner().invoke(main, [str(run), "--data", str(drawn_run.data)])
-    assert moved.exit_code == 0 and "without" not in moved.stderr
+    assert "without" not in invoke(main, run, "--data", drawn_run.data).stderr
     assert "words" in Page(run / "report.html").headings
     other = tmp_path / "other"
     shutil.copytree(drawn_run.data, other)
     lines = (other / "captions.csv").read_text().splitlines()
     (other / "captions.csv").write_text("\n".join(lines[:-40]))
-    result = CliRunner().invoke(main, [str(run), "--data", str(other)])
+    result = invoke(main, run, "--data", other)
     assert "not the captions and images that the run was trained with" in result.stderr
     assert "words" not in Page(run / "report.html").headings
 
@@ -308,10 +302,8 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     marked = text.replace("A red dog.", "A </bdi><img src=x onerror=alert(1)> red & dog")
     (data / "captions.csv").write_text(marked)
     run = folder / 'a"<b>run'
-    options = ["--data", data, "--features", features, "--run", run, "--epochs", 2, "--min-count"]
-    options += [1, "--embed-size", 8, "--hidden-size", 8, "--device", "cpu"]
-    result = CliRunner().invoke(train_decoder.main, [str(option) for option in options])
-    assert result.exit_code == 0, result.output
+    small = "--epochs 2 --min-count 1 --embed-size 8 --hidden-size 8 --device cpu".split()
+    invoke(train_decoder.main, "--data", data, "--features", features, "--run", run, *small)
     return run
 
 
@@ -409,9 +401,8 @@ def test_curves_and_reports_of_epochs_take_no_more_than_their_share(
 
 
 def test_what_is_no_run_is_one_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, [str(tmp_path)])
-    assert result.exit_code == 2 and f"{tmp_path}: no run of" in result.stderr
+    assert f"{tmp_path}: no run of" in invoke(main, tmp_path, code=2).stderr
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "log.jsonl").write_text("[]\n")
-    result = CliRunner().invoke(main, [str(tmp_path)])
-    assert result.exit_code == 2 and "log.jsonl: not a file of one JSON object" in result.stderr
+    result = invoke(main, tmp_path, code=2)
+    assert "log.jsonl: not a file of one JSON object" in result.stderr

@@ -14,7 +14,8 @@ import click
 import numpy
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from conftest import REPOSITORY, draw
 from drawn_run import DrawnRun
 from small_data import make_small_data
@@ -51,9 +52,7 @@ def ieee_fp32() -> Iterator[None]:
 
 
 def run(command: click.Command, options: str, device: str = DEVICE, code: int = 0) -> Result:
-    result = CliRunner().invoke(command, [*options.split(), "--device", device])
-    assert result.exit_code == code, result.output
-    return result
+    return invoke(command, *options.split(), "--device", device, code=code)
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:

@@ -12,16 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {
-    "extract_features.py": "extract",
-    "train_decoder.py": "train",
-    "finetune_joint.py": "finetune",
-    "caption.py": "caption",
-    "evaluate.py": "evaluate",
-}
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def transcript() -> list[tuple[str, str]]:
@@ -50,7 +43,7 @@ def test_the_transcript_is_what_the_commands_print(photos: Path) -> None:
     for command, shown in commands:
         script, *words = command.split()
         ended = subprocess.run(
-            [sys.executable, str(ROOT / script), *words],
+            [sys.executable, str(REPOSITORY / script), *words],
             cwd=photos.parent,  # no runs of one's own there
             env={**os.environ, "PYTHONIOENCODING": "utf-8"},
             capture_output=True,
@@ -72,10 +65,10 @@ def _rounded(lines: list[str]) -> list[str]:
 
 
 PAGES = [
-    ROOT / "README.md",
-    ROOT / "SECURITY.md",
-    *(ROOT / "docs").glob("*.md"),
-    *(ROOT / "data").rglob("*.md"),
+    REPOSITORY / "README.md",
+    REPOSITORY / "SECURITY.md",
+    *(REPOSITORY / "docs").glob("*.md"),
+    *(REPOSITORY / "data").rglob("*.md"),
 ]
 
 
@@ -103,7 +96,7 @@ def test_files_that_are_named_exist() -> None:
     named = r"`((?:pipeline|tests|benchmarks)/[\w/.-]+)`"
     for page in PAGES:
         for path in re.findall(named, page.read_text(encoding="utf-8")):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+            assert (REPOSITORY / path).exists(), f"{page.name}: {path}"
 
 
 def commands_of(page: Path) -> list[list[str]]:
@@ -125,11 +118,12 @@ def commands_of(page: Path) -> list[list[str]]:
 def test_commands_parse(page: Path) -> None:
     """Unknown commands and options, and values out of range, are errors; nothing is run."""
     for program, *arguments in commands_of(page):
-        name = SCRIPTS.get(program) or arguments.pop(0)
-        command = importlib.import_module(f"pipeline.cli.{name}").main
+        if program == "captioner":
+            program = f"pipeline.cli.{arguments.pop(0)}"
+        command = importlib.import_module(program.removesuffix(".py")).main
         command.make_context(program, arguments)
 
 
 def test_commands_are_found() -> None:
-    assert ["caption.py", "photos/"] in commands_of(ROOT / "README.md")
-    assert len(commands_of(ROOT / "README.md")) > 8
+    assert ["caption.py", "photos/"] in commands_of(REPOSITORY / "README.md")
+    assert len(commands_of(REPOSITORY / "README.md")) > 8

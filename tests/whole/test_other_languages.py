@@ -8,7 +8,8 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from drawn_run import DrawnRun
 from example_layouts import chinese_captions, scenes_of, write_translated
 
@@ -17,9 +18,7 @@ import evaluate
 import finetune_joint
 import train_decoder
 from pipeline.datasets.caption_table import read_captions
-from pipeline.datasets.tokenizers import (
-    tokenize_characters,
-)
+from pipeline.datasets.tokenizers import tokenize_characters
 from pipeline.datasets.vocabulary import UNKNOWN, Vocabulary
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint, load_ensemble, save_checkpoint
@@ -32,10 +31,8 @@ def command(main: click.Command, *arguments: object, code: int = 0, **options: o
     """Run a command; each keyword is an option."""
     pairs = [(f"--{name.replace('_', '-')}", value) for name, value in options.items()]
     device = () if "--compare" in arguments else ("--device", "cpu")
-    words = [*arguments, *(word for pair in pairs for word in pair), *device]
-    result = CliRunner().invoke(main, [*map(str, words)])
-    assert result.exit_code == code, result.output
-    return result
+    words = (word for pair in pairs for word in pair)
+    return invoke(main, *arguments, *words, *device, code=code)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from conftest import SHARED
 from draw_scenes import draw_scenes
 
@@ -26,10 +27,8 @@ STANDIN = SHARED / "weights" / "inception_v3_standin.pth"
 has_shared = pytest.mark.shared("flickr8k", "flickr8k_fullres", "weights/inception_v3_standin.pth")
 
 
-def run(command: click.Command, options: str) -> Result:
-    result = CliRunner().invoke(command, options.split())
-    assert result.exit_code == 0, result.output
-    return result
+def run(command: click.Command, options: str, code: int = 0) -> Result:
+    return invoke(command, *options.split(), code=code)
 
 
 def learn_by_heart(data: Path, captions: dict[str, str], weights: str, folder: Path) -> None:
@@ -123,5 +122,4 @@ def test_flickr8k_subset_through_all_three_stages(tmp_path: Path) -> None:
     shutil.rmtree(data)
     result = run(caption.main, f"{' '.join(map(str, images))} --model {joint}")
     assert len(result.stdout.splitlines()) == 3
-    refused = CliRunner().invoke(evaluate.main, [str(joint)])
-    assert refused.exit_code == 2 and str(data) in refused.stderr
+    assert str(data) in run(evaluate.main, str(joint), code=2).stderr
