@@ -23,6 +23,7 @@ sys.path.insert(0, str(REPOSITORY))  # the scripts lie there
 from drawn_run import DrawnRun, make_drawn_run  # noqa: E402
 from tiny_inception import TinyInception  # noqa: E402
 
+from pipeline import Captioner  # noqa: E402
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity  # noqa: E402
 
 # The same examples every time, so that a failure is of the change and not of the day.
@@ -154,3 +155,15 @@ def drawn_run(request: pytest.FixtureRequest, drawn_runs: Callable[[bool], Drawn
     if tiny:
         request.getfixturevalue("tiny_inception")  # which pytest may set up later
     return drawn_runs(tiny)
+
+
+@pytest.fixture
+def scenes(drawn_run: DrawnRun) -> list[Path]:
+    """Return the images of ``drawn_run``."""
+    return sorted((drawn_run.data / "Images").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def captioner(drawn_run: DrawnRun) -> Captioner:
+    """Load the model of ``drawn_run``."""
+    return Captioner.load(drawn_run.run, device="cpu", precision="fp32")

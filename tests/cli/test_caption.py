@@ -30,16 +30,15 @@ pytestmark = pytest.mark.usefixtures("tiny_inception")
 
 
 @pytest.fixture
-def album(drawn_run: DrawnRun, tmp_path: Path) -> Path:
+def album(scenes: list[Path], tmp_path: Path) -> Path:
     """A folder as people have them: sub-folders, spaces, broken files, no data set near."""
     folder = tmp_path / "album"
     (folder / "trip to Đà Nẵng").mkdir(parents=True)
-    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:5]
-    shutil.copy(images[0], folder / "b.jpg")
-    shutil.copy(images[1], folder / "a.JPG")
-    shutil.copy(images[2], folder / "trip to Đà Nẵng" / "boat one.jpg")
-    Image.open(images[3]).save(folder / "trip to Đà Nẵng" / "c.png")
-    (folder / "broken.jpg").write_bytes(images[4].read_bytes()[:900])
+    shutil.copy(scenes[0], folder / "b.jpg")
+    shutil.copy(scenes[1], folder / "a.JPG")
+    shutil.copy(scenes[2], folder / "trip to Đà Nẵng" / "boat one.jpg")
+    Image.open(scenes[3]).save(folder / "trip to Đà Nẵng" / "c.png")
+    (folder / "broken.jpg").write_bytes(scenes[4].read_bytes()[:900])
     (folder / "notes.txt").write_text("no image")
     return folder
 
@@ -115,12 +114,11 @@ def test_formats_say_the_same(drawn_run: DrawnRun, album: Path, tmp_path: Path) 
     assert [(c["image_id"], c["caption"]) for c in coco] == [p[:2] for p in pairs]
 
 
-def test_captions_do_not_depend_on_the_batch(drawn_run: DrawnRun) -> None:
-    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
-    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:9]
+def test_captions_do_not_depend_on_the_batch(captioner: Captioner, scenes: list[Path]) -> None:
     options = SearchOptions(beam_size=3, num_captions=3, consensus=0, matching=0)
     one, four = (
-        [p.captions for p in captioner.stream(images, options, batch_size=size)] for size in (1, 4)
+        [p.captions for p in captioner.stream(scenes[:9], options, batch_size=size)]
+        for size in (1, 4)
     )
     assert [[c.text for c in captions] for captions in one] == [
         [c.text for c in captions] for captions in four
@@ -133,9 +131,8 @@ def test_captions_do_not_depend_on_the_batch(drawn_run: DrawnRun) -> None:
 
 
 def test_one_batch_has_all_threads_and_many_share_them(
-    drawn_run: DrawnRun, monkeypatch: pytest.MonkeyPatch
+    captioner: Captioner, scenes: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
     encode, threads = captioner.encoder.encode, []
 
     def spy(images: list[numpy.ndarray]) -> numpy.ndarray:
@@ -147,10 +144,9 @@ def test_one_batch_has_all_threads_and_many_share_them(
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:4]
-        assert len(captioner.caption(paths)) == 4
+        assert len(captioner.caption(scenes[:4])) == 4
         assert threads == [2]
-        captioner.caption(paths, batch_size=2)
+        captioner.caption(scenes[:4], batch_size=2)
         assert threads == [2, 1, 1]
     finally:
         torch.set_num_threads(before)
@@ -191,8 +187,9 @@ def test_int8_is_taken_under_openvino_where_the_cpu_has_it(
     assert captioner.encoder.precision == chosen
 
 
-def test_images_and_arrays_are_captioned_like_their_files(drawn_run: DrawnRun, album: Path) -> None:
-    captioner = Captioner.load(drawn_run.run, device="cpu")
+def test_images_and_arrays_are_captioned_like_their_files(
+    captioner: Captioner, album: Path
+) -> None:
     path = album / "trip to Đà Nẵng" / "c.png"
     image = Image.open(path)
     array = numpy.asarray(image.convert("RGB"))
@@ -210,11 +207,10 @@ def test_images_and_arrays_are_captioned_like_their_files(drawn_run: DrawnRun, a
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
-def test_a_forked_child_captions(drawn_run: DrawnRun, album: Path, tmp_path: Path) -> None:
+def test_a_forked_child_captions(captioner: Captioner, album: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        captioner = Captioner.load(drawn_run.run, device="cpu")
         expected = captioner.caption(album / "b.jpg")  # the parent's threads have worked
         child = os.fork()
         if not child:

@@ -1,4 +1,4 @@
-"""A server in a thread of the tests."""
+"""A server in a thread of the tests; without the extra ``serve`` they are skipped."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipeline.captioner import Captioner
+import pytest
+
+from pipeline import Captioner
+
+for package in ("starlette", "uvicorn", "python_multipart"):
+    pytest.importorskip(package, reason="the extra 'serve' is not installed")
+
+from pipeline.serve.app import listen, make_server  # noqa: E402
 
 
 @contextmanager
 def running(captioner: Captioner) -> Iterator[int]:
     """Serve the page on a free port while the block runs; yields the port."""
-    from pipeline.serve.app import listen, make_server
-
     with listen(0) as listener:
         server = make_server(captioner, "drawn")
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -33,11 +33,6 @@ from pipeline.utils.progress import PlainLines, progress_bar
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
 
-@pytest.fixture(scope="module")
-def captioner(drawn_run: DrawnRun) -> Captioner:
-    return Captioner.load(drawn_run.run, device="cpu")
-
-
 @pytest.fixture(autouse=True)
 def loaded_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare each command the loading."""
@@ -45,13 +40,11 @@ def loaded_once(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def album(drawn_run: DrawnRun, tmp_path: Path) -> Path:
+def album(scenes: list[Path], tmp_path: Path) -> Path:
     folder = tmp_path / "album"
     (folder / "sub").mkdir(parents=True)
-    images = sorted((drawn_run.data / "Images").glob("*.jpg"))[:6]
-    for name, image in zip("abcde", images, strict=False):
+    for name, image in zip(("a", "b", "c", "d", "e", "sub/f"), scenes, strict=False):
         shutil.copy(image, folder / f"{name}.jpg")
-    shutil.copy(images[5], folder / "sub" / "f.jpg")
     return folder
 
 

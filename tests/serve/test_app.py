@@ -24,34 +24,28 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from conftest import REPOSITORY
 from drawn_run import DrawnRun
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from running_server import running
 
 from pipeline import Captioner
 from pipeline.captioner import Prediction
 from pipeline.decoding.captions import Caption
 from pipeline.decoding.options import SearchConfig, SearchOptions
+from pipeline.serve import app as server
+from pipeline.serve import form
 from pipeline.utils.errors import UserError
-
-pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
-pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
-pytest.importorskip("python_multipart", reason="the extra 'serve' is not installed")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it prefers a successor of httpx
     from starlette.testclient import TestClient
 
-from running_server import running
-
-from pipeline.serve import app as server
-from pipeline.serve import form
-
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
 HOME = "http://127.0.0.1:8321"
-ROOT = Path(__file__).resolve().parents[2]
 MULTIPART = {"content-type": "multipart/form-data; boundary=x"}
 PART = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a"\r\n\r\n'
 Files = list[tuple[str, tuple[str, bytes]]]
@@ -98,16 +92,6 @@ def stub() -> StubCaptioner:
 @pytest.fixture
 def client(stub: StubCaptioner) -> TestClient:
     return TestClient(server.make_app(cast(Captioner, stub), "stub"), base_url=HOME)
-
-
-@pytest.fixture(scope="module")
-def captioner(drawn_run: DrawnRun) -> Captioner:
-    return Captioner.load(drawn_run.run, device="cpu", precision="fp32")
-
-
-@pytest.fixture
-def scenes(drawn_run: DrawnRun) -> list[Path]:
-    return sorted((drawn_run.data / "Images").glob("*.jpg"))
 
 
 def files(*images: tuple[str, bytes]) -> Files:
@@ -476,11 +460,11 @@ def test_ctrl_c_stops_the_server_quietly(drawn_run: DrawnRun) -> None:
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, str(drawn_run.run)],
-        cwd=ROOT,
+        cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "helpers")},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "tests" / "helpers")},
     ) as process:
         assert process.stderr is not None
         line = process.stderr.readline()

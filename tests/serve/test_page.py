@@ -12,23 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 from browser import browser_page
-from drawn_run import DrawnRun
+from running_server import running
 
 from pipeline import Captioner
+from pipeline.decoding.options import SearchOptions
+from pipeline.serve import app as server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-pytest.importorskip("starlette", reason="the extra 'serve' is not installed")
-pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
-pytest.importorskip("python_multipart", reason="the extra 'serve' is not installed")
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from running_server import running  # noqa: E402
-
-from pipeline.decoding.options import SearchOptions  # noqa: E402
-from pipeline.serve import app as server  # noqa: E402
-
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
@@ -49,11 +42,6 @@ GIVE = """([kind, images]) => {
 
 
 @pytest.fixture(scope="module")
-def captioner(drawn_run: DrawnRun) -> Captioner:
-    return Captioner.load(drawn_run.run, device="cpu", precision="fp32")
-
-
-@pytest.fixture(scope="module")
 def address(captioner: Captioner) -> Iterator[str]:
     with running(captioner) as port:
         yield f"http://127.0.0.1:{port}/"
@@ -66,11 +54,6 @@ def page(address: str) -> Iterator[Page]:
         page.goto(address)
         yield page
         assert complaints == []
-
-
-@pytest.fixture
-def scenes(drawn_run: DrawnRun) -> list[Path]:
-    return sorted((drawn_run.data / "Images").glob("*.jpg"))
 
 
 def give(page: Page, kind: str, *images: tuple[str, bytes]) -> bool:
