@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +51,7 @@ PART = b'--x\r\ncontent-disposition: form-data; name="image"; filename="a"\r\n\r
 Files = list[tuple[str, tuple[str, bytes]]]
 
 
-class StubCaptioner:
+class StubCaptioner(Captioner):
     """Captions every image in 10 ms, when the gate is open; counts the requests at once."""
 
     def __init__(self) -> None:
@@ -60,10 +60,11 @@ class StubCaptioner:
         self.gate = threading.Event()
         self.gate.set()
 
-    def search_config(self) -> SearchConfig:
+    def search_config(self, options: SearchOptions | None = None) -> SearchConfig:
         return SearchConfig()
 
-    def stream(self, paths: list[Path], *_: object, **__: object) -> Iterator[Prediction]:
+    def stream(self, images: Iterable[Any], *_: Any, **__: Any) -> Iterator[Prediction]:
+        paths = list(images)
         assert all(path.is_file() for path in paths)
         self.calls.append(paths)
         self.now += 1
@@ -91,7 +92,7 @@ def stub() -> StubCaptioner:
 
 @pytest.fixture
 def client(stub: StubCaptioner) -> TestClient:
-    return TestClient(server.make_app(cast(Captioner, stub), "stub"), base_url=HOME)
+    return TestClient(server.make_app(stub, "stub"), base_url=HOME)
 
 
 def files(*images: tuple[str, bytes]) -> Files:
@@ -244,8 +245,8 @@ def test_requests_are_refused(
 def test_any_body_is_a_form_or_refused(at: int, new: bytes, content_type: str) -> None:
     content = bytearray(PART + small_image() + b"\r\n--x--\r\n")
     content[at : at + len(new)] = new
-    client = TestClient(server.make_app(cast(Captioner, StubCaptioner()), "stub"), base_url=HOME)
     header = [(b"content-type", content_type.encode("latin-1"))]
+    client = TestClient(server.make_app(StubCaptioner(), "stub"), base_url=HOME)
     answer = client.post("/caption", content=bytes(content), headers=header)
     assert answer.status_code == 200 or 400 <= answer.status_code < 500
     assert answer.status_code == 200 or "error" in answer.json()
@@ -256,7 +257,7 @@ def test_large_and_slow_bodies_are_refused_before_all_is_sent(
 ) -> None:
     monkeypatch.setattr(form, "MAX_IMAGE_BYTES", 10_000)
     piece = PART + bytes(200_000)
-    with running(cast(Captioner, stub)) as port:
+    with running(stub) as port:
         with connect(port) as announced:
             announced.sendall(head(port, "content-length: 900000000"))
             assert announced.recv(65536).startswith(b"HTTP/1.1 413 ")
@@ -320,7 +321,7 @@ def test_every_response_tells_the_browser_its_limits(
         raise RuntimeError("a secret")
 
     monkeypatch.setattr(server, "caption_uploads", fail)
-    app = server.make_app(cast(Captioner, stub), "stub")
+    app = server.make_app(stub, "stub")
     client = TestClient(app, base_url=HOME, raise_server_exceptions=False)
     answers = [
         *(client.get(path) for path in ("/", "/page.css", "/page.js", "/health", "/none")),
@@ -345,7 +346,7 @@ def test_every_response_tells_the_browser_its_limits(
 
 def test_the_page_loads_only_its_own_files_and_escapes_the_model(stub: StubCaptioner) -> None:
     name = "<script>alert('a')</script> & \"b\""
-    client = TestClient(server.make_app(cast(Captioner, stub), name), base_url=HOME)
+    client = TestClient(server.make_app(stub, name), base_url=HOME)
     page, *others = (client.get(path).text for path in ("/", "/page.css", "/page.js"))
     assert client.get("/health").json() == {"status": "ok", "model": name, "requests": 0}
     assert "&lt;script&gt;alert(&#39;a&#39;)" in page
@@ -355,7 +356,7 @@ def test_the_page_loads_only_its_own_files_and_escapes_the_model(stub: StubCapti
 
 
 def test_the_card_of_the_pretrained_model_is_a_page(stub: StubCaptioner) -> None:
-    client = TestClient(server.make_app(cast(Captioner, stub), "pretrained"), base_url=HOME)
+    client = TestClient(server.make_app(stub, "pretrained"), base_url=HOME)
     assert 'href="model-card"' in client.get("/").text
     card = client.get("/model-card")
     assert card.headers["content-type"].startswith("text/html") and "page.css" in card.text
@@ -370,7 +371,7 @@ def test_one_request_is_captioned_at_a_time_and_the_queue_is_bounded(
     stub.gate.clear()
 
     async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app=server.make_app(cast(Captioner, stub), "stub"))
+        transport = httpx.ASGITransport(app=server.make_app(stub, "stub"))
         async with httpx.AsyncClient(transport=transport, base_url=HOME) as client:
 
             async def post() -> httpx.Response:
@@ -394,7 +395,7 @@ def test_a_client_that_left_is_not_captioned(stub: StubCaptioner) -> None:
     """One leaves while it waits for its turn, one in the middle of its body."""
     stub.gate.clear()
     with (
-        running(cast(Captioner, stub)) as port,
+        running(stub) as port,
         httpx.Client(base_url=f"http://127.0.0.1:{port}") as client,
     ):
         first = threading.Thread(
@@ -423,7 +424,7 @@ def test_a_taken_port_is_one_line(stub: StubCaptioner) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"^--port {port}: .*; choose another"):
-            server.serve(cast(Captioner, stub), "stub", port, open_browser=False)
+            server.serve(stub, "stub", port, open_browser=False)
 
 
 def test_the_browser_opens_at_the_address(
@@ -432,7 +433,7 @@ def test_the_browser_opens_at_the_address(
     shown: queue.Queue[str] = queue.Queue()
     monkeypatch.setattr("webbrowser.open", shown.put)
     monkeypatch.setattr("uvicorn.Server.run", lambda *_: None)
-    server.serve(cast(Captioner, stub), "stub", 0, open_browser=True)
+    server.serve(stub, "stub", 0, open_browser=True)
     address = shown.get(timeout=20)
     assert re.fullmatch(r"http://127\.0\.0\.1:[1-9]\d+/", address)
     captured = capsys.readouterr()
