@@ -11,7 +11,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
@@ -22,6 +21,7 @@ from click.testing import Result
 from commands import invoke
 from conftest import draw
 from drawn_run import DrawnRun
+from html_page import HtmlPage
 from PIL import Image
 
 import evaluate as command
@@ -63,42 +63,15 @@ ODD_NAMES = (
 )
 
 
-class Parsed(HTMLParser):
-    """The parts of a page: its records, and the text and attributes of the rest."""
-
-    def __init__(self, page: Path) -> None:
-        super().__init__()
-        self.records: list[dict[str, Any]] = []
-        self.scripts = 0
-        self.attributes: list[tuple[str, str, str | None]] = []
-        self.text = ""
-        self._in = ""
-        self.feed(page.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._in = "json" if ("type", "application/json") in attrs else tag
-        self.scripts += tag == "script"
-        self.attributes += [(tag, name, value) for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._in == "json":
-            self.records.append(json.loads(data))
-        elif self._in not in ("script", "style"):
-            self.text += data
-
-
 def item(path: Path, text: str = "a dog runs", **more: Any) -> GalleryItem:
     captions = more.pop("captions", [Caption(text, -2.0), Caption(f"{text} away", -4.0)])
     return GalleryItem(path, more.pop("name", path.name), captions, **more)
 
 
-def written(tmp_path: Path, *items: GalleryItem, **options: Any) -> Parsed:
+def written(tmp_path: Path, *items: GalleryItem, **options: Any) -> HtmlPage:
     page = tmp_path / "page.html"
     write_gallery(items, page, "Images", {"Model": "m"}, **options)
-    return Parsed(page)
+    return HtmlPage(page)
 
 
 # What is written
@@ -136,7 +109,7 @@ def test_thumbnails_beside_the_page_are_replaced_by_the_next_run(tmp_path: Path)
 
     odd = tmp_path / "a b#%.html"
     write_gallery([item(first)], odd, "t", {}, thumbnails="beside")
-    (record,) = Parsed(odd).records
+    (record,) = HtmlPage(odd).records
     assert (tmp_path / os.fsdecode(unquote_to_bytes(record["thumbnail"]))).is_file()
 
 
@@ -153,7 +126,7 @@ def test_a_stream_that_breaks_leaves_the_earlier_page_whole(
 
     with pytest.raises(KeyboardInterrupt):
         write_gallery(broken(), tmp_path / "page.html", "t", {}, thumbnails)
-    assert Parsed(tmp_path / "page.html").records == before.records
+    assert HtmlPage(tmp_path / "page.html").records == before.records
     assert (tmp_path / before.records[0]["thumbnail"]).is_file()
     written(tmp_path, item(images[0]), thumbnails="beside")
     assert len(list((tmp_path / "page_files").iterdir())) == 1
@@ -213,7 +186,7 @@ def test_the_original_is_shown_where_browsers_know_its_format(tmp_path: Path) ->
     disguised = Path(shutil.copy(png, tmp_path / "c.tif"))
     page = tmp_path / "pages" / "page.html"
     write_gallery(map(item, (tiff, png, disguised)), page, "t", {})
-    originals = [record["original"] for record in Parsed(page).records]
+    originals = [record["original"] for record in HtmlPage(page).records]
     assert originals == [None, "../a%20b/b.png", "../c.tif"]
 
 
@@ -244,10 +217,10 @@ def test_hostile_text_is_data(tmp_path: Path) -> None:
         for error in (None, text)
     ]
     write_gallery(items, page, HOSTILE[1], {text: text for text in HOSTILE})
-    parsed = Parsed(page)
-    assert parsed.scripts == len(items) + 1
-    assert not [a for a in parsed.attributes if a[1].startswith("on") or a[1] == "style"]
-    assert not [a for a in parsed.attributes if a[0] == "b" or a[2] == "x"]
+    parsed = HtmlPage(page)
+    assert len(parsed.all("script")) == len(items) + 1
+    assert not [a for a in parsed.attributes if a.startswith("on") or a == "style"]
+    assert not parsed.all("b") and not parsed.all("img")
     for text in HOSTILE:
         assert parsed.text.count(text) >= 2
     for record, given in zip(parsed.records, items, strict=True):
@@ -298,7 +271,7 @@ def test_evaluate_writes_what_it_scored(drawn_run: DrawnRun, tmp_path: Path) -> 
     split = ("--split", "train")
     result = evaluate(drawn_run.run, *split, "--html", page, "--explain", "--output", output)
     assert f"page: {page}" in result.stderr
-    parsed = Parsed(page)
+    parsed = HtmlPage(page)
     table = read_captions(drawn_run.data)
     images = table.of_split("train")
     predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
@@ -331,7 +304,7 @@ def test_evaluate_needs_no_image_files(drawn_run: DrawnRun, tmp_path: Path) -> N
     shutil.copy(drawn_run.data / "captions.csv", data)
     options = ("--data", data, "--features", drawn_run.features, "--output", tmp_path / "p.json")
     evaluate(drawn_run.run, *options, "--html", page, "--explain")
-    records = Parsed(page).records
+    records = HtmlPage(page).records
     assert [r["missing"] for r in records] == ["no such file"] * 3
     assert all(r["captions"] and r["references"] and r["score"] is not None for r in records)
 
@@ -345,7 +318,7 @@ def test_images_that_evaluate_left_out_are_named(tmp_path: Path) -> None:
     left_out = {Path("x/broken.jpg"): "empty file"}
     result = Evaluation({}, {"distinct_captions": 0}, [], {}, facts, [], left_out)
     write_page(result, "run", tmp_path / "page.html")
-    parsed = Parsed(tmp_path / "page.html")
+    parsed = HtmlPage(tmp_path / "page.html")
     assert "Images11 reference\n" in parsed.text
     (record,) = parsed.records
     assert (record["name"], record["error"]) == (str(Path("x/broken.jpg")), "empty file")

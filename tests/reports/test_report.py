@@ -6,7 +6,6 @@ import itertools
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from commands import invoke
 from drawn_run import DrawnRun
+from html_page import HtmlPage
 from small_data import make_small_data
 
 import evaluate
@@ -37,33 +37,6 @@ from pipeline.utils.html import tidy
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
 HOSTILE = "<script>alert(1)</script>.jpg"
-
-
-class Page(HTMLParser):
-    """A report as a browser sees it: its elements with their attributes, and its text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str, of_class: str = "") -> list[dict[str, str | None]]:
-        return [
-            attributes
-            for name, attributes in self.elements
-            if name == tag and (not of_class or of_class in (attributes.get("class") or "").split())
-        ]
-
-    @property
-    def headings(self) -> list[str]:
-        return [attributes["id"] or "" for attributes in self.all("h2")]
 
 
 def record(epoch: int, **values: float) -> dict[str, float]:
@@ -175,7 +148,7 @@ def test_equal_logs_give_equal_files(tmp_path: Path) -> None:
 
 
 def test_the_report_of_a_training_has_every_part(drawn_run: DrawnRun) -> None:
-    page = Page(drawn_run.run / "report.html")
+    page = HtmlPage(drawn_run.run / "report.html")
     headings = "curves scores captions predictions words data time settings"
     assert page.headings == headings.split()
     log = read_epochs(drawn_run.run / "log.jsonl")
@@ -205,7 +178,7 @@ def test_an_evaluation_renews_the_report(drawn_run: DrawnRun, tmp_path: Path) ->
     options = ["--split", "test", "--no-java", "--device", "cpu", "--html", run / "test.html"]
     invoke(evaluate.main, run, *options)
     scores = json.loads((run / "scores-test.json").read_text())["scores"]
-    report = Page(run / "report.html")
+    report = HtmlPage(run / "report.html")
     row = report.text[report.text.index("scores-test.json") :].split("\n", 2)
     assert row[0] == "scores-test.jsontest, beam 10, consensus 3, matching 2images"
     assert row[1].startswith(f"{scores['CIDEr-D']:.1f}")
@@ -217,7 +190,7 @@ def test_a_report_reloads_while_the_training_runs(drawn_run: DrawnRun, tmp_path:
     run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
     epoch_reporter(run)({}, {})
     for page, reloads in ((run, True), (drawn_run.run, False)):
-        metas = [a.get("http-equiv") for a in Page(page / "report.html").all("meta")]
+        metas = [a.get("http-equiv") for a in HtmlPage(page / "report.html").all("meta")]
         assert ("refresh" in metas) == reloads
 
 
@@ -228,7 +201,7 @@ def test_worst_and_best_are_those_of_the_lowest_and_highest_scores(drawn_run: Dr
         for p in json.loads((drawn_run.run / "predictions.json").read_text())
     }
     found = Scorer(val).per_image_cider({n: tokenize_english(text) for n, text in captions.items()})
-    text = Page(drawn_run.run / "report.html").text
+    text = HtmlPage(drawn_run.run / "report.html").text
     shown = {
         title: [float(value) for value in re.findall(r"CIDEr-D (\d+\.\d)", part)]
         for title, part in re.findall(
@@ -241,14 +214,14 @@ def test_worst_and_best_are_those_of_the_lowest_and_highest_scores(drawn_run: Dr
 
 
 def test_the_page_loads_nothing_and_runs_nothing(drawn_run: DrawnRun) -> None:
-    page = Page(drawn_run.run / "report.html")
+    page = HtmlPage(drawn_run.run / "report.html")
     policy = next(a["content"] or "" for a in page.all("meta") if a.get("http-equiv"))
     assert policy.startswith("default-src 'none'") and "script-src" not in policy
     assert not page.all("script") and not page.all("link")
     sources = [a["src"] or "" for a in page.all("img")]
     assert sources and all(source.startswith("data:image/webp;base64,") for source in sources)
     assert all((a["href"] or "").startswith("#") for a in page.all("a"))
-    assert not [a for _, a in page.elements if any(name.startswith("on") for name in a)]
+    assert not [name for name in page.attributes if name.startswith("on")]
     anchors = {(a["href"] or "")[1:] for a in page.all("a")}
     assert anchors == set(page.headings)
 
@@ -264,7 +237,7 @@ def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_
     kept = best_record(read_epochs(run / "log.jsonl"))["epoch"] == 0
     assert kept == ("the model is the start, unchanged" in result.stderr)
     assert [line["epoch"] for line in read_epochs(run / "samples.jsonl")] == [0, 1]
-    page = Page(run / "report.html")
+    page = HtmlPage(run / "report.html")
     assert "Stage 3" in page.text and "epoch 0, before training" in page.text
     assert page.headings[2:4] == ["captions", "predictions"]
 
@@ -278,19 +251,19 @@ def test_a_run_whose_data_are_gone_or_moved_or_others(drawn_run: DrawnRun, tmp_p
     (run / "config.json").write_text(json.dumps({**settings, "data": str(tmp_path / "gone")}))
     result = invoke(main, run)
     assert "without images and references" in result.stderr and "gone" in result.stderr
-    page = Page(run / "report.html")
+    page = HtmlPage(run / "report.html")
     assert page.headings == ["curves", "scores", "captions", "data", "time", "settings"]
     assert not page.all("img")
     assert (run / "curves.svg").read_bytes() == (drawn_run.run / "curves.svg").read_bytes()
     assert "without" not in invoke(main, run, "--data", drawn_run.data).stderr
-    assert "words" in Page(run / "report.html").headings
+    assert "words" in HtmlPage(run / "report.html").headings
     other = tmp_path / "other"
     shutil.copytree(drawn_run.data, other)
     lines = (other / "captions.csv").read_text().splitlines()
     (other / "captions.csv").write_text("\n".join(lines[:-40]))
     result = invoke(main, run, "--data", other)
     assert "not the captions and images that the run was trained with" in result.stderr
-    assert "words" not in Page(run / "report.html").headings
+    assert "words" not in HtmlPage(run / "report.html").headings
 
 
 @pytest.fixture(scope="module")
@@ -315,14 +288,13 @@ def test_hostile_names_and_captions_are_text(hostile_run: Path, tmp_path: Path) 
         line["captions"] = {HOSTILE: "<b onclick='x'>&amp;", **dict.fromkeys(others, "")}
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     write_report(run)
-    page = Page(run / "report.html")
+    page = HtmlPage(run / "report.html")
     assert HOSTILE in page.text and "<b onclick='x'>&amp;" in page.text
     assert "A </bdi><img src=x onerror=alert(1)> red & dog" in page.text
     assert 'a"<b>run' in page.text
     assert not page.all("img"), "there are no images"
     assert not page.all("script")
-    attributes = {name for _, found in page.elements for name in found}
-    assert not attributes & {"onclick", "onerror"}
+    assert not page.attributes & {"onclick", "onerror"}
     assert page.text.count("(no word)") >= len(others)
 
 
@@ -337,7 +309,7 @@ def test_epochs_with_the_same_caption_share_a_line(hostile_run: Path, tmp_path: 
     ]
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
     write_report(run)
-    page = Page(run / "report.html")
+    page = HtmlPage(run / "report.html")
     assert "1–40 same" in " ".join(page.text.split())
     assert len(page.all("li", "best")) == 2
     assert "80 s of training and 40 s of validation" in page.text
