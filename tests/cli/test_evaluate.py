@@ -31,22 +31,21 @@ def evaluate(*words: object, code: int = 0) -> Result:
     return invoke(command.main, *words, *more, code=code)
 
 
-@pytest.mark.parametrize("split", ["val", "test", "train"])
 def test_files_say_what_was_scored_and_the_scores_follow_from_the_predictions(
-    drawn_run: DrawnRun, tmp_path: Path, split: str
+    drawn_run: DrawnRun, tmp_path: Path
 ) -> None:
     output = tmp_path / "predictions.json"
-    result = evaluate(drawn_run.run, "--split", split, "--beam-size", 2, "--output", output)
+    result = evaluate(drawn_run.run, "--split", "test", "--beam-size", 2, "--output", output)
     table = read_captions(drawn_run.data)
-    references = {i.name: [tokenize_english(c) for c in i.captions] for i in table.of_split(split)}
+    references = {i.name: [tokenize_english(c) for c in i.captions] for i in table.of_split("test")}
     predictions = {p["image_id"]: p["caption"] for p in json.loads(output.read_text())}
     assert predictions.keys() == references.keys()
     saved = json.loads((tmp_path / "scores.json").read_text())
     expected = Scorer(references).score({n: tokenize_english(c) for n, c in predictions.items()})
     for name, value in expected.items():
         assert saved["scores"][name] == pytest.approx(value)
-    assert saved["split"] == split and saved["images"] == len(references)
-    assert saved["split_sha256"] == table.split_hash(split)
+    assert saved["split"] == "test" and saved["images"] == len(references)
+    assert saved["split_sha256"] == table.split_hash("test")
     assert saved["search"]["beam_size"] == 2
     assert f"{expected['CIDEr-D']:.1f}" in result.stdout
     assert "distinct captions" in result.stdout and "copied from train" in result.stdout

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.encoder import load_encoder
 from pipeline.training.decoder_stage import DecoderStage
+from pipeline.training.run_folder import read_epochs
 from pipeline.training.validation import Validation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
@@ -56,7 +56,7 @@ def run(command: click.Command, options: str, device: str = DEVICE, code: int = 
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_epochs(run / "log.jsonl")
 
 
 def cosines(first: numpy.ndarray, second: numpy.ndarray) -> numpy.ndarray:

@@ -121,35 +121,32 @@ def lines_of(path: Path) -> int:
 @pytest.mark.parametrize(
     ("name", "prepare", "has_begun", "kept"),
     [
-        pytest.param(
+        (
             "extract",
             slowed(encode_images, "read_square"),
             lambda folder: rows_done(folder) > 3,
             "encoded now, ",
-            id="extract",
         ),
-        pytest.param(
+        (
             "train",
             slowed(decoder_stage.DecoderStage, "loss"),
             lambda folder: (folder / "run/resume.safetensors").is_file(),
             "resuming after epoch ",
-            id="train",
         ),
-        pytest.param(
+        (
             "finetune",
             slowed(joint_stage, "load_image"),
             lambda folder: "epoch 1/2" in said(folder),
             "resuming after epoch 1",
-            id="finetune",
         ),
-        pytest.param(
+        (
             "caption",
             slowed(PartialResults, "append"),
             lambda folder: lines_of(results_path(folder / "x.jsonl")) > 3,
             "were captioned before",
-            id="caption",
         ),
     ],
+    ids=COMMANDS,
 )
 def test_ctrl_c_stops_within_seconds_and_keeps_what_is_done(
     world: World,
