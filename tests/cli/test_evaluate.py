@@ -12,6 +12,7 @@ import torch
 from click.testing import Result
 from commands import invoke
 from drawn_run import DrawnRun
+from small_data import make_small_data
 
 import evaluate as command
 import finetune_joint
@@ -105,8 +106,6 @@ def test_references_keep_the_words_that_the_vocabulary_lacks(
 
 
 def test_what_does_not_belong_together_is_refused(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    from small_data import make_small_data
-
     data, features = make_small_data(tmp_path)
     for arguments, message in (
         ((drawn_run.run, "--features", features), "not of the encoder"),
@@ -198,8 +197,7 @@ def test_coco_ids_are_written_and_compared(drawn_run: DrawnRun, tmp_path: Path) 
 
 def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_path: Path) -> None:
     """Own files are those of the best checkpoint on val with the default search."""
-    run = tmp_path / "run"
-    shutil.copytree(drawn_run.run, run)
+    run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
     evaluate(run)
     own = {name: (run / name).read_bytes() for name in ("predictions.json", "scores.json")}
     for arguments, name in (
@@ -232,8 +230,7 @@ def test_another_evaluation_leaves_the_run_files_alone(drawn_run: DrawnRun, tmp_
 def test_what_a_strangers_files_name_on_other_machines_is_not_opened(
     drawn_run: DrawnRun, tmp_path: Path, name: str, place: str
 ) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(drawn_run.run, run)
+    run = Path(shutil.copytree(drawn_run.run, tmp_path / "run"))
     checkpoint = load_checkpoint(run)
     checkpoint.settings[name] = place
     save_checkpoint(run / "best.safetensors", checkpoint)

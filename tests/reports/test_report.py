@@ -25,6 +25,7 @@ from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.encoded_captions import tokenized
 from pipeline.datasets.tokenizers import tokenize_english
 from pipeline.datasets.vocabulary import Vocabulary
+from pipeline.features.cache import FeatureCache
 from pipeline.metrics.coco import Scorer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.reports.curves import best_record, draw_curves, read_svg, write_curves
@@ -76,8 +77,6 @@ def test_samples_are_the_captions_that_are_scored(drawn_run: DrawnRun) -> None:
     assert [line["epoch"] for line in samples] == list(range(1, 13))
     assert all(list(line["captions"]) == sample_names(val) for line in samples)
     last = load_checkpoint(drawn_run.run / "last.safetensors")
-    from pipeline.features.cache import FeatureCache
-
     cache = FeatureCache(drawn_run.features)
     rows = cache.rows([f"Images/{Path(name).name}" for name in val])
     found = Validator(val, last.vocabulary).validate(
@@ -243,8 +242,7 @@ def test_a_run_of_stage_3_with_the_scores_of_its_start(drawn_run: DrawnRun, tmp_
 
 
 def test_a_run_whose_data_are_gone_or_moved_or_others(drawn_run: DrawnRun, tmp_path: Path) -> None:
-    run = tmp_path / "copy"
-    shutil.copytree(drawn_run.run, run)
+    run = Path(shutil.copytree(drawn_run.run, tmp_path / "copy"))
     for name in ("report.html", "curves.svg"):
         (run / name).unlink()
     settings = json.loads((run / "config.json").read_text())
