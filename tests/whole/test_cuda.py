@@ -18,7 +18,6 @@ from commands import invoke
 from conftest import REPOSITORY, draw
 from drawn_run import DrawnRun
 from small_data import make_small_data
-from test_torchrun import environment
 
 import caption
 import evaluate
@@ -208,7 +207,6 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env=environment(),
     )
     assert ended.returncode == 0, ended.stderr
     for alone, world in zip(log_of(tmp_path / "one"), log_of(tmp_path / "job"), strict=True):
