@@ -173,7 +173,7 @@ def _write_page(
         curves=Markup(read_svg(run)),
         rows=rows,
         columns=[name for name in COLUMNS if any(name in row["scores"] for row in rows)],
-        evolutions=_evolutions(read_epochs(run / SAMPLES), best["epoch"], data),
+        evolutions=_evolutions(read_epochs(run / SAMPLES), data),
         predictions=[
             (title, [(_shown(name, data), caption, cider) for cider, name, caption in part])
             for title, part in (("Worst", scored[:shown]), ("Best", scored[::-1][:shown]))
@@ -262,23 +262,16 @@ def _score_rows(
 
 
 def _evolutions(
-    samples: Sequence[Mapping[str, Any]], best: int, data: ReportData | None
-) -> list[tuple[Shown, list[dict[str, Any]]]]:
-    """Return the history of each sample image's caption, epochs with equal captions merged."""
+    samples: Sequence[Mapping[str, Any]], data: ReportData | None
+) -> list[tuple[Shown, list[tuple[str, list[int]]]]]:
+    """Return each sample image with its captions, and the successive epochs that share each."""
     evolutions = []
     for name in samples[-1]["captions"] if samples else ():
-        pairs = [(line["epoch"], line["captions"][name]) for line in samples]
-        stretches = []
-        for caption, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
-            epochs = [epoch for epoch, _ in group]
-            stretches.append(
-                {
-                    "first": epochs[0],
-                    "last": epochs[-1],
-                    "caption": caption,
-                    "best": best in epochs,
-                }
-            )
+        pairs = [(line["captions"][name], line["epoch"]) for line in samples]
+        stretches = [
+            (caption, [epoch for _, epoch in group])
+            for caption, group in itertools.groupby(pairs, key=lambda pair: pair[0])
+        ]
         evolutions.append((_shown(name, data), stretches))
     return evolutions
 
