@@ -33,12 +33,7 @@ def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = No
             available.
     """
     checkpoint = load_ensemble(runs)
-    state = encoder_of(checkpoint, weights, "fp32").trunk.state_dict()
-    checkpoint.encoder_weights = {
-        name: tensor.contiguous()
-        for name, tensor in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
+    checkpoint.encoder_weights = encoder_of(checkpoint, weights, "fp32").trunk_weights()
     # The rounded encoder is another one: features of the two must not be mixed.
     encoder = Encoder()
     load_trunk(encoder, dequantize(*quantize(checkpoint.encoder_weights)), PRETRAINED)

@@ -15,12 +15,7 @@ from torch import Tensor, nn
 
 from pipeline.datasets.tar_shards import is_elsewhere
 from pipeline.datasets.vocabulary import Vocabulary
-from pipeline.models.checkpoint_file import (
-    check_state,
-    group_of,
-    read_tensors,
-    write_tensors,
-)
+from pipeline.models.checkpoint_file import check_state, group_of, read_tensors, write_tensors
 from pipeline.models.decoder import DecoderConfig
 from pipeline.models.encoder import NAMED_WEIGHTS, Encoder, load_encoder, load_trunk
 from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity

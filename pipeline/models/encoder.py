@@ -64,6 +64,9 @@ TRUNK_LAYERS = (
     "avgpool",
 )
 
+# BatchNorm's counters of batches; they belong to a training that is over.
+COUNTER = "num_batches_tracked"
+
 # Of the last layer before the pooling, on each side.
 CELLS = 8
 
@@ -104,7 +107,7 @@ class Encoder(nn.Module):
     def identity(self) -> EncoderIdentity:
         """Network, weights' hash, transform and precision; the hash is computed once."""
         if self._weights_sha256 is None:
-            self._weights_sha256 = weights_sha256(self.trunk.state_dict())
+            self._weights_sha256 = weights_sha256(self.trunk_weights())
         return EncoderIdentity(
             encoder="inception_v3",
             weights_sha256=self._weights_sha256,
@@ -118,6 +121,11 @@ class Encoder(nn.Module):
     def forget_identity(self) -> None:
         """Forget the hash of the weights; call this after they changed."""
         self._weights_sha256 = None
+
+    def trunk_weights(self) -> dict[str, Tensor]:
+        """Return the trunk's state dict without BatchNorm's counters, which only training reads."""
+        state = self.trunk.state_dict()
+        return {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Convert uint8 (B, 299, 299, 3) to floats in [-1, 1], (B, 3, 299, 299) channels-last.
@@ -223,26 +231,23 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
 def load_trunk(encoder: Encoder, state: Mapping[str, Any], source: str) -> None:
     """Load a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
 
-    The classifier and the auxiliary head are ignored, and so are the prefixes of DataParallel
-    and of ``Encoder``.
+    The classifier, the auxiliary head and counters are ignored, and so are the prefixes of
+    DataParallel and of ``Encoder``.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape or not of finite floats.
     """
-    wanted = encoder.trunk.state_dict()
-    # Counters of BatchNorm belong to a training that is over.
-    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
-    shapes = {name: tensor.shape for name, tensor in wanted.items() if name not in counters}
+    shapes = {name: tensor.shape for name, tensor in encoder.trunk_weights().items()}
     given = {}
     for key, value in state.items():
         name = key.removeprefix("module.").removeprefix("trunk.")
-        if name not in counters and not name.startswith(("fc.", "AuxLogits.")):
+        if not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(COUNTER):
             given[name] = value
     try:
         check_state(given, shapes, "InceptionV3 state dict")
     except ValueError as error:
         raise UserError(f"{source}: {error}") from error
-    encoder.trunk.load_state_dict({**wanted, **given})
+    encoder.trunk.load_state_dict(given, strict=False)  # without counters
     encoder.source = source
     encoder.forget_identity()
 
@@ -308,8 +313,6 @@ def weights_sha256(state: dict[str, Tensor]) -> str:
     """Hash names, shapes and float32 values: the same weights have the same hash in any file."""
     digest = hashlib.sha256()
     for key in sorted(state):
-        if key.endswith("num_batches_tracked"):
-            continue
         value = state[key].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{key} {tuple(value.shape)}\n".encode())
         digest.update(value.numpy().tobytes())

@@ -22,8 +22,8 @@ from pipeline.models.ensemble import CaptionDecoder
 
 # Of more training images, an evenly spaced sample is used.
 MOST_IMAGES = 10_000
-# Only n-grams of at least so many images are predicted: rarer ones cannot be learned, and would
-# show single captions. Of fewer images, see ``_fewest_images``.
+# Only n-grams of at least so many images are predicted (of fewer, where there are few images):
+# rarer ones cannot be learned, and would show single captions.
 FEWEST_IMAGES, MOST_NGRAMS = 10, 5_000
 # The ridge. On Flickr8k's val 0.03 to 1 score alike.
 RIDGE = 0.3
@@ -113,7 +113,7 @@ def ngram_targets(captions: EncodedCaptions) -> NgramTargets:
     shares = 1 / numpy.bincount(of_caption, minlength=images)
     values = counts * idf[numbers] / norms[owners, orders] * shares[of_caption[owners]]
 
-    frequent = numpy.flatnonzero(frequencies >= _fewest_images(images))
+    frequent = numpy.flatnonzero(frequencies >= min(FEWEST_IMAGES, 2 + images // 100))
     most = frequent[numpy.argsort(-frequencies[frequent], kind="stable")[:MOST_NGRAMS]]
     kept = numpy.sort(most)
     column = numpy.full(len(keys), -1)
@@ -238,7 +238,3 @@ def _directions(images: Tensor, mean: Tensor) -> Tensor:
     """Return each member's embeddings (B, M * E) less their mean (M, E), of length 1."""
     centred = images.float().cpu().unflatten(1, mean.shape) - mean
     return F.normalize(centred, dim=2).flatten(1)
-
-
-def _fewest_images(images: int) -> int:
-    return min(FEWEST_IMAGES, 2 + images // 100)

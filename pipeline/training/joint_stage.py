@@ -212,11 +212,7 @@ class JointStage(Stage):
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
         """Return the current weights, including the encoder's."""
         self.encoder.forget_identity()
-        weights = {
-            name: tensor.cpu().contiguous()
-            for name, tensor in self.encoder.trunk.state_dict().items()
-            if not name.endswith("num_batches_tracked")  # a counter of the training
-        }
+        weights = {name: tensor.cpu() for name, tensor in self.encoder.trunk_weights().items()}
         return self._checkpoint(epoch, scores, self.encoder.identity, encoder_weights=weights)
 
 
