@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -63,7 +64,7 @@ class EncodedCaptions:
         """Tokens in each caption, <start> and <end> included: int64 (M,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
-    @property
+    @functools.cached_property
     def first_of_image(self) -> Tensor:
         """Where each image's captions begin, and the last one's end: int64 (N + 1,)."""
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.images.bincount().cumsum(0)])

@@ -86,7 +86,7 @@ class JointStage(Stage):
         self.encoder.requires_grad_(False)
         self.unfrozen.requires_grad_(True)
         self.unfrozen.to(memory_format=torch.channels_last)
-        self.first_caption = self.captions.first_of_image
+        self.grad_accum_steps = self.options.grad_accum_steps
 
     def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
         """Return decoder and encoder."""
@@ -98,11 +98,6 @@ class JointStage(Stage):
     def phases(self) -> Sequence[Phase]:
         """Return one phase of all epochs."""
         return [Phase(self.options.epochs)]
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Batches whose gradients are averaged for an optimizer step."""
-        return self.options.grad_accum_steps
 
     def batches_per_epoch(self, epoch: int) -> int:
         """Count the batches of images."""
@@ -162,17 +157,10 @@ class JointStage(Stage):
         numbers = [number for number in batch if number in squares]
         if not numbers:
             return None
-        pixels = [squares.pop(number) for number in numbers]
-        ranges = [
-            torch.arange(int(self.first_caption[n]), int(self.first_caption[n + 1]))
-            for n in numbers
-        ]
-        counts = torch.tensor([len(indices) for indices in ranges])
-        return JointBatch(
-            torch.from_numpy(numpy.stack(pixels)),
-            torch.repeat_interleave(torch.arange(len(numbers)), counts),
-            self.captions.padded(torch.cat(ranges)),
-        )
+        pixels = numpy.stack([squares.pop(number) for number in numbers])
+        captions = self.captions.of_images(torch.tensor(numbers))
+        padded = captions.padded(torch.arange(len(captions)))
+        return JointBatch(torch.from_numpy(pixels), captions.images, padded)
 
     def loss(self, batch: JointBatch) -> tuple[Tensor, int]:
         """Return the cross-entropy of all captions of the batch's images."""

@@ -76,8 +76,7 @@ class Progress:
 def learning_rate_factor(step: int, total: int) -> float:
     """Return the factor on the learning rate at ``step`` of ``total``, counted from 0.
 
-    Linear warm-up, then half a cosine down to zero (Loshchilov and
-    Hutter, arXiv 1608.03983).
+    Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter, arXiv 1608.03983).
     """
     rise = max(1, round(total * WARMUP))
     if step < rise:
@@ -146,7 +145,7 @@ class Training:
         """
         stage, world = self.stage, self.world
         torch.manual_seed(self.options.seed * SEED_STRIDE + epoch + world.rank * RANK_STRIDE)
-        stage.set_training(True)
+        stage.decoder.train()
         count = stage.batches_per_epoch(epoch)
         phase, factors = self._schedule(epoch, math.ceil(count / stage.grad_accum_steps))
         loss_sum, tokens_sum, pending = 0.0, 0.0, 0
@@ -209,7 +208,7 @@ class Training:
         """Validate the averaged weights, save and report."""
         began = time.perf_counter()
         self.ema.swap()
-        self.stage.set_training(False)
+        self.stage.decoder.eval()
         found = self.stage.validate()
         if not math.isfinite(found.scores["val_loss"]):
             raise LossError(

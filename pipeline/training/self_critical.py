@@ -35,15 +35,14 @@ class Reward:
 
     def __init__(self, captions: EncodedCaptions) -> None:
         self._all = captions
-        self._first = captions.first_of_image
         self._idf = Idf(
             {ngram for caption in self._captions(image) for ngram in ngrams(caption)}
-            for image in range(len(self._first) - 1)
+            for image in range(len(captions.first_of_image) - 1)
         )
 
     def _captions(self, image: int) -> list[list[int]]:
         """Return the captions of an image as token ids, without <start>, with <end>."""
-        first, last = int(self._first[image]), int(self._first[image + 1])
+        first, last = self._all.first_of_image[image : image + 2]
         bounds = self._all.offsets[first : last + 1].tolist()
         return [
             self._all.tokens[start + 1 : end].tolist() for start, end in itertools.pairwise(bounds)

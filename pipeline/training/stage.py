@@ -54,15 +54,11 @@ class Stage(ABC):
     options: TrainingOptions
     device: torch.device
     world: World = SINGLE_PROCESS
+    grad_accum_steps: int = 1  # batches whose gradients are averaged for an optimizer step
 
     @abstractmethod
     def phases(self) -> Sequence[Phase]:
         """Return the phases of the training, in order."""
-
-    @property
-    def grad_accum_steps(self) -> int:
-        """Batches whose gradients are averaged for an optimizer step."""
-        return 1
 
     @abstractmethod
     def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
@@ -78,10 +74,6 @@ class Stage(ABC):
 
         Each process yields its share of every batch, or None where that is empty.
         """
-
-    def set_training(self, training: bool) -> None:
-        """Switch dropout on or off."""
-        self.decoder.train(training)
 
     @abstractmethod
     def loss(self, batch: Any) -> tuple[Tensor, int]:
