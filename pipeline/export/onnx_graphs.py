@@ -11,7 +11,7 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.datasets.images import IMAGE_SIZE
 from pipeline.models.decoder import Decoder
 from pipeline.models.encoder import Encoder
-from pipeline.models.ensemble import CaptionDecoder, Ensemble
+from pipeline.models.ensemble import CaptionDecoder, Ensemble, join_states
 from pipeline.utils.errors import UserError
 
 # The opset that the exporter writes without translation; ONNX Runtime reads it from 1.18 on (IR
@@ -32,19 +32,6 @@ from pipeline.utils.errors import UserError
 OPSET = 18
 # Largest difference from PyTorch, relative to the largest value; rounding makes about 1e-6.
 TOLERANCE = 1e-4
-
-
-class EncoderGraph(nn.Module):
-    """The trunk with its normalisation: uint8 (B, 299, 299, 3) to float32 (B, 2048)."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        super().__init__()
-        self.trunk = encoder.trunk
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Encode images; the normalisation is that of ``Encoder.normalize``."""
-        images = pixels.permute(0, 3, 1, 2).float() * (1 / 127.5) - 1.0
-        return self.trunk(images).flatten(1)
 
 
 class StartGraph(nn.Module):
@@ -61,7 +48,7 @@ class StartGraph(nn.Module):
             assert isinstance(member, Decoder)
             image, (hidden, cell) = member.embed_image(features)
             states.append(_lstm(member, image.squeeze(1), hidden, cell))
-        return _concatenate(states)
+        return join_states(states)
 
 
 class StepGraph(nn.Module):
@@ -84,7 +71,7 @@ class StepGraph(nn.Module):
             state = _lstm(member, words, hiddens[number], cells[number])
             logits.append(member.project(state[0]))
             states.append(state)
-        return (torch.stack(logits).mean(0), *_concatenate(states))
+        return (torch.stack(logits).mean(0), *join_states(states))
 
 
 def _members(decoder: CaptionDecoder) -> list[nn.Module]:
@@ -102,11 +89,6 @@ def _lstm(decoder: Decoder, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tup
     enter, forget, new, output = gates.chunk(4, dim=1)  # each (B, H)
     cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
     return output.sigmoid() * cell.tanh(), cell
-
-
-def _concatenate(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    hidden, cell = zip(*states, strict=True)
-    return torch.cat(hidden, 1), torch.cat(cell, 1)
 
 
 @dataclass(frozen=True)
@@ -141,7 +123,7 @@ def captioner_graphs(encoder: Encoder, decoder: CaptionDecoder) -> dict[str, Gra
     tokens = torch.randint(0, config.vocabulary_size, (2,), generator=random)
     hidden, cell = (torch.randn(2, width, generator=random).tanh() for _ in range(2))
     return {
-        "encoder": Graph(EncoderGraph(encoder), {"pixels": pixels.to(torch.uint8)}, ("features",)),
+        "encoder": Graph(encoder, {"pixels": pixels.to(torch.uint8)}, ("features",)),
         "decoder_start": Graph(StartGraph(decoder), {"features": features}, ("hidden", "cell")),
         "decoder_step": Graph(
             StepGraph(decoder),

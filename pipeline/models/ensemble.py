@@ -37,7 +37,7 @@ class Ensemble(nn.Module):
     def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
         """Map features (B, 2048) to the members' image embeddings, (B, 1, sum of E), and states."""
         images, states = zip(*(m.embed_image(features) for m in self._decoders), strict=True)
-        return torch.cat(images, dim=2), _joined(states)
+        return torch.cat(images, dim=2), join_states(states)
 
     def next_logits(self, features: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         """Return the mean of the members' logits, see ``Decoder.next_logits``."""
@@ -54,7 +54,7 @@ class Ensemble(nn.Module):
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
         """Feed the images (B, 2048) to all members; return their states, (B, sum of H)."""
-        return _joined([member.start(features) for member in self._decoders])
+        return join_states([member.start(features) for member in self._decoders])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -65,10 +65,11 @@ class Ensemble(nn.Module):
             strict=True,
         )
         # Logits differ from log-probabilities by a constant per row, which normalizing removes.
-        return torch.stack(logits).mean(0), _joined(states)
+        return torch.stack(logits).mean(0), join_states(states)
 
 
-def _joined(states: Sequence[State]) -> State:
+def join_states(states: Sequence[State]) -> State:
+    """Concatenate the states of an ensemble's members."""
     hidden, cell = zip(*states, strict=True)
     return torch.cat(hidden, dim=1), torch.cat(cell, dim=1)
 

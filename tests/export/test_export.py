@@ -30,6 +30,7 @@ from pipeline.export import onnx_graphs
 from pipeline.export.onnx import RUNNER, SETTINGS, writing_rules
 from pipeline.export.onnx_graphs import Graph, check, to_onnx
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.models.encoder import Encoder
 from pipeline.utils.errors import UserError
 
 try:
@@ -64,7 +65,7 @@ def quick(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def known(graph: Graph) -> bytes:
         name = type(graph.module).__name__
-        file = {"EncoderGraph": "encoder", "StartGraph": "decoder_start"}.get(name, "decoder_step")
+        file = {"Encoder": "encoder", "StartGraph": "decoder_start"}.get(name, "decoder_step")
         return (exported / f"{file}.onnx").read_bytes()
 
     monkeypatch.setattr(onnx_graphs, "to_onnx", known)
@@ -184,7 +185,7 @@ def test_several_decoders_are_one_graph(
     save_checkpoint(tmp_path / "other.safetensors", checkpoint)
 
     def encoder_known(graph: Graph) -> bytes:
-        if isinstance(graph.module, onnx_graphs.EncoderGraph):
+        if isinstance(graph.module, Encoder):
             return (exported / "encoder.onnx").read_bytes()
         return to_onnx(graph)
 
