@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.datasets.caption_table import (
     CaptionedImage,
@@ -108,6 +109,12 @@ def encode_captions(
         torch.from_numpy(numpy.array(tokens, dtype=numpy.int32)),
         torch.tensor(offsets),
     )
+
+
+def pad_captions(captions: Iterable[Sequence[int]]) -> Tensor:
+    """Return captions of token ids as int64 (C, T), padded with ``<pad>``."""
+    rows = [torch.tensor([*ids], dtype=torch.int64) for ids in captions]
+    return pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
 
 
 def tokenized(

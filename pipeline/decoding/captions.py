@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
+from pipeline.datasets.encoded_captions import pad_captions
+from pipeline.datasets.vocabulary import END_ID, START_ID, Vocabulary
 from pipeline.decoding.explain import word_maps
 from pipeline.decoding.hypothesis import Hypothesis
 from pipeline.decoding.options import SearchConfig
@@ -101,9 +102,9 @@ def caption_features(
             chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
             parts = {"likelihood": h.score - sum(h.added.values()), **h.added}
             group[place] = replace(group[place], words=chances, score_parts=parts)
-    grids = [] if cells is None else list(cells)
-    for group, hypotheses, grid in zip(captions, best, grids, strict=False):
-        group[0] = explained(decoder, grid, group[0], hypotheses[0].tokens)
+    if cells is not None:
+        for group, hypotheses, grid in zip(captions, best, cells, strict=True):
+            group[0] = explained(decoder, grid, group[0], hypotheses[0].tokens)
     return captions
 
 
@@ -160,14 +161,11 @@ def token_log_probabilities(
         return [[] for _ in captions]
     counts = torch.tensor([len(group) for group in captions], device=device)
     hidden, cell = (part.repeat_interleave(counts, 0) for part in decoder.start(features))
-    longest = max(map(len, rows))
-    padded = [row + [PAD_ID] * (longest - len(row)) for row in rows]
-    targets = torch.tensor(padded, device=device)  # (R, T)
     token = torch.full((len(rows),), START_ID, device=device)
     found = []
-    for position in range(longest):
+    for following in pad_captions(rows).to(device).unbind(1):
         logits, (hidden, cell) = decoder.step(token, (hidden, cell))
-        token = targets[:, position]
+        token = following
         found.append(logits.log_softmax(dim=-1).gather(1, token.unsqueeze(1)))
     each = iter(torch.cat(found, dim=1).tolist())
     return [[next(each)[: len(caption) + 1] for caption in group] for group in captions]

@@ -5,6 +5,7 @@ No image's result depends on the others in its batch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -64,10 +65,7 @@ def greedy_search(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig
 ) -> list[Hypothesis]:
     """Return one hypothesis for each of features (B, 2048): the likeliest token at each step."""
-
-    def likeliest(logits: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        return _best_tokens(logits, length, 1, config)
-
+    likeliest = functools.partial(_best_tokens, count=1, config=config)
     return generate(decoder, decoder.start(features), config, likeliest)
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.datasets.encoded_captions import pad_captions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
 from pipeline.models.decoder import dropout
 from pipeline.models.encoder_identity import FEATURE_SIZE
@@ -90,10 +91,7 @@ class Matcher(nn.Module):
             features: float (B, 2048).
             candidates: for each image its captions, as word ids.
         """
-        rows = [
-            torch.tensor([*words], dtype=torch.int64) for group in candidates for words in group
-        ]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD_ID)
+        padded = pad_captions(words for group in candidates for words in group)
         images = self.embed_images(features)
         groups = self.embed_captions(padded.to(images.device)).split([len(g) for g in candidates])
         return [(group @ image).cpu() for group, image in zip(groups, images, strict=True)]

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from pipeline.datasets.encoded_captions import EncodedCaptions
-from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID
+from pipeline.datasets.encoded_captions import EncodedCaptions, pad_captions
+from pipeline.datasets.vocabulary import END_ID, START_ID
 from pipeline.decoding.options import SearchConfig
 from pipeline.decoding.sampling import sample
 from pipeline.metrics.cider import Idf, cider_d, ngrams
@@ -105,10 +104,8 @@ class SelfCritical:
         self.reward_sum += float(rewards.sum())
         self.sampled += rewards.numel()
         baseline = (rewards.sum(1, keepdim=True) - rewards) / (SAMPLES - 1)
-        captions = pad_sequence(
-            [torch.tensor([START_ID, *tokens, END_ID]) for group in sampled for tokens in group],
-            batch_first=True,
-            padding_value=PAD_ID,
+        captions = pad_captions(
+            [START_ID, *tokens, END_ID] for group in sampled for tokens in group
         )
         loss, _ = decoder.loss(
             features.repeat_interleave(SAMPLES, 0),
