@@ -196,17 +196,6 @@ def test_captions_are_ranked_by_their_cosine_with_the_prediction() -> None:
             assert h.added["consensus"] == pytest.approx(h.score - h.log_probability / 2)
 
 
-def test_what_the_image_has_is_chosen() -> None:
-    groups = [["a b c".split()] * 3, ["d e f".split()] * 3, ["g h".split()]] * 10
-    decoder, features = make_decoder(), 4 * torch.eye(3).repeat(10, 1)
-    predictor = fit_predictor(decoder, [features], ngram_targets(encode_captions(groups, WORDS)))
-    assert predictor is not None
-    candidates = [WORDS.encode(words.split()) for words in ("a b c", "d e f", "g h")]
-    found = [hypotheses(candidates, [-1.0, -1.0, -1.0])] * 3
-    ranked = rank_by_consensus(predictor, embedded(decoder, 4 * torch.eye(3)), found, 1.0)
-    assert [group[0].tokens for group in ranked] == candidates
-
-
 def test_a_batch_equals_one_by_one_in_many_threads() -> None:
     _, images, predictor = fitted()
     found = [hypotheses([[4, 5, n % 8 + 4], [6, 7], [8, 4]], [-1, -1.1, -0.9]) for n in range(40)]

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_data import IDENTITY
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.datasets.encoded_captions import bucketed_batches, count_batches, encode_captions
 from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
@@ -22,7 +22,6 @@ from pipeline.models.decoder import Decoder, DecoderConfig, dropout
 from pipeline.models.encoder_identity import FEATURE_SIZE
 
 SMALL = DecoderConfig(vocabulary_size=12, embed_size=6, hidden_size=7, dropout=0.5, feature_size=5)
-
 
 EXTENDED = dataclasses.replace(
     SMALL, feature_dropout=0.3, init_state_from_image=True, tie_embeddings=True
@@ -38,35 +37,20 @@ def test_number_of_weights_follows_from_the_sizes() -> None:
     assert sum(p.numel() for p in Decoder(EXTENDED).parameters()) == shared + more
 
 
-def test_the_image_gives_the_first_state_and_words_are_told_by_their_vectors() -> None:
+@pytest.mark.parametrize("config", [SMALL, EXTENDED])
+def test_logits_follow_the_equations_of_the_paper(config: DecoderConfig) -> None:
+    """Equations (4) to (12) of arXiv 1411.4555 and the options, written out."""
     torch.manual_seed(0)
-    decoder = Decoder(EXTENDED).eval()
-    features, tokens = torch.randn(2, 5), torch.tensor([[START_ID, 5], [START_ID, 9]])
-    image = decoder.image_embedding(features)
-    first = decoder.init_state_from_image(image)
-    state = first[:, :7].tanh(), first[:, 7:]
-    cell = nn.LSTMCell(6, 7)
-    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in decoder.lstm.state_dict().items()})
-    state = cell(image, state)
-    for t in range(2):
-        state = cell(decoder.word_embedding(tokens[:, t]), state)
-        told = decoder.to_embedding(state[0])
-        logits = told @ decoder.word_embedding.weight.t() + decoder.projection.bias
-        expected = decoder.project(decoder(features, tokens))[:, t]
-        assert torch.allclose(logits, expected, atol=1e-5)
-
-
-def test_steps_follow_the_equations_of_the_paper() -> None:
-    """Equations (4) to (12) of arXiv 1411.4555 written out, against the batched decoder."""
-    torch.manual_seed(0)
-    decoder = Decoder(SMALL).eval()
+    decoder = Decoder(config).eval()
     features, tokens = torch.randn(1, 5), torch.tensor([[START_ID, 5, 9]])
     weights = dict(decoder.named_parameters())
-    inputs = [decoder.image_embedding(features)[0]]
-    inputs += [decoder.word_embedding.weight[t] for t in tokens[0]]
+    image, words = decoder.image_embedding(features)[0], decoder.word_embedding.weight
     hidden, cell = torch.zeros(7), torch.zeros(7)
+    if config.init_state_from_image:
+        first = decoder.init_state_from_image(image)
+        hidden, cell = first[:7].tanh(), first[7:]
     outputs = []
-    for x in inputs:
+    for x in [image, *words[tokens[0]]]:
         gates = (
             weights["lstm.weight_ih_l0"] @ x
             + weights["lstm.bias_ih_l0"]
@@ -77,7 +61,12 @@ def test_steps_follow_the_equations_of_the_paper() -> None:
         cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
         hidden = o.sigmoid() * cell.tanh()
         outputs.append(hidden)
-    assert torch.allclose(decoder(features, tokens)[0], torch.stack(outputs[1:]), atol=1e-5)
+    told = torch.stack(outputs[1:])
+    if config.tie_embeddings:
+        logits = decoder.to_embedding(told) @ words.t() + decoder.projection.bias
+    else:
+        logits = decoder.projection(told)
+    assert torch.allclose(decoder.project(decoder(features, tokens))[0], logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [SMALL, EXTENDED])
