@@ -123,8 +123,6 @@ def test_features_are_those_of_pytorch(
     wanted, found = captioner.encoder.encode(squares), runner.encode(squares)
     assert found.dtype == numpy.float32 and found.shape == (3, 2048)
     assert len(runner.captions(paths[0], 2)) == 2
-    norms = numpy.linalg.norm(wanted, axis=1) * numpy.linalg.norm(found, axis=1)
-    assert ((wanted * found).sum(1) / norms > 0.99999).all()
     assert numpy.abs(wanted - found).max() < 1e-4 * numpy.abs(wanted).max()
 
 

@@ -50,9 +50,8 @@ def squares(tmp_path_factory: pytest.TempPathFactory) -> list[numpy.ndarray]:
     return [read_square(draw(folder / f"{number}.png", number)) for number in range(3)]
 
 
-def cosines(first: numpy.ndarray, second: numpy.ndarray) -> numpy.ndarray:
-    norms = numpy.linalg.norm(first, axis=1) * numpy.linalg.norm(second, axis=1)
-    return (first * second).sum(axis=1) / norms
+def cosines(first: numpy.ndarray, second: numpy.ndarray) -> Tensor:
+    return torch.cosine_similarity(torch.from_numpy(first), torch.from_numpy(second))
 
 
 def test_encoder_equals_torchvision(state: dict[str, Tensor], squares: list[numpy.ndarray]) -> None:

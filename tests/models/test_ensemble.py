@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from drawn_run import DrawnRun
+from same_weights import assert_same_weights
 
 import caption
 import evaluate
@@ -112,8 +113,7 @@ def test_models_of_one_recipe_become_one_file(
     assert (two.decoder_config.members, three.decoder_config.members) == (2, 3)
     members = members_of(three.build_decoder())  # type: ignore[arg-type]
     for member, model in zip(members, (first, other), strict=False):
-        for name, tensor in member.state_dict().items():
-            assert torch.equal(tensor, model.decoder_weights[name]), name
+        assert_same_weights(member.state_dict(), model.decoder_weights)
     assert three.predictor is not None
     assert three.predictor.mean.shape == (3, first.decoder_config.embed_size)
     assert three.settings["seeds"] == [0, 0]

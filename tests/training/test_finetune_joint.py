@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from drawn_run import DrawnRun
+from same_weights import assert_same_weights
 from torch import nn
 
 import caption
@@ -25,6 +26,7 @@ from pipeline.features.cache import FeatureCache
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
 from pipeline.training.finetune import may_flip, settings_to_start_from
 from pipeline.training.joint_stage import _InThreads
+from pipeline.training.run_folder import read_epochs
 from pipeline.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
@@ -47,7 +49,7 @@ def joint_run(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return read_epochs(run / "log.jsonl")
 
 
 def test_only_the_unfrozen_block_learns_and_statistics_stay(
@@ -112,8 +114,7 @@ def test_a_kill_before_the_matcher_is_trained_is_made_good(
     assert result.exit_code == 0 and "finished with epoch 3" in result.stderr, result.output
     again = load_checkpoint(run)
     assert whole.matcher is not None and again.matcher is not None
-    for name, tensor in whole.matcher.state_dict().items():
-        assert torch.equal(tensor, again.matcher.state_dict()[name]), name
+    assert_same_weights(whole.matcher.state_dict(), again.matcher.state_dict())
     assert whole.predictor is not None and again.predictor is not None
     assert torch.equal(whole.predictor.weights, again.predictor.weights)
 
@@ -165,10 +166,8 @@ def test_stopped_and_resumed_equals_undisturbed(
     for name in ("last.safetensors", "best.safetensors"):
         whole, resumed = load_checkpoint(joint_run / name), load_checkpoint(run / name)
         assert whole.encoder_weights is not None and resumed.encoder_weights is not None
-        for key, value in whole.encoder_weights.items():
-            assert torch.equal(value, resumed.encoder_weights[key]), key
-        for key, value in whole.decoder_weights.items():
-            assert torch.equal(value, resumed.decoder_weights[key]), key
+        assert_same_weights(whole.encoder_weights, resumed.encoder_weights)
+        assert_same_weights(whole.decoder_weights, resumed.decoder_weights)
 
 
 @pytest.mark.parametrize("number", [0, 8])
