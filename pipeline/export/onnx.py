@@ -12,14 +12,7 @@ from typing import Any
 import pipeline
 from pipeline.datasets.images import IMAGE_SIZE
 from pipeline.datasets.tokenizers import ATTACHED, CONTRACTED, ENGLISH
-from pipeline.datasets.vocabulary import (
-    END_ID,
-    PAD_ID,
-    SPECIALS,
-    START_ID,
-    UNKNOWN_ID,
-    Vocabulary,
-)
+from pipeline.datasets.vocabulary import END_ID, PAD_ID, SPECIALS, START_ID, UNKNOWN_ID, Vocabulary
 from pipeline.decoding.options import SearchOptions
 from pipeline.decoding.reranking import Reranker
 from pipeline.export import onnx_graphs

@@ -34,48 +34,42 @@ OPSET = 18
 TOLERANCE = 1e-4
 
 
-class StartGraph(nn.Module):
-    """``start`` of one decoder or several: features (B, 2048) to hidden and cell state."""
+class DecoderGraph(nn.Module):
+    """One decoder, or the members of an ensemble."""
 
     def __init__(self, decoder: CaptionDecoder) -> None:
         super().__init__()
-        self.members = nn.ModuleList(_members(decoder))
+        self.decoders = decoder.decoders if isinstance(decoder, Ensemble) else [decoder]
+        self.members = nn.ModuleList(self.decoders)
+
+
+class StartGraph(DecoderGraph):
+    """``start`` of one decoder or several: features (B, 2048) to hidden and cell state."""
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Feed the images; the states (B, S) are those of the members, concatenated."""
         states = []
-        for member in self.members:
-            assert isinstance(member, Decoder)
+        for member in self.decoders:
             image, (hidden, cell) = member.embed_image(features)
             states.append(_lstm(member, image.squeeze(1), hidden, cell))
         return join_states(states)
 
 
-class StepGraph(nn.Module):
+class StepGraph(DecoderGraph):
     """``step`` of one decoder or several: a token and the state to logits and the next state.
 
     Without ``Decoder.step``'s cache of the words' gates: 21 MB of file for 2,500 words.
     """
 
-    def __init__(self, decoder: CaptionDecoder) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(_members(decoder))
-
     def forward(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
         """Feed int64 tokens (B,) and states (B, S); return logits (B, V) and states."""
-        hiddens, cells = (state.chunk(len(self.members), dim=1) for state in (hidden, cell))
+        parts = (state.chunk(len(self.decoders), dim=1) for state in (hidden, cell))
         logits, states = [], []
-        for number, member in enumerate(self.members):
-            assert isinstance(member, Decoder)
-            words = member.word_embedding(tokens)
-            state = _lstm(member, words, hiddens[number], cells[number])
+        for member, *before in zip(self.decoders, *parts, strict=True):
+            state = _lstm(member, member.word_embedding(tokens), *before)
             logits.append(member.project(state[0]))
             states.append(state)
         return (torch.stack(logits).mean(0), *join_states(states))
-
-
-def _members(decoder: CaptionDecoder) -> list[nn.Module]:
-    return list(decoder.members) if isinstance(decoder, Ensemble) else [decoder]
 
 
 def _lstm(decoder: Decoder, inputs: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

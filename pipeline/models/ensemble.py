@@ -21,47 +21,47 @@ class Ensemble(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
-        self._decoders = [Decoder(config) for _ in range(config.members)]
-        self.members = nn.ModuleList(self._decoders)
+        self.decoders = [Decoder(config) for _ in range(config.members)]
+        self.members = nn.ModuleList(self.decoders)
 
     @property
     def feature_mean(self) -> Tensor:
         """The mean of the features, (2048,): all members were trained on the same images."""
-        return self._decoders[0].feature_mean
+        return self.decoders[0].feature_mean
 
     @property
     def feature_scale(self) -> Tensor:
         """The scale of the features, (2048,)."""
-        return self._decoders[0].feature_scale
+        return self.decoders[0].feature_scale
 
     def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
         """Map features (B, 2048) to the members' image embeddings, (B, 1, sum of E), and states."""
-        images, states = zip(*(m.embed_image(features) for m in self._decoders), strict=True)
+        images, states = zip(*(m.embed_image(features) for m in self.decoders), strict=True)
         return torch.cat(images, dim=2), join_states(states)
 
     def next_logits(self, features: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         """Return the mean of the members' logits, see ``Decoder.next_logits``."""
-        logits = [m.next_logits(features, tokens, places) for m in self._decoders]
+        logits = [m.next_logits(features, tokens, places) for m in self.decoders]
         return torch.stack(logits).mean(0)
 
     def loss(
         self, features: Tensor, captions: Tensor, label_smoothing: float = 0.0
     ) -> tuple[Tensor, int]:
         """Return the mean of the members' losses, see ``Decoder.loss``."""
-        losses = [m.loss(features, captions, label_smoothing) for m in self._decoders]
+        losses = [m.loss(features, captions, label_smoothing) for m in self.decoders]
         return torch.stack([loss for loss, _ in losses]).mean(0), losses[0][1]
 
     @torch.inference_mode()
     def start(self, features: Tensor) -> State:
         """Feed the images (B, 2048) to all members; return their states, (B, sum of H)."""
-        return join_states([member.start(features) for member in self._decoders])
+        return join_states([member.start(features) for member in self.decoders])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
         """Feed one token per sequence, int64 (B,); see ``Decoder.step``."""
-        parts = zip(*(part.chunk(len(self._decoders), dim=1) for part in state), strict=True)
+        parts = zip(*(part.chunk(len(self.decoders), dim=1) for part in state), strict=True)
         logits, states = zip(
-            *(m.step(tokens, part) for m, part in zip(self._decoders, parts, strict=True)),
+            *(m.step(tokens, part) for m, part in zip(self.decoders, parts, strict=True)),
             strict=True,
         )
         # Logits differ from log-probabilities by a constant per row, which normalizing removes.

@@ -67,14 +67,8 @@ def finetune_joint(
 ) -> tuple[Progress, Mapping[str, str]]:
     """Fine-tune the runs ``options.start`` in the folder ``run``, or resume that.
 
-    Args:
-        options: the settings of the run.
-        run: the run folder.
-        device: where to train.
-        workers: threads that decode images.
-        force: start over, whatever the folder holds.
-        callbacks: see ``loop.train``.
-        world: the processes that train together; each has to call this.
+    ``workers`` are threads that decode images; the other arguments are those of
+    ``decoder_stage.train_decoder``.
 
     Returns:
         The state at the end, and the images that could not be read, with reasons.

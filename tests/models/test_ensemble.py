@@ -49,10 +49,6 @@ def make_ensemble() -> Ensemble:
     return ensemble
 
 
-def members_of(ensemble: Ensemble) -> list[Decoder]:
-    return [member for member in ensemble.members if isinstance(member, Decoder)]
-
-
 @pytest.mark.parametrize("beams", [1, 3])
 def test_probabilities_are_the_members_geometric_mean(beams: int) -> None:
     """Teacher-forced, member by member: another path to the same log-probability."""
@@ -65,7 +61,7 @@ def test_probabilities_are_the_members_geometric_mean(beams: int) -> None:
             tokens = torch.tensor([[START_ID, *hypothesis.tokens]])
             told = torch.tensor([*hypothesis.tokens, END_ID]).unsqueeze(1)
             logs = []
-            for member in members_of(ensemble):
+            for member in ensemble.decoders:
                 logits = member.project(member(image.unsqueeze(0), tokens))[0]
                 logs.append(logits.log_softmax(-1))
             mean = torch.stack(logs).mean(0).log_softmax(-1).gather(1, told).sum().item()
@@ -82,7 +78,7 @@ def test_every_member_learns_as_if_alone() -> None:
     loss, tokens = ensemble.loss(features, captions)
     loss.backward()
     assert tokens == 5
-    for member in members_of(ensemble):
+    for member in ensemble.decoders:
         got = [parameter.grad for parameter in member.parameters()]
         member.zero_grad()
         member.loss(features, captions)[0].backward()
@@ -111,8 +107,9 @@ def test_models_of_one_recipe_become_one_file(
     save_checkpoint(tmp_path / "two.safetensors", two)
     three = load_ensemble([tmp_path / "two.safetensors", drawn_run.run])
     assert (two.decoder_config.members, three.decoder_config.members) == (2, 3)
-    members = members_of(three.build_decoder())  # type: ignore[arg-type]
-    for member, model in zip(members, (first, other), strict=False):
+    ensemble = three.build_decoder()
+    assert isinstance(ensemble, Ensemble)
+    for member, model in zip(ensemble.decoders, (first, other), strict=False):
         assert_same_weights(member.state_dict(), model.decoder_weights)
     assert three.predictor is not None
     assert three.predictor.mean.shape == (3, first.decoder_config.embed_size)
