@@ -191,14 +191,8 @@ def _add_matcher(stage: DecoderStage, run: Path) -> None:
     """Train the matcher of a finished run, and save it in the best checkpoint."""
     best = load_checkpoint(run)
     if best.matcher is None:
-        best.matcher = train_matcher(
-            stage.features,
-            stage.captions,
-            len(stage.vocabulary),
-            (best.decoder_weights["feature_mean"], best.decoder_weights["feature_scale"]),
-            stage.options.seed,
-            stage.device,
-        )
+        seed = stage.options.seed
+        best.matcher = train_matcher(stage.features, stage.captions, stage.decoder, seed)
         save_checkpoint(run / BEST, best)
 
 

@@ -210,12 +210,5 @@ def _add_reranking(stage: JointStage, run: Path) -> None:
     batches = (part.float() for part in features.split(4096))
     captions = stage.captions.of_images(kept)
     best.predictor = fit_predictor(decoder, batches, ngram_targets(captions))
-    best.matcher = train_matcher(
-        features,
-        captions,
-        len(stage.vocabulary),
-        (decoder.feature_mean, decoder.feature_scale),
-        stage.options.seed,
-        stage.device,
-    )
+    best.matcher = train_matcher(features, captions, decoder, stage.options.seed)
     save_checkpoint(run / BEST, best)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.features.feature_set import FeatureSet
+from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.utils.progress import progress_bar
 
@@ -22,25 +23,22 @@ MAX_STEPS = 4000  # for millions of captions
 def train_matcher(
     features: Tensor | FeatureSet,
     captions: EncodedCaptions,
-    vocabulary_size: int,
-    statistics: tuple[Tensor, Tensor],
+    decoder: CaptionDecoder,
     seed: int,
-    device: torch.device,
 ) -> Matcher:
     """Train a matcher on training images and their captions.
 
     Args:
         features: of the images, by number.
         captions: their captions.
-        vocabulary_size: number of tokens.
-        statistics: mean and scale, each (2048,), that standardize the features.
+        decoder: gives the sizes, the device, and the mean and scale that standardize the features.
         seed: of initial weights, order and dropout.
-        device: where to train.
     """
     torch.manual_seed(seed)
-    matcher = Matcher(MatcherConfig(vocabulary_size, feature_size=len(statistics[0])))
-    matcher.feature_mean.copy_(statistics[0])
-    matcher.feature_scale.copy_(statistics[1])
+    config, device = decoder.config, decoder.feature_mean.device
+    matcher = Matcher(MatcherConfig(config.vocabulary_size, feature_size=config.feature_size))
+    matcher.feature_mean.copy_(decoder.feature_mean)
+    matcher.feature_scale.copy_(decoder.feature_scale)
     matcher.to(device).train()
     optimizer = torch.optim.AdamW(
         matcher.parameters(),

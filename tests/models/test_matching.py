@@ -21,10 +21,9 @@ from pipeline.datasets.vocabulary import END_ID, PAD_ID, START_ID, Vocabulary
 from pipeline.features.cache import FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics
 from pipeline.models.checkpoint import load_checkpoint, save_checkpoint
+from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.training.matcher_training import train_matcher
-
-CPU = torch.device("cpu")
 
 
 def make_matcher(vocabulary: int = 12) -> Matcher:
@@ -95,10 +94,9 @@ class Small:
         self.val_words = [next(iter(group)) for group in groups["val"].values()]
 
     def train(self, seed: int = 0) -> Matcher:
-        mean, deviation = feature_statistics(self.features)
-        statistics = mean, 1 / deviation
-        size = len(self.vocabulary)
-        return train_matcher(self.features, self.captions, size, statistics, seed, CPU)
+        decoder = Decoder(DecoderConfig(len(self.vocabulary), 4, 4))
+        decoder.set_feature_statistics(*feature_statistics(self.features))
+        return train_matcher(self.features, self.captions, decoder, seed)
 
 
 @pytest.fixture(scope="module")
