@@ -58,13 +58,13 @@ class DecoderConfig:
     members: int = 1
 
 
-def dropout(values: Tensor, probability: float) -> Tensor:
-    """Zero values at random and scale up the others, as ``F.dropout`` does.
+def dropout(values: Tensor, probability: float, training: bool = True) -> Tensor:
+    """In training, zero values at random and scale up the others, as ``F.dropout`` does.
 
     That draws one random number per value, a tenth of a training step on a CPU. Here 64 random
     bits serve eight values, and the probability is rounded to a multiple of 1/256.
     """
-    if not probability:
+    if not probability or not training:
         return values
     if values.device.type != "cpu":
         return F.dropout(values, probability)
@@ -124,11 +124,10 @@ class Decoder(nn.Module):
     def embed_image(self, features: Tensor) -> tuple[Tensor, State]:
         """Map features (B, 2048) to the LSTM's first input (B, 1, E) and its initial state."""
         standard = (features - self.feature_mean) * self.feature_scale
-        if self.training:
-            standard = dropout(standard, self.config.feature_dropout)
+        standard = dropout(standard, self.config.feature_dropout, self.training)
         image = self.image_embedding(standard)
         if self.config.init_state_from_image:
-            shown = dropout(image, self.config.dropout) if self.training else image
+            shown = dropout(image, self.config.dropout, self.training)
             hidden, cell = self.init_state_from_image(shown).chunk(2, dim=1)
             state = hidden.tanh(), cell.contiguous()
         else:
@@ -147,11 +146,9 @@ class Decoder(nn.Module):
         """
         image, (hidden, cell) = self.embed_image(features)
         inputs = torch.cat([image, self.word_embedding(tokens)], dim=1)
-        if self.training:
-            inputs = dropout(inputs, self.config.dropout)
+        inputs = dropout(inputs, self.config.dropout, self.training)
         outputs, _ = self.lstm(inputs, (hidden.unsqueeze(0), cell.unsqueeze(0)))  # (B, 1 + T, H)
-        outputs = outputs[:, 1:]
-        return dropout(outputs, self.config.dropout) if self.training else outputs
+        return dropout(outputs[:, 1:], self.config.dropout, self.training)
 
     def project(self, outputs: Tensor) -> Tensor:
         """Map outputs of the LSTM (..., H) to logits (..., V)."""

@@ -55,8 +55,7 @@ class Matcher(nn.Module):
     def embed_images(self, features: Tensor) -> Tensor:
         """Map features (B, 2048) to the shared space: (B, D), of length 1."""
         standard = (features - self.feature_mean) * self.feature_scale
-        if self.training:
-            standard = dropout(standard, FEATURE_DROPOUT)
+        standard = dropout(standard, FEATURE_DROPOUT, self.training)
         return F.normalize(self.image_embedding(standard), dim=1)
 
     def embed_captions(self, captions: Tensor) -> Tensor:
