@@ -19,7 +19,7 @@ from pipeline.utils.terminal import echo
 @click.option(
     "--beam-size",
     type=click.IntRange(min=1),
-    help="Default of the runner's --beam-size. The runner does not rerank; 3 to 5 are best.  "
+    help="Default of the runner's --beam-size. The runner does not rerank; 3 to 5 are enough. "
     "[default: 3]",
 )
 @click.option("--force", is_flag=True, help="Also write into a folder with other files in it.")

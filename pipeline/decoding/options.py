@@ -18,10 +18,9 @@ if TYPE_CHECKING:  # the commands need no torch for their help
     from pipeline.decoding.reranking import Reranker
 
 # Defaults with reranking, chosen on Flickr8k's val: beams of a decoder and of an ensemble, whose
-# lower ranks are better; weights, and weights with several passes.
+# lower ranks are better; weights, of the matcher also with several passes.
 RERANKED_BEAM, RERANKED_BEAM_OF_ENSEMBLE = 10, 20
-CONSENSUS_WEIGHT, MATCHING_WEIGHT = 3.0, 2.0
-PASSES_CONSENSUS, PASSES_MATCHING = 3.0, 4.0
+CONSENSUS_WEIGHT, MATCHING_WEIGHT, PASSES_MATCHING = 3.0, 2.0, 4.0
 
 SEARCH, CAPTIONS = "Search", "Captions"
 
@@ -70,7 +69,7 @@ class SearchOptions:
     beam_size: int | None = option(
         None,
         "Hypotheses per image. 1 is fastest and worst. With --consensus or --matching, 5 to 20 "
-        "score alike; without, 3 to 5 are best, and more make captions shorter and blander.",
+        "score alike; without, 3 to 5 are enough, and more make captions shorter and blander.",
         min=1,
         heading=SEARCH,
         default_help="10 with --consensus or --matching, 20 with them and an ensemble; else 3",
@@ -89,7 +88,7 @@ class SearchOptions:
         "none. Higher weights, up to 4, make captions more varied.",
         min=0,
         heading=SEARCH,
-        default_help="2 if the model has a matcher",
+        default_help="2 if the model has a matcher, 4 with several --search-passes",
     )
     search_passes: int = option(
         1,
@@ -199,9 +198,8 @@ class SearchOptions:
         max_length = self.max_length or vocabulary.tokenizer.longest
         self._check_min_length(max_length)
         several = self.search_passes > 1
-        usual_consensus = PASSES_CONSENSUS if several else CONSENSUS_WEIGHT
         usual_matching = PASSES_MATCHING if several else MATCHING_WEIGHT
-        consensus = self._weight("consensus", reranker.predictor is not None, usual_consensus)
+        consensus = self._weight("consensus", reranker.predictor is not None, CONSENSUS_WEIGHT)
         matching = self._weight("matching", reranker.matcher is not None, usual_matching)
         if several and not (consensus or matching):
             raise UserError(
