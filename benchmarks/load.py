@@ -108,7 +108,7 @@ def extract(data: Path, output: Path, kill_at: int | None = None) -> tuple[float
         process.send_signal(signal.SIGKILL)
         process.wait()
     else:
-        peak = memory_told_by(process)
+        peak = printed_memory(process)
     seconds = time.monotonic() - began
     echo(f"  extraction: {data.name}, to {kill_at or 'the end'}: {seconds:.0f} s, {peak:.2f} GB")
     return peak, seconds
@@ -121,7 +121,7 @@ def start(*command: str) -> subprocess.Popen[str]:
     )
 
 
-def memory_told_by(process: subprocess.Popen[str]) -> float:
+def printed_memory(process: subprocess.Popen[str]) -> float:
     """Wait for a process to succeed; return the peak memory that it prints last, in GB."""
     printed, _ = process.communicate()
     if process.returncode:
@@ -151,7 +151,7 @@ def load_page(scenes: Path, folder: Path, count: int) -> dict[str, str]:
         how = "--thumbnails beside --model pretrained --device cpu --beam-size 5".split()
         how += "--consensus 0 --matching 0".split()
         began = time.monotonic()
-        peak = memory_told_by(start("caption.py", str(data), *output, *how))
+        peak = printed_memory(start("caption.py", str(data), *output, *how))
         seconds = time.monotonic() - began
         shown = page.read_text(encoding="utf-8").count('<script type="application/json">')
         if shown != size:
