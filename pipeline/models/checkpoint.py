@@ -22,9 +22,7 @@ from pipeline.models.encoder_identity import FEATURE_SIZE, EncoderIdentity
 from pipeline.models.ensemble import CaptionDecoder, make_decoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.models.ngram_predictor import NgramPredictor, merge_predictors
-from pipeline.models.pretrained import BEST as BEST
 from pipeline.models.pretrained import CONFIG, checkpoint_path, is_pretrained
-from pipeline.models.pretrained import LAST as LAST
 from pipeline.models.quantization import cast, dequantize, quantize
 from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo

@@ -19,8 +19,8 @@ from pipeline.datasets.tokenizers import CHARACTERS, ENGLISH, tokenizer_of
 from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache, partial_path
 from pipeline.features.feature_set import rows_of
-from pipeline.models.checkpoint import LAST, load_checkpoint
-from pipeline.models.pretrained import PRETRAINED
+from pipeline.models.checkpoint import load_checkpoint
+from pipeline.models.pretrained import LAST, PRETRAINED
 from pipeline.reports.caption_statistics import (
     better_tokenizer,
     coverage,

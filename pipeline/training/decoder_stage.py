@@ -21,7 +21,7 @@ from pipeline.datasets.image_sources import open_source
 from pipeline.datasets.vocabulary import SPECIALS, Vocabulary
 from pipeline.features.cache import DONE, FeatureCache
 from pipeline.features.feature_set import FeatureSet, feature_statistics, rows_of
-from pipeline.models.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint
+from pipeline.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from pipeline.models.decoder import Decoder, DecoderConfig
 from pipeline.models.encoder_identity import EncoderIdentity
 from pipeline.models.ngram_predictor import (
@@ -30,6 +30,7 @@ from pipeline.models.ngram_predictor import (
     ngram_targets,
     sampled_images,
 )
+from pipeline.models.pretrained import BEST, LAST
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher
 from pipeline.training.options import DecoderOptions

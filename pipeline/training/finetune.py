@@ -16,16 +16,10 @@ from pipeline.datasets.images import ImageRef, unreadable_images
 from pipeline.datasets.tokenizers import ENGLISH
 from pipeline.datasets.vocabulary import END_ID, UNKNOWN_ID
 from pipeline.features.encode_images import encode_distributed
-from pipeline.models.checkpoint import (
-    BEST,
-    LAST,
-    encoder_of,
-    load_checkpoint,
-    load_ensemble,
-    save_checkpoint,
-)
+from pipeline.models.checkpoint import encoder_of, load_checkpoint, load_ensemble, save_checkpoint
 from pipeline.models.encoder import TRUNK_LAYERS
 from pipeline.models.ngram_predictor import fit_predictor, ngram_targets, sampled_images
+from pipeline.models.pretrained import BEST, LAST
 from pipeline.training.joint_stage import JointStage, TrainingImage
 from pipeline.training.loop import Progress, train
 from pipeline.training.matcher_training import train_matcher

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipeline.models.checkpoint import BEST, LAST, save_checkpoint
+from pipeline.models.checkpoint import save_checkpoint
 from pipeline.models.checkpoint_file import read_tensors, write_tensors
+from pipeline.models.pretrained import BEST, LAST
 from pipeline.training.ema import EMA, restore_training_state, training_state
 from pipeline.training.run_folder import (
     LOG,
