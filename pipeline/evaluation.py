@@ -29,7 +29,7 @@ from pipeline.features.encode_images import encode_batches, encode_distributed
 from pipeline.features.feature_set import rows_of
 from pipeline.metrics.bootstrap import RESAMPLES, Interval, PerImage, bootstrap
 from pipeline.metrics.coco import Scorer, diversity
-from pipeline.metrics.compare import describe_scorer, references_of, scores_path
+from pipeline.metrics.compare import references_of, scores_path
 from pipeline.metrics.java import java_metrics
 from pipeline.models.checkpoint import Checkpoint, encoder_of, load_ensemble
 from pipeline.models.openvino import choose_engine
@@ -272,7 +272,7 @@ def evaluate(
         "split_sha256": split_data.table.split_hash(options.split),
         "images": len(references),
         "references": sum(map(len, references.values())),
-        "scorer": describe_scorer(tokenizer),
+        "scorer": f"pipeline.metrics.coco (COCO definitions, {vocabulary.tokenizer.description})",
         "tokenizer": tokenizer,
         "search": asdict(config),
         "epoch": checkpoint.epoch,

@@ -35,11 +35,6 @@ def references_of(table: CaptionTable, split: str, tokenizer: str) -> dict[str, 
     return references
 
 
-def describe_scorer(tokenizer: str) -> str:
-    """Return the scorer and what it scores, in words."""
-    return f"pipeline.metrics.coco (COCO definitions, {tokenizer_of(tokenizer).description})"
-
-
 def scores_path(predictions: Path) -> Path:
     """Return the scores file of predictions-NAME.json or NAME.json: scores-NAME.json beside it."""
     name = predictions.name
