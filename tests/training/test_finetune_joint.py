@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from drawn_run import DrawnRun
 from same_weights import assert_same_weights
 from torch import nn
@@ -34,22 +35,17 @@ pytestmark = pytest.mark.usefixtures("tiny_inception")
 FAST = ["--batch-size", "8", "--unfreeze-from", "Mixed_7c", "--device", "cpu"]
 
 
-def finetune(drawn_run: DrawnRun, run: Path, *arguments: str) -> Result:
-    options = ["--start", str(drawn_run.run), "--run", str(run), *FAST, *arguments]
-    return CliRunner().invoke(command.main, options)
+def finetune(drawn_run: DrawnRun, run: Path, *arguments: object, code: int = 0) -> Result:
+    options = ["--start", drawn_run.run, "--run", run, *FAST, *arguments]
+    return invoke(command.main, *options, code=code)
 
 
 @pytest.fixture(scope="module")
 def joint_run(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three epochs of fine-tuning of the last block."""
     run = tmp_path_factory.mktemp("joint") / "run"
-    result = finetune(drawn_run, run, "--epochs", "3")
-    assert result.exit_code == 0, result.output
+    finetune(drawn_run, run, "--epochs", 3)
     return run
-
-
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return read_epochs(run / "log.jsonl")
 
 
 def test_only_the_unfrozen_block_learns_and_statistics_stay(
@@ -66,7 +62,7 @@ def test_only_the_unfrozen_block_learns_and_statistics_stay(
 
 
 def test_log_begins_with_the_scores_of_the_start(drawn_run: DrawnRun, joint_run: Path) -> None:
-    log = log_of(joint_run)
+    log = read_epochs(joint_run / "log.jsonl")
     assert [line["epoch"] for line in log] == [0, 1, 2, 3]
     start = load_checkpoint(drawn_run.run).scores
     assert log[0]["val_loss"] == pytest.approx(start["val_loss"], abs=0.02)
@@ -74,16 +70,12 @@ def test_log_begins_with_the_scores_of_the_start(drawn_run: DrawnRun, joint_run:
     assert best.scores["CIDEr-D"] == max(line["CIDEr-D"] for line in log)
 
 
-def test_the_result_captions_by_itself(
-    drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
-) -> None:
+def test_the_result_captions_by_itself(scenes: list[Path], joint_run: Path, tmp_path: Path) -> None:
     """No data set, no weights file, another folder."""
     model = tmp_path / "model.safetensors"
     shutil.copy(joint_run / "last.safetensors", model)
-    image = shutil.copy(next((drawn_run.data / "Images").glob("*.jpg")), tmp_path)
-    result = CliRunner().invoke(caption.main, ["--model", str(model), str(image)])
-    assert result.exit_code == 0, result.output
-    assert result.stdout.startswith(f"{image}\t")
+    image = shutil.copy(scenes[0], tmp_path)
+    assert invoke(caption.main, "--model", model, image).stdout.startswith(f"{image}\t")
 
 
 def test_reranking_uses_features_of_the_fine_tuned_encoder(
@@ -110,8 +102,7 @@ def test_a_kill_before_the_matcher_is_trained_is_made_good(
     run = shutil.copytree(joint_run, tmp_path / "run")
     whole = load_checkpoint(run)
     save_checkpoint(run / "best.safetensors", replace(whole, predictor=None, matcher=None))
-    result = finetune(drawn_run, run, "--epochs", "3")
-    assert result.exit_code == 0 and "finished with epoch 3" in result.stderr, result.output
+    assert "finished with epoch 3" in finetune(drawn_run, run, "--epochs", 3).stderr
     again = load_checkpoint(run)
     assert whole.matcher is not None and again.matcher is not None
     assert_same_weights(whole.matcher.state_dict(), again.matcher.state_dict())
@@ -123,19 +114,15 @@ def test_evaluate_encodes_with_the_model_or_reads_its_own_cache(
     drawn_run: DrawnRun, joint_run: Path, tmp_path: Path
 ) -> None:
     """Scores from images equal those from a cache that the tuned encoder made."""
-    last = str(joint_run / "last.safetensors")
-    features = tmp_path / "tuned.h5"
-    common = ["--weights", last, "--output", str(features), "--device", "cpu"]
-    result = CliRunner().invoke(extract_features.main, ["--data", str(drawn_run.data), *common])
-    assert result.exit_code == 0, result.output
-    assert FeatureCache(features).identity.mismatch(load_checkpoint(Path(last)).encoder) is None
+    last, features = joint_run / "last.safetensors", tmp_path / "tuned.h5"
+    common = ["--weights", last, "--output", features, "--device", "cpu"]
+    invoke(extract_features.main, "--data", drawn_run.data, *common)
+    assert FeatureCache(features).identity.mismatch(load_checkpoint(last).encoder) is None
     scores: list[dict[str, float]] = []
-    for more in ([], ["--features", str(features)]):
+    for more in ([], ["--features", features]):
         output = tmp_path / str(len(scores)) / "predictions.json"
-        result = CliRunner().invoke(
-            evaluate.main, [last, "--output", str(output), "--device", "cpu", "--no-java", *more]
-        )
-        assert result.exit_code == 0, result.output
+        words = [last, "--output", output, "--device", "cpu", "--no-java", *more]
+        invoke(evaluate.main, *words)
         scores.append(json.loads((output.parent / "scores.json").read_text())["scores"])
     assert scores[0]["CIDEr-D"] == pytest.approx(scores[1]["CIDEr-D"], abs=0.5)
 
@@ -156,13 +143,11 @@ def test_stopped_and_resumed_equals_undisturbed(
             raise KeyboardInterrupt
         return original(self, batch)
 
-    options = ["--epochs", "3"]
     monkeypatch.setattr(joint.JointStage, "loss", failing)
-    assert finetune(drawn_run, run, *options).exit_code != 0
+    finetune(drawn_run, run, "--epochs", 3, code=130)
     assert load_checkpoint(run / "last.safetensors").epoch == 1
     monkeypatch.setattr(joint.JointStage, "loss", original)
-    result = finetune(drawn_run, run, *options)
-    assert result.exit_code == 0, result.output
+    finetune(drawn_run, run, "--epochs", 3)
     for name in ("last.safetensors", "best.safetensors"):
         whole, resumed = load_checkpoint(joint_run / name), load_checkpoint(run / name)
         assert whole.encoder_weights is not None and resumed.encoder_weights is not None
@@ -179,8 +164,7 @@ def test_a_broken_image_is_left_out_and_named(
     shutil.copytree(drawn_run.data, data)
     broken = data / "Images" / sorted(p.name for p in (data / "Images").iterdir())[number]
     broken.write_bytes(broken.read_bytes()[:500])
-    result = finetune(drawn_run, tmp_path / "run", "--epochs", "1", "--data", str(data))
-    assert result.exit_code == 1
+    result = finetune(drawn_run, tmp_path / "run", "--epochs", 1, "--data", data, code=1)
     assert f"failed: {broken}: " in result.stderr
 
 
@@ -194,12 +178,11 @@ def test_a_run_in_progress_does_not_need_the_run_it_started_from(joint_run: Path
 def test_wrong_commands(drawn_run: DrawnRun, tmp_path: Path) -> None:
     for arguments, message in (
         (["--unfreeze-from", "Mixed_9z"], "Mixed_7a"),
-        (["--data", str(tmp_path)], "caption"),
-        (["--start", str(tmp_path / "none")], "no such checkpoint"),
-        (["--run", str(drawn_run.run), "--force"], "give another folder"),
+        (["--data", tmp_path], "caption"),
+        (["--start", tmp_path / "none"], "no such checkpoint"),
+        (["--run", drawn_run.run, "--force"], "give another folder"),
     ):
-        result = finetune(drawn_run, tmp_path / "run", *arguments)
-        assert result.exit_code == 2 and message in result.stderr, result.output
+        assert message in finetune(drawn_run, tmp_path / "run", *arguments, code=2).stderr
     assert not (tmp_path / "run").exists()
     assert (drawn_run.run / "best.safetensors").is_file()
 

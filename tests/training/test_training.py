@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from same_weights import assert_same_weights
 from small_data import IDENTITY, make_small_data
 from torch import Tensor, nn
@@ -501,8 +501,7 @@ def test_the_command_trains_to_good_captions_and_says_when_it_is_done(tmp_path: 
     data, features = make_small_data(tmp_path)
     run = tmp_path / "run"
     command_line = arguments(data, features, run, "--epochs", "40", "--seed", "1")
-    result = CliRunner().invoke(command.main, command_line)
-    assert result.exit_code == 0, result.output
+    invoke(command.main, *command_line)
     scores = json.loads((run / "scores.json").read_text())
     assert scores["split"] == "val" and scores["images"] == 12
     assert scores["scores"]["BLEU-2"] > 95, "colour and thing should be learned"
@@ -511,11 +510,10 @@ def test_the_command_trains_to_good_captions_and_says_when_it_is_done(tmp_path: 
     settings = json.loads((run / "config.json").read_text())
     assert settings["hidden_size"] == 24
     log = (run / "log.jsonl").read_text()
-    again = CliRunner().invoke(command.main, command_line)
-    assert again.exit_code == 0 and "finished with epoch 40" in again.output
+    assert "finished with epoch 40" in invoke(command.main, *command_line).output
     assert (run / "log.jsonl").read_text() == log
-    other = CliRunner().invoke(command.main, arguments(data, features, run, "--epochs", "41"))
-    assert other.exit_code == 2 and "epochs 40, not 41" in other.output
+    other = arguments(data, features, run, "--epochs", "41")
+    assert "epochs 40, not 41" in invoke(command.main, *other, code=2).output
 
 
 def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
@@ -528,8 +526,7 @@ def test_missing_things_are_named_in_one_line(tmp_path: Path) -> None:
         (arguments(data, features, run, "--min-count", "1000"), "--min-count"),
         (arguments(data, features, run, "--self-critical-epochs", "6"), "--self-critical-epochs 6"),
     ):
-        result = CliRunner().invoke(command.main, changed)
-        assert result.exit_code == 2, result.output
+        result = invoke(command.main, *changed, code=2)
         errors = [line for line in result.output.splitlines() if line.startswith("Error: ")]
         assert len(errors) == 1 and message in errors[0]
         assert not (run / "last.safetensors").exists()
@@ -568,9 +565,9 @@ def test_the_command_writes_for_tensorboard_where_it_can(
     command_line = arguments(data, features, run, "--epochs", "1", "--tensorboard")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
-        result = CliRunner().invoke(command.main, command_line)
-    assert result.exit_code == 2 and "--tensorboard: not installed; pip" in result.output
+        result = invoke(command.main, *command_line, code=2)
+    assert "--tensorboard: not installed; pip" in result.output
     assert not run.exists()
     pytest.importorskip("tensorboard")
-    assert CliRunner().invoke(command.main, command_line).exit_code == 0
+    invoke(command.main, *command_line)
     assert len(list((run / "tensorboard").iterdir())) == 1

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 from faults import files_at_most, read_only
 from small_data import make_small_data
 from test_training import arguments
@@ -53,18 +54,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def whole(data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an undisturbed training makes; it also imports all that there is to be imported."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    assert invoke(data, run).exit_code == 0
+    train(data, run)
     return contents(run)
 
 
-def invoke(data: tuple[Path, Path], run: Path) -> Result:
-    return CliRunner().invoke(command.main, arguments(*data, run, *EPOCHS))
+def train(data: tuple[Path, Path], run: Path, *more: str, code: int = 0) -> Result:
+    return invoke(command.main, *arguments(*data, run, *EPOCHS, *more), code=code)
 
 
 def refusal(data: tuple[Path, Path], run: Path) -> str:
     """Give the one line of an error, which must be of exit code 2."""
-    result = invoke(data, run)
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    result = train(data, run, code=2)
+    assert isinstance(result.exception, SystemExit), result.output
     lines = result.stderr.splitlines()
     assert lines[-1].startswith("Error: "), result.stderr
     return lines[-1]
@@ -102,7 +103,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_with_space(
     assert (
         not (run / "last.safetensors").exists() or load_checkpoint(run / "last.safetensors").epoch
     )
-    assert invoke(data, run).exit_code == 0
+    train(data, run)
     assert contents(run) == whole
 
 
@@ -114,8 +115,7 @@ def test_a_disk_that_fills_amid_a_training_leaves_the_last_epoch(
         before_epoch(patch, 3, lambda: stack.enter_context(files_at_most(1000)))
         assert ": cannot be written (" in refusal(data, run)
     assert load_checkpoint(run / "last.safetensors").epoch == 2
-    result = invoke(data, run)
-    assert result.exit_code == 0 and "resuming after epoch 2" in result.stderr
+    assert "resuming after epoch 2" in train(data, run).stderr
     assert contents(run) == whole
 
 
@@ -132,12 +132,10 @@ def test_a_read_only_folder(data: tuple[Path, Path], whole: dict[str, Any], tmp_
         before_epoch(patch, 2, lambda: stack.enter_context(read_only(run)))
         assert ": cannot be written (Permission denied)" in refusal(data, run)
     assert load_checkpoint(run / "last.safetensors").epoch == 1
-    assert invoke(data, run).exit_code == 0
+    train(data, run)
     assert contents(run) == whole
-    options = arguments(*data, run, *EPOCHS, "--force")
     with read_only(run):
-        result = CliRunner().invoke(command.main, options)
-    assert result.exit_code == 2 and ": cannot be removed (" in result.stderr, result.output
+        assert ": cannot be removed (" in train(data, run, "--force", code=2).stderr
     assert contents(run) == whole
 
 
@@ -155,9 +153,9 @@ def test_a_run_folder_that_is_deleted_and_a_loader_that_dies(
 
     with pytest.MonkeyPatch.context() as patch:
         before_epoch(patch, 3, die)
-        assert invoke(data, run).exit_code == 1
+        train(data, run, code=1)
     assert load_checkpoint(run / "last.safetensors").epoch == 2
-    assert invoke(data, run).exit_code == 0
+    train(data, run)
     assert contents(run) == whole
 
 
@@ -178,7 +176,7 @@ def test_features_that_go_away_and_are_not_in_memory(
         )
     away.rename(data[1])
     assert load_checkpoint(run / "last.safetensors").epoch == 1
-    assert invoke(data, run).exit_code == 0
+    train(data, run)
     assert contents(run) == whole
 
 
@@ -187,7 +185,5 @@ def test_a_last_step_that_breaks_the_weights_is_one_line(
 ) -> None:
     """The loss of the only batch is still a number; val is not."""
     options = "--epochs 1 --batch-size 512 --lr 1e30".split()
-    words = arguments(*data, tmp_path / "run", *options)
-    result = CliRunner().invoke(command.main, words)
-    assert result.exit_code == 2, result.output
+    result = invoke(command.main, *arguments(*data, tmp_path / "run", *options), code=2)
     assert "the loss on val is nan after epoch 1; a lower learning rate" in result.stderr
