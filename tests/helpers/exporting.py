@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import invoke
 
 from pipeline.cli import export as command
 from pipeline.export.onnx import RUNNER
@@ -24,8 +25,8 @@ finally:
 """
 
 
-def export(*words: object) -> Result:
-    return CliRunner().invoke(command.main, [str(word) for word in words])
+def export(*words: object, code: int = 0) -> Result:
+    return invoke(command.main, *words, code=code)
 
 
 def run_elsewhere(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
