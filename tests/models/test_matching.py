@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from click.testing import CliRunner
+from commands import invoke
 from same_weights import assert_same_weights
 from small_data import COLOURS, THINGS, make_small_data
 from torch import Tensor
@@ -144,12 +144,11 @@ def test_a_kill_before_it_was_trained_is_made_good(tmp_path: Path) -> None:
     data, features = make_small_data(tmp_path)
     run = tmp_path / "run"
     words = f"--data {data} --features {features} --run {run} --epochs 2 --min-count 1 --device cpu"
-    options = [*words.split(), "--embed-size", "8", "--hidden-size", "8"]
-    assert CliRunner().invoke(train_decoder.main, options).exit_code == 0
+    options = [*words.split(), "--embed-size", 8, "--hidden-size", 8]
+    invoke(train_decoder.main, *options)
     whole = load_checkpoint(run)
     save_checkpoint(run / "best.safetensors", replace(whole, matcher=None))
-    result = CliRunner().invoke(train_decoder.main, options)
-    assert result.exit_code == 0 and "finished with epoch 2" in result.stderr, result.output
+    assert "finished with epoch 2" in invoke(train_decoder.main, *options).stderr
     again = load_checkpoint(run).matcher
     assert whole.matcher is not None and again is not None
     assert_same_weights(whole.matcher.state_dict(), again.state_dict())

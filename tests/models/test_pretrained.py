@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import SHARED
+from commands import invoke
+from conftest import REPOSITORY, SHARED
 from draw_scenes import draw_scenes
 from drawn_run import DrawnRun
 
@@ -28,8 +28,6 @@ from pipeline.models.encoder import load_encoder
 from pipeline.models.pretrained import PRETRAINED, is_pretrained, pretrained_path
 from pipeline.models.quantization import dequantize, quantize
 from pipeline.utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_filters_lose_at_most_half_a_step_and_the_rest_nothing() -> None:
@@ -61,25 +59,23 @@ def small_model(drawn_run: DrawnRun, tmp_path_factory: pytest.TempPathFactory) -
     whole = replace(load_checkpoint(drawn_run.run), encoder_weights=kept)
     save_checkpoint(folder / "joint" / "best.safetensors", whole)
     small = folder / "small.safetensors"
-    result = CliRunner().invoke(command.main, [str(folder / "joint"), "--output", str(small)])
-    assert result.exit_code == 0, result.output
+    result = invoke(command.main, folder / "joint", "--output", small)
     assert f"{small.stat().st_size / 1e6:.1f} MB" in result.stderr
     return folder / "joint", small
 
 
 def test_a_compressed_model_captions_as_the_whole_one(
-    drawn_run: DrawnRun, small_model: tuple[Path, Path]
+    scenes: list[Path], small_model: tuple[Path, Path]
 ) -> None:
     joint, small = small_model
     assert small.stat().st_size < 0.3 * (joint / "best.safetensors").stat().st_size
-    paths = sorted((drawn_run.data / "Images").glob("*.jpg"))[:8]
     whole, compressed = (Captioner.load(model, device="cpu") for model in small_model)
-    squares = [read_square(path) for path in paths[:4]]
+    squares = [read_square(path) for path in scenes[:4]]
     exact, rounded = (torch.from_numpy(m.encoder.encode(squares)) for m in (whole, compressed))
     assert torch.cosine_similarity(exact, rounded).min() > 0.9
     # The encoder is untrained, whose features compression changes far more than a trained one's.
     compressed.encoder = whole.encoder
-    pairs = zip(whole.caption(paths), compressed.caption(paths), strict=True)
+    pairs = zip(whole.caption(scenes[:8]), compressed.caption(scenes[:8]), strict=True)
     assert sum(a == b for a, b in pairs) >= 7
 
 
@@ -96,21 +92,19 @@ def test_a_compressed_model_is_its_own_encoder_and_tells_no_paths(
     assert str(drawn_run.data.parent) not in document and str(joint) not in document
 
 
-def test_a_run_of_stage_2_takes_its_encoder_along(drawn_run: DrawnRun, tmp_path: Path) -> None:
+def test_a_run_of_stage_2_takes_its_encoder_along(
+    drawn_run: DrawnRun, scenes: list[Path], tmp_path: Path
+) -> None:
     """Two decoders, together with the encoder whose features they were trained on."""
-    runs = ["--ensemble", *[str(drawn_run.run)] * 2]
-    result = CliRunner().invoke(
-        command.main, [*runs, "--output", str(tmp_path / "small.safetensors")]
-    )
-    assert result.exit_code == 0, result.output
-    checkpoint = load_checkpoint(tmp_path / "small.safetensors")
+    small, none = tmp_path / "small.safetensors", tmp_path / "none.safetensors"
+    runs = ["--ensemble", drawn_run.run, drawn_run.run]
+    invoke(command.main, *runs, "--output", small)
+    checkpoint = load_checkpoint(small)
     assert checkpoint.decoder_config.members == 2 and checkpoint.matcher is not None
-    image = next((drawn_run.data / "Images").glob("*.jpg"))
-    assert len(Captioner.load(tmp_path / "small.safetensors", device="cpu").caption([image])[0]) > 5
-    words = [*runs, "--weights", "imagenet.pth", "--output", str(tmp_path / "none.safetensors")]
-    result = CliRunner().invoke(command.main, words)
-    assert result.exit_code == 2 and "imagenet.pth" in result.stderr
-    assert not (tmp_path / "none.safetensors").exists()
+    assert len(Captioner.load(small, device="cpu").caption(scenes[:1])[0]) > 5
+    words = [*runs, "--weights", "imagenet.pth", "--output", none]
+    assert "imagenet.pth" in invoke(command.main, *words, code=2).stderr
+    assert not none.exists()
 
 
 def test_compressing_again_makes_it_no_larger(
@@ -118,8 +112,7 @@ def test_compressing_again_makes_it_no_larger(
 ) -> None:
     """A matrix with two names, as of tied embeddings, is in the file once."""
     again, whole = tmp_path / "again.safetensors", tmp_path / "whole.safetensors"
-    result = CliRunner().invoke(command.main, [str(small_model[1]), "--output", str(again)])
-    assert result.exit_code == 0, result.output
+    invoke(command.main, small_model[1], "--output", again)
     assert again.stat().st_size == pytest.approx(small_model[1].stat().st_size, rel=0.001)
     save_checkpoint(whole, load_checkpoint(small_model[1]))
     for path in (small_model[1], again, whole):
@@ -154,7 +147,7 @@ def boxed() -> Captioner:
 
 
 def test_the_model_in_the_box_is_small_and_its_name_is_found() -> None:
-    files = [path for path in (ROOT / "data/pretrained").rglob("*") if path.is_file()]
+    files = [path for path in (REPOSITORY / "data/pretrained").rglob("*") if path.is_file()]
     assert pretrained_path() in files
     assert sum(path.stat().st_size for path in files) <= 60e6
     checkpoint = load_checkpoint(Path(PRETRAINED))
@@ -212,12 +205,11 @@ def test_8_bits_keep_the_features_of_a_trained_encoder(tmp_path: Path) -> None:
 @pytest.mark.shared("flickr8k")
 def test_the_model_scores_what_its_card_says(tmp_path: Path) -> None:
     output = tmp_path / "predictions.json"
-    words = f"pretrained --data {SHARED / 'flickr8k'} --output {output} --no-java"
-    result = CliRunner().invoke(evaluate.main, words.split())
-    assert result.exit_code == 0, result.output
+    words = ["pretrained", "--data", SHARED / "flickr8k", "--output", output, "--no-java"]
+    invoke(evaluate.main, *words)
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["split_sha256"] == "51c9cff8a4e3"
-    card = (ROOT / "data/pretrained/MODEL_CARD.md").read_text(encoding="utf-8")
+    card = (REPOSITORY / "data/pretrained/MODEL_CARD.md").read_text(encoding="utf-8")
     [row] = [line for line in card.splitlines() if line.startswith("| `captioner.safetensors`")]
     names = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
     for name, cell in zip(names, row.split("|")[2:], strict=False):
@@ -226,17 +218,15 @@ def test_the_model_scores_what_its_card_says(tmp_path: Path) -> None:
 
 
 def test_caption_uses_it_and_says_so(
-    drawn_run: DrawnRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scenes: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    image = str(next((drawn_run.data / "Images").glob("*.jpg")))
-    result = CliRunner().invoke(caption.main, [image, "--device", "cpu"])
-    assert result.exit_code == 0, result.output
+    result = invoke(caption.main, scenes[0], "--device", "cpu")
     assert (
         "model: the pretrained model, trained on Flickr8k, for research and education only; "
         "captioner info pretrained shows more\n"
     ) in result.stderr
-    assert result.stdout.startswith(f"{image}\t") and len(result.stdout.split("\t")[1]) > 5
+    assert result.stdout.startswith(f"{scenes[0]}\t") and len(result.stdout.split("\t")[1]) > 5
 
 
 def test_extraction_falls_back_on_its_encoder_and_keeps_to_it(
@@ -250,14 +240,12 @@ def test_extraction_falls_back_on_its_encoder_and_keeps_to_it(
 
     monkeypatch.setattr(encoder, "_imagenet_state", unreachable)
     output = tmp_path / "features.h5"
-    words = ["--data", str(drawn_run.data), "--output", str(output), "--device", "cpu"]
-    result = CliRunner().invoke(extract_features.main, words)
-    assert result.exit_code == 0, result.output
+    words = ["--data", drawn_run.data, "--output", output, "--device", "cpu"]
+    result = invoke(extract_features.main, *words)
     assert "cannot be had (no network)" in result.stderr
     assert "(--weights pretrained)" in result.stderr
     identity = FeatureCache(output).identity
     assert identity.weights_source == PRETRAINED
     assert identity.mismatch(load_checkpoint(Path(PRETRAINED)).encoder) is None
     monkeypatch.setattr(encoder, "_imagenet_state", never)
-    result = CliRunner().invoke(extract_features.main, words)
-    assert result.exit_code == 0 and "complete" in result.stderr, result.output
+    assert "complete" in invoke(extract_features.main, *words).stderr
