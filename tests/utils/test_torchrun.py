@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -11,11 +10,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from commands import invoke
 from conftest import REPOSITORY
 from drawn_run import DrawnRun
 from drawn_run import run as run_here
@@ -29,6 +27,7 @@ from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.checkpoint_file import read_tensors
 from pipeline.training import self_critical
 from pipeline.training.decoder_stage import DecoderStage
+from pipeline.training.run_folder import LOG, read_epochs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous needs libuv there")
 
@@ -65,12 +64,8 @@ def run_command(
     )
 
 
-def log_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-
-
 def losses(run: Path) -> dict[str, list[float]]:
-    log = log_of(run)
+    log = read_epochs(run / LOG)
     return {name: [record.get(name, 0.0) for record in log] for name in ("train_loss", "val_loss")}
 
 
@@ -96,7 +91,6 @@ def assert_same_training(run: Path, other: Path, tolerance: float, few: float = 
     Where a gradient is rounding noise, Adam's step may have either sign, at the full learning
     rate: ``few`` is the share of weights that may differ by more than ``tolerance``.
     """
-    assert len(log_of(run)) == len(log_of(other))
     for name, values in losses(run).items():
         assert values == pytest.approx(losses(other)[name], abs=tolerance), name
     for file in ("last.safetensors", "best.safetensors"):
@@ -116,7 +110,7 @@ def assert_same_training(run: Path, other: Path, tolerance: float, few: float = 
 
 def assert_same_scores(run: Path, other: Path) -> None:
     scores = ("BLEU-4", "ROUGE-L", "CIDEr-D", "distinct")
-    for one, two in zip(log_of(run), log_of(other), strict=True):
+    for one, two in zip(read_epochs(run / LOG), read_epochs(other / LOG), strict=True):
         assert [one[name] for name in scores] == [two[name] for name in scores]
 
 
@@ -134,8 +128,7 @@ def test_two_processes_train_as_one(
     more = ("--epochs", "17", "--self-critical-epochs", "2", "--cross-entropy-weight", "0")
     options = [*map(str, small), *more, "--run"]
     monkeypatch.setattr(self_critical, "sample", fixed_draws)
-    alone = CliRunner().invoke(train_decoder.main, [*options, str(one)])
-    assert alone.exit_code == 0, alone.stderr
+    alone = invoke(train_decoder.main, *options, one)
     assert not torch.distributed.is_initialized(), "a plain run joins no job"
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
     codes = run_job(lambda: train_decoder.main([*options, str(two)]), logs)
@@ -144,7 +137,8 @@ def test_two_processes_train_as_one(
     assert_same_training(one, two, 1e-5)
     assert_same_scores(one, two)
     assert losses(one)["train_loss"][0] - losses(one)["train_loss"][14] > 0.1, "it learns"
-    rewards = [[record.get("reward") for record in log_of(run)[15:]] for run in (one, two)]
+    epochs = [read_epochs(run / LOG)[15:] for run in (one, two)]
+    rewards = [[record.get("reward") for record in log] for log in epochs]
     assert rewards[0] == pytest.approx(rewards[1]) and all(rewards[0])
     # The run folder is that of one process, and what is said is said once.
     assert sorted(path.name for path in two.iterdir()) == sorted(p.name for p in one.iterdir())
@@ -195,7 +189,7 @@ def test_an_error_of_all_processes_is_shown_once(
 
 def wait_for_epochs(run: Path, epochs: int, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 300
-    while len(log_of(run)) < epochs if (run / "log.jsonl").is_file() else True:
+    while len(read_epochs(run / LOG)) < epochs:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
 
