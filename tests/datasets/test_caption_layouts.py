@@ -7,21 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_caption_table import captions_of, splits_of
 
-from pipeline.datasets.caption_table import CaptionTable, read_captions
+from pipeline.datasets.caption_table import read_captions
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.datasets.text_encoding import CANDIDATES, decode_text
 from pipeline.utils.errors import UserError
 
 THREE = ("a dog, running", "a man's bike", 'two "children"')
-
-
-def captions_of(table: CaptionTable) -> dict[str, tuple[str, ...]]:
-    return {image.name: image.captions for image in table.images}
-
-
-def splits_of(table: CaptionTable) -> dict[str, str | None]:
-    return {image.name: image.split for image in table.images}
 
 
 def put(path: Path, content: Any, encoding: str = "utf-8") -> Path:
