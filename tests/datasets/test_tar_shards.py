@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from conftest import StubEncoder, draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,28 +144,20 @@ def test_captions_are_read_from_texts(shards: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("tiny_inception")
 def test_the_commands_take_shards(shards: str, tmp_path: Path) -> None:
-    features, run = str(tmp_path / "x.h5"), str(tmp_path / "run")
-    options = ["--data", shards, "--output", features, "--weights", "random"]
-    result = CliRunner().invoke(extract_features.main, options)
-    assert result.exit_code == 0, result.output
-    assert len(FeatureCache(Path(features))) == 10
-    sizes = ["--epochs", "1", "--embed-size", "8", "--hidden-size", "8", "--min-count", "1"]
+    names = ("x.h5", "run", "joint", "page.html")
+    features, run, joint, page = (tmp_path / name for name in names)
+    invoke(extract_features.main, "--data", shards, "--output", features, "--weights", "random")
+    assert len(FeatureCache(features)) == 10
+    sizes = "--epochs 1 --embed-size 8 --hidden-size 8 --min-count 1".split()
     options = ["--data", shards, "--features", features, "--run", run, *sizes]
-    result = CliRunner().invoke(train_decoder.main, [*options, "--check"])
-    assert result.exit_code == 0, result.output
-    assert f"images: 10 in {shards}, 10 of them with captions" in result.output
-    result = CliRunner().invoke(train_decoder.main, options)
-    assert result.exit_code == 0, result.output
-    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "data:image/webp;base64," in report
-    joint = str(tmp_path / "joint")
-    options = ["--start", run, "--run", joint, "--epochs", "1", "--unfreeze-from", "Mixed_7c"]
-    result = CliRunner().invoke(finetune_joint.main, options)
-    assert result.exit_code == 0, result.output
-    page = tmp_path / "page.html"
-    options = [joint, "--no-java", "--html", str(page), "--device", "cpu"]
-    result = CliRunner().invoke(evaluate.main, options)  # encodes the images of the shards
-    assert result.exit_code == 0, result.output
+    checked = invoke(train_decoder.main, *options, "--check").output
+    assert f"images: 10 in {shards}, 10 of them with captions" in checked
+    invoke(train_decoder.main, *options)
+    assert "data:image/webp;base64," in (run / "report.html").read_text(encoding="utf-8")
+    options = ["--start", run, "--run", joint, "--epochs", 1, "--unfreeze-from", "Mixed_7c"]
+    invoke(finetune_joint.main, *options)
+    # Encodes the images of the shards.
+    invoke(evaluate.main, joint, "--no-java", "--html", page, "--device", "cpu")
     assert "0000.tar/" in page.read_text(encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy
 import pytest
-from click.testing import CliRunner
+from commands import invoke
 from conftest import REPOSITORY, StubEncoder, draw
 from stub_extraction import stub_extract
 from thread_job import in_threads
@@ -233,8 +233,7 @@ def test_torchrun_equals_one_process(tmp_path: Path) -> None:
     assert "5 images (5 encoded now, 0 before; fp32, torch)" in ended.stderr, ended.stderr
     assert ended.stderr.count("failed: 5.png: empty file") == 1
     assert ended.returncode == 1
-    result = CliRunner().invoke(extract_features.main, [*options, str(alone)])
-    assert result.exit_code == 1, result.output
+    invoke(extract_features.main, *options, alone, code=1)
     assert_same(FeatureCache(output), FeatureCache(alone))
     assert len(FeatureCache(output).shards) == 2
 
@@ -245,6 +244,5 @@ def test_a_job_that_cannot_be_joined_is_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(extract_features.main, ["--data", str(images)])
-    assert result.exit_code == 2
+    result = invoke(extract_features.main, "--data", images, code=2)
     assert "Error: WORLD_SIZE is set, but" in result.output and "torchrun" in result.output
