@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import pytest
 import torch
-from drawn_run import DrawnRun
 from torch import Tensor
 
 from pipeline import Captioner
@@ -43,10 +44,9 @@ def test_a_map_is_the_derivative_by_each_cell(members: int) -> None:
 
 
 def test_the_cells_are_those_of_the_encoder_and_the_caption_is_the_same(
-    drawn_run: DrawnRun,
+    captioner: Captioner, scenes: list[Path]
 ) -> None:
-    captioner = Captioner.load(drawn_run.run, device="cpu", precision="fp32")
-    path = next((drawn_run.data / "Images").iterdir())
+    path = scenes[0]
     square = read_square(path)
     cells = captioner.encoder.encode_cells([square])
     assert cells.shape == (1, 64, 2048)
