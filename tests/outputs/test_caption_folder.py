@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ import pytest
 from click.testing import Result
 from commands import invoke
 from drawn_run import DrawnRun
-from tqdm import TMonitor, tqdm
 
 import caption as command
 from pipeline import Captioner
@@ -28,7 +26,6 @@ from pipeline.outputs.formats import WRITERS, read_predictions
 from pipeline.outputs.gallery import write_gallery
 from pipeline.outputs.resume import PartialResults, results_path
 from pipeline.utils.errors import UserError
-from pipeline.utils.progress import PlainLines, progress_bar
 
 pytestmark = pytest.mark.usefixtures("tiny_inception")
 
@@ -403,7 +400,20 @@ def test_wrong_commands_are_one_line(drawn_run: DrawnRun, album: Path) -> None:
         assert message in result.stderr and result.stdout == ""
 
 
-# The records of an interrupted command, and progress
+def test_captions_are_sentences_everywhere(
+    drawn_run: DrawnRun, album: Path, tmp_path: Path
+) -> None:
+    plain, page, output = (tmp_path / name for name in ("plain.csv", "page.html", "out"))
+    caption(drawn_run, album / "a.jpg", "--output", plain)
+    [text] = [row["caption"] for row in csv.DictReader(plain.open(encoding="utf-8"))]
+    words = ["--output", output, "--html", page, "--sidecar", "--sentence"]
+    caption(drawn_run, album / "a.jpg", *words)
+    sentence = text[0].upper() + text[1:] + "."
+    for file in (output, page, album / "a.txt"):
+        assert sentence in file.read_text(encoding="utf-8")
+
+
+# The records of an interrupted command
 
 
 def test_records_that_cannot_be_used_are_made_again(tmp_path: Path) -> None:
@@ -424,36 +434,3 @@ def test_records_that_cannot_be_used_are_made_again(tmp_path: Path) -> None:
     results_path(target).mkdir()
     with pytest.raises(UserError, match="is a folder"):
         PartialResults(target, {})
-
-
-def test_progress_in_a_log_is_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = PlainLines()
-    for drawn in ("\r", "\rcaptioning: 5 of 30 images   ", "", "\n"):
-        lines.write(drawn)
-    assert capsys.readouterr().err == "captioning: 5 of 30 images\n"
-
-
-def test_no_line_is_repeated_in_a_log_while_nothing_happens(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with progress_bar(total=9) as bar:
-        bar.start_t, bar.last_print_t = bar.start_t - 60, bar.last_print_t - 60
-        bar.update(6)
-        bar.last_print_t -= 60  # as seen by tqdm's monitor, which looks every 10 seconds
-        monitor = TMonitor(tqdm, 0.05)
-        time.sleep(0.3)
-        monitor.exit()
-    assert capsys.readouterr().err.count("6 of 9") == 1
-
-
-def test_captions_are_sentences_everywhere(
-    drawn_run: DrawnRun, album: Path, tmp_path: Path
-) -> None:
-    plain, page, output = (tmp_path / name for name in ("plain.csv", "page.html", "out"))
-    caption(drawn_run, album / "a.jpg", "--output", plain)
-    [text] = [row["caption"] for row in csv.DictReader(plain.open(encoding="utf-8"))]
-    words = ["--output", output, "--html", page, "--sidecar", "--sentence"]
-    caption(drawn_run, album / "a.jpg", *words)
-    sentence = text[0].upper() + text[1:] + "."
-    for file in (output, page, album / "a.txt"):
-        assert sentence in file.read_text(encoding="utf-8")
