@@ -160,9 +160,8 @@ def test_a_broken_image_is_left_out_and_named(
     drawn_run: DrawnRun, tmp_path: Path, number: int
 ) -> None:
     """Number 0 is in train, number 8 in val."""
-    data = tmp_path / "scenes"
-    shutil.copytree(drawn_run.data, data)
-    broken = data / "Images" / sorted(p.name for p in (data / "Images").iterdir())[number]
+    data = shutil.copytree(drawn_run.data, tmp_path / "scenes")
+    broken = sorted((data / "Images").iterdir())[number]
     broken.write_bytes(broken.read_bytes()[:500])
     result = finetune(drawn_run, tmp_path / "run", "--epochs", 1, "--data", data, code=1)
     assert f"failed: {broken}: " in result.stderr
