@@ -87,8 +87,7 @@ def test_references_keep_the_words_that_the_vocabulary_lacks(
     drawn_run: DrawnRun, tmp_path: Path
 ) -> None:
     """A rare word in a reference must count against the model, not become <unk>."""
-    data = tmp_path / "scenes"
-    shutil.copytree(drawn_run.data, data)
+    data = shutil.copytree(drawn_run.data, tmp_path / "scenes")
     cache = ("--features", drawn_run.features)
     outputs = [tmp_path / name / "predictions.json" for name in "ab"]
     evaluate(drawn_run.run, "--data", data, *cache, "--output", outputs[0])

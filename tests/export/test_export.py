@@ -345,8 +345,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_killed_export_leaves_what_was_there_and_the_next_cleans_up(
     drawn_run: DrawnRun, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "captioner"
-    shutil.copytree(exported, output)
+    output = shutil.copytree(exported, tmp_path / "captioner")
     words = [drawn_run.run, "--output", output]
 
     def killed(graph: Graph) -> bytes:
@@ -380,8 +379,7 @@ def test_files_of_two_exports_are_never_taken_for_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Stopped while the new files take the old ones' places: the runner says so."""
-    output = tmp_path / "captioner"
-    shutil.copytree(exported, output)
+    output = shutil.copytree(exported, tmp_path / "captioner")
     replace = Path.replace
 
     def failing(source: Path, target: Path) -> Path:
@@ -460,8 +458,7 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
 def test_files_that_are_not_those_of_an_export(
     exported: Path, tmp_path: Path, name: str, content: str | None, reason: str
 ) -> None:
-    folder = tmp_path / "captioner"
-    shutil.copytree(exported, folder)
+    folder = shutil.copytree(exported, tmp_path / "captioner")
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)

@@ -255,8 +255,7 @@ def test_a_run_whose_data_are_gone_or_moved_or_others(drawn_run: DrawnRun, tmp_p
     assert (run / "curves.svg").read_bytes() == (drawn_run.run / "curves.svg").read_bytes()
     assert "without" not in invoke(main, run, "--data", drawn_run.data).stderr
     assert "words" in HtmlPage(run / "report.html").headings
-    other = tmp_path / "other"
-    shutil.copytree(drawn_run.data, other)
+    other = shutil.copytree(drawn_run.data, tmp_path / "other")
     lines = (other / "captions.csv").read_text().splitlines()
     (other / "captions.csv").write_text("\n".join(lines[:-40]))
     result = invoke(main, run, "--data", other)
