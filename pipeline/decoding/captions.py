@@ -19,8 +19,8 @@ from pipeline.decoding.reranking import Reranker, best_captions, diverse_caption
 from pipeline.models.ensemble import CaptionDecoder
 from pipeline.utils.terminal import escape_control
 
-# The full stop of scripts that have their own, by the first word of their characters' names;
-# Thai and Lao have none.
+# Full stops of scripts with their own, keyed by the first word of the script's Unicode character
+# names; Thai and Lao have none.
 FULL_STOPS = {
     **dict.fromkeys(("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO"), "\u3002"),
     **dict.fromkeys(("DEVANAGARI", "BENGALI", "GURMUKHI", "ORIYA"), "\u0964"),
@@ -39,9 +39,9 @@ class Word:
 
     Attributes:
         text: the token.
-        probability: given the image and the tokens before.
-        cells: what each of the image's 8 x 8 cells adds to its log-probability, in nats, row by
-            row; empty unless asked for. See ``explain.word_maps``.
+        probability: given the image and the preceding tokens.
+        cells: contribution of each of the image's 8 x 8 cells to the log-probability, in nats, in
+            row-major order; empty unless requested. See ``explain.word_maps``.
     """
 
     text: str
@@ -56,9 +56,9 @@ class Caption:
     Attributes:
         text: words, lower case, without a period; see ``as_sentence``.
         log_probability: under the model, in nats; nearer to 0 is more certain.
-        words: the tokens one by one, if details were asked for, else empty.
-        score_parts: the addends of the score that ranks captions, if details were asked for:
-            ``likelihood``, and ``matching`` and ``consensus`` where they were used.
+        words: the tokens with their probabilities, if details were requested, else empty.
+        score_parts: the terms of the ranking score, if details were requested: ``likelihood``, and
+            ``matching`` and ``consensus`` if used.
     """
 
     text: str
@@ -79,11 +79,10 @@ def caption_features(
     cells: Tensor | None = None,
     keys: Sequence[int] | None = None,
 ) -> list[list[Caption]]:
-    """Caption features (B, 2048): for each image at most ``most`` captions, best first.
+    """Return at most ``most`` captions, best first, for each row of features (B, 2048).
 
-    ``details`` adds the probability of each word, and ``cells`` (B, 64, 2048), of which the
-    features are the mean, what each of them adds to the words of the best caption. ``keys`` are
-    those of ``search.search``.
+    ``details`` adds each word's probability. ``cells`` (B, 64, 2048), whose mean is the features,
+    adds each cell's contribution to the words of the best caption. ``keys``: see ``search.search``.
     """
     if config.diversity:
         found = diverse_captions(decoder, features, config, reranker)
@@ -98,7 +97,7 @@ def caption_features(
     for group, hypotheses, values in zip(captions, best, probabilities, strict=True):
         for place, (h, nats) in enumerate(zip(hypotheses, values, strict=True)):
             words = map(escape_control, vocabulary.decode(h.tokens))
-            # The last number is that of <end>.
+            # The last number belongs to <end>.
             chances = tuple(Word(w, math.exp(n)) for w, n in zip(words, nats[:-1], strict=True))
             parts = {"likelihood": h.score - sum(h.added.values()), **h.added}
             group[place] = replace(group[place], words=chances, score_parts=parts)
@@ -111,7 +110,7 @@ def caption_features(
 def explained(
     decoder: CaptionDecoder, cells: Tensor, caption: Caption, tokens: Sequence[int]
 ) -> Caption:
-    """Return a caption with what each of an image's cells (64, 2048) adds to its words."""
+    """Return a caption with the contribution of each image cell (64, 2048) to its words."""
     maps = word_maps(decoder, cells, tokens).tolist()
     each = zip(caption.words, maps, strict=True)
     return replace(caption, words=tuple(replace(w, cells=tuple(m)) for w, m in each))
@@ -134,7 +133,7 @@ def as_sentence(caption: Caption) -> Caption:
     'A dog runs.'
     """
     text, words = caption.text, caption.words
-    # Title case, unlike upper case, leaves letters of scripts without capitals (Georgian).
+    # Unlike upper case, title case does not change scripts without capitals (Georgian).
     first = text[:1].title() if len(text[:1].title()) == 1 else text[:1]
     scripts = (unicodedata.name(letter, " ").split(" ")[0] for letter in reversed(text))
     stop = next((FULL_STOPS[script] for script in scripts if script in FULL_STOPS), ".")
@@ -148,12 +147,12 @@ def as_sentence(caption: Caption) -> Caption:
 def token_log_probabilities(
     decoder: CaptionDecoder, features: Tensor, captions: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[list[float]]]:
-    """Return the log-probability, in nats, of every token of captions given those before it.
+    """Return the log-probability, in nats, of each caption token given the preceding ones.
 
     ``features`` are (B, 2048); ``captions`` are token ids, without <start> and <end>.
 
     Returns:
-        For each caption a number per token, and a last one for its <end>.
+        For each caption, one number per token and a last one for <end>.
     """
     device = features.device
     rows = [[*caption, END_ID] for group in captions for caption in group]

@@ -1,4 +1,4 @@
-"""Consensus reranking: captions that agree with the n-grams predicted for the image win."""
+"""Consensus reranking: favour captions that agree with the n-grams predicted for the image."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def rank_by_consensus(
     found: Sequence[Sequence[Hypothesis]],
     weight: float,
 ) -> list[list[Hypothesis]]:
-    """Add the weighted agreement of hypotheses to their scores; best first.
+    """Add each hypothesis's weighted agreement to its score; return the hypotheses best first.
 
-    The agreement is the CIDEr-D, from 0 to 10, of a hypothesis with the predicted vectors of its
-    image, without CIDEr-D's clipped counts and length penalty.
+    The agreement is CIDEr-D (0 to 10) between a hypothesis and the vectors predicted for its image,
+    without CIDEr-D's count clipping and length penalty.
 
     Args:
         predictor: see ``NgramPredictor``.
-        images: their embeddings, (B, M * E).
+        images: image embeddings, (B, M * E).
         found: the hypotheses of each image.
         weight: factor of the agreement.
     """

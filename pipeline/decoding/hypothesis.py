@@ -1,4 +1,4 @@
-"""Hypotheses, and what all searches share: the tokens that may follow, and the loop over them."""
+"""What all searches share: hypotheses, the rules for allowed tokens, and the generation loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Hypothesis:
         tokens: token ids, without <start> and <end>.
         log_probability: of the tokens and the <end> under the model, in nats.
         score: the length-normalised log-probability, plus what rerankers add; the highest wins.
-        added: what each reranker added to the score, by its name.
+        added: what each reranker added to the score, by reranker name.
     """
 
     tokens: list[int]
@@ -39,14 +39,14 @@ def make_hypothesis(tokens: list[int], total: float, config: SearchConfig) -> Hy
 
 
 def best_first(hypotheses: Iterable[Hypothesis]) -> list[Hypothesis]:
-    """Sort hypotheses by their scores."""
+    """Sort hypotheses by score."""
     return sorted(hypotheses, key=lambda hypothesis: hypothesis.score, reverse=True)
 
 
 def add_scores(
     group: Sequence[Hypothesis], scores: Sequence[float], reranker: str
 ) -> list[Hypothesis]:
-    """Return hypotheses with these numbers of a reranker added to their scores, best first."""
+    """Return hypotheses with a reranker's ``scores`` added to their own, best first."""
     return best_first(
         replace(h, score=h.score + s, added={**h.added, reranker: s})
         for h, s in zip(group, scores, strict=True)
@@ -56,8 +56,8 @@ def add_scores(
 def forbid_tokens(logits: Tensor, length: int, config: SearchConfig) -> Tensor:
     """Set the logits (R, V) of tokens that must not follow ``length`` words to -inf, in place.
 
-    At the longest length only <end> may follow, so every search returns captions whatever the
-    model's probabilities are.
+    At the maximum length only <end> may follow, so every search returns captions whatever the
+    model's probabilities.
     """
     forced = length < len(config.prefix)
     if forced or length >= config.max_length:

@@ -1,6 +1,6 @@
-"""Search options: what users choose, and what a search with one model makes of it.
+"""Search options: what users choose, and the resulting configuration for one model.
 
-A field of ``SearchOptions`` is an option of the commands and a keyword of the Python API;
+Each field of ``SearchOptions`` is a command-line option and a keyword of the Python API;
 ``SearchOptions.resolve`` fills in what depends on the model.
 """
 
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pipeline.utils.errors import UserError
 from pipeline.utils.options import option
 
-if TYPE_CHECKING:  # the commands need no torch for their help
+if TYPE_CHECKING:  # --help must not import torch
     from pipeline.datasets.vocabulary import Vocabulary
     from pipeline.decoding.reranking import Reranker
 
-# Defaults with reranking, chosen on Flickr8k's val: beams of a decoder and of an ensemble, whose
-# lower ranks are better; weights, of the matcher also with several passes.
+# Defaults with reranking, tuned on Flickr8k val: beam sizes of one decoder and of an ensemble (its
+# lower-ranked captions are better); weights, with another for the matcher with several passes.
 RERANKED_BEAM, RERANKED_BEAM_OF_ENSEMBLE = 10, 20
 CONSENSUS_WEIGHT, MATCHING_WEIGHT, PASSES_MATCHING = 3.0, 2.0, 4.0
 
@@ -30,14 +30,14 @@ class SearchConfig:
     """How one model's captions are searched; see the help of ``SearchOptions``.
 
     Attributes:
-        beam_size: hypotheses per image; 1 is greedy search; the number of draws with ``sampling``.
+        beam_size: hypotheses per image (1: greedy search); with ``sampling``, the number of draws.
         length_penalty: the exponent a in score = log p / (words + 1)^a.
         consensus, matching: weights of the rerankers; with both 0 the decoder alone chooses.
         prefix: token ids that every caption begins with.
-        diversity: Hamming penalty, in nats, per token shared with an earlier caption of the image
-            at the same position, see ``reranking.diverse_captions``; 0: captions of one search.
-        sampling: draw captions instead of searching for the likeliest.
-        top_p: nucleus sampling (arXiv 1904.09751); 1: draw from all words.
+        diversity: Hamming penalty, in nats, per token that an earlier caption of the image has at
+            the same position, see ``reranking.diverse_captions``; 0: captions of one search.
+        sampling: sample captions instead of searching for the likeliest.
+        top_p: nucleus sampling (arXiv 1904.09751); 1: sample from all words.
     """
 
     beam_size: int = 3
@@ -58,12 +58,12 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """What users choose of a search; None is decided by ``resolve``.
+    """The user's search options; ``resolve`` fills in those that are None.
 
     ``diversity`` is the penalty of ``diverse``, in nats per shared word; it has no click option.
 
     Raises:
-        UserError: options contradict each other, or one has no effect in the combination.
+        UserError: options contradict each other, or one has no effect given the others.
     """
 
     beam_size: int | None = option(
@@ -156,7 +156,7 @@ class SearchOptions:
 
     @property
     def sampling(self) -> bool:
-        """True if captions are drawn at random."""
+        """True if captions are sampled."""
         return self.temperature is not None or self.top_p is not None
 
     def __post_init__(self) -> None:
@@ -189,11 +189,11 @@ class SearchOptions:
     def resolve(
         self, vocabulary: Vocabulary, reranker: Reranker, decoders: int = 1
     ) -> SearchConfig:
-        """Return how to search with a model of ``decoders``; by default with all its rerankers.
+        """Return the configuration for a model of ``decoders``; by default with all its rerankers.
 
         Raises:
-            UserError: the model lacks a reranker that is asked for, does not know a word of the
-                prefix, or the prefix is too long.
+            UserError: the model lacks a requested reranker, or the prefix is too long or has a word
+                that is not in the vocabulary.
         """
         max_length = self.max_length or vocabulary.tokenizer.longest
         self._check_min_length(max_length)
@@ -258,7 +258,7 @@ class SearchOptions:
 
 
 def option_words(options: SearchOptions) -> list[str]:
-    """Return the options that differ from the default, for a file's name: "beam-size-5"."""
+    """Return the options that differ from the default, for a file name: "beam-size-5"."""
     return [
         f"{field.name.replace('_', '-')}-{value}"
         for field in fields(SearchOptions)
@@ -267,7 +267,7 @@ def option_words(options: SearchOptions) -> list[str]:
 
 
 def describe_search(search: Mapping[str, Any]) -> str:
-    """Describe a search in a few words, by the fields of its ``SearchConfig``."""
+    """Describe a search in a few words, from the fields of its ``SearchConfig``."""
     beam = search["beam_size"]
     if search.get("sampling"):
         words = [f"sampling, temperature {search['temperature']:g}, top-p {search['top_p']:g}"]

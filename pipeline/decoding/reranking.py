@@ -23,8 +23,8 @@ from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.matcher import Matcher
 from pipeline.models.ngram_predictor import NgramPredictor
 
-# Beams of the passes after the first, and the Hamming penalty there; chosen on Flickr8k's val
-# together with the weights of ``options``.
+# Beam size and Hamming penalty of the passes after the first; tuned on Flickr8k val together with
+# the weights in ``options``.
 LATER_BEAM, PASSES_DIVERSITY = 5, 1.0
 
 
@@ -51,7 +51,7 @@ class Reranker:
         found: list[list[Hypothesis]],
         config: SearchConfig,
     ) -> list[list[Hypothesis]]:
-        """Rank the hypotheses of each of features (B, 2048) by the decoder and all rerankers."""
+        """Rank the hypotheses of each row of features (B, 2048) by decoder and rerankers."""
         if self.matcher is not None and config.matching:
             cosines = self.matcher.fit(features, [[h.tokens for h in group] for group in found])
             found = [
@@ -72,11 +72,10 @@ def best_captions(
     reranker: Reranker,
     keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Search captions for features (B, 2048), and rank them by the weights of ``config``.
+    """Search for captions of features (B, 2048), and rank them with the weights of ``config``.
 
-    With several passes, the captions of later, diverse searches are added to those of the first:
-    beams differ in a word or two, and rerankers need more to choose from. ``keys`` are those of
-    ``search``.
+    With several passes, later, diverse searches add to the captions of the first: captions of one
+    beam differ only in a word or two, and rerankers need more choice. ``keys``: see ``search``.
     """
     found = search(decoder, features, config, keys)
     ranked = reranker.rank(decoder, features, found, config)
@@ -95,10 +94,10 @@ def diverse_captions(
     config: SearchConfig,
     reranker: Reranker,
 ) -> list[list[Hypothesis]]:
-    """Find ``config.num_captions`` different captions for each of features (B, 2048).
+    """Find ``config.num_captions`` different captions for each row of features (B, 2048).
 
-    The first caption is that of ``best_captions``; each other one is the best of a later pass,
-    and they follow by their scores. There are fewer where no other could be found.
+    The first caption is that of ``best_captions``; the others are the best of each later pass,
+    sorted by score. There are fewer if no more can be found.
     """
     best = best_captions(decoder, features, config, reranker)
     found = [group[:1] for group in best]
@@ -110,7 +109,7 @@ def diverse_captions(
 
 
 def _others(hypotheses: list[Hypothesis], known: list[Hypothesis]) -> list[Hypothesis]:
-    """Return the hypotheses whose tokens no known one has."""
+    """Return the hypotheses whose tokens differ from those of every known one."""
     tokens = [hypothesis.tokens for hypothesis in known]
     return [hypothesis for hypothesis in hypotheses if hypothesis.tokens not in tokens]
 
@@ -123,14 +122,14 @@ def _later_passes(
     ranked: list[list[Hypothesis]],
     diversity: float,
 ) -> Iterator[tuple[list[list[Hypothesis]], list[list[Hypothesis]]]]:
-    """Search again and again, each time for other captions than the best of earlier passes.
+    """Search repeatedly, each time for captions unlike the best of earlier passes.
 
     A token is penalised by ``diversity`` for each earlier pass whose best caption has it at the
     same position: diverse beam search (Vijayakumar et al., arXiv 1610.02424, Hamming distance), one
     group after the other. ``ranked`` are the captions of the first pass.
 
     Yields:
-        The hypotheses of a pass, with the decoder's own scores, and the same reranked.
+        For each pass, its hypotheses with the decoder's own scores, and the same ones reranked.
     """
     config = replace(config, beam_size=min(config.beam_size, LATER_BEAM))
     size = len(features), config.max_length + 1, decoder.config.vocabulary_size
@@ -145,5 +144,5 @@ def _later_passes(
 
 
 def reranker_of(checkpoint: Checkpoint) -> Reranker:
-    """Build the rerankers that a checkpoint has, on the CPU."""
+    """Build a checkpoint's rerankers on the CPU."""
     return Reranker(checkpoint.predictor, checkpoint.matcher)

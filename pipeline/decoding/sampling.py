@@ -16,10 +16,10 @@ from pipeline.models.ensemble import CaptionDecoder
 def draw_captions(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig, keys: Sequence[int]
 ) -> list[list[Hypothesis]]:
-    """Draw ``beam_size`` captions for each of features (B, 2048); see ``search.search``.
+    """Draw ``beam_size`` captions for each row of features (B, 2048); see ``search.search``.
 
     Returns:
-        For each image its different captions, best first.
+        For each image, its distinct captions, best first.
     """
     size = config.beam_size, config.max_length + 1
     uniform = torch.stack([_uniform(config.seed, key, size) for key in keys])
@@ -28,7 +28,7 @@ def draw_captions(
 
 
 def _uniform(seed: int, key: int, size: tuple[int, ...]) -> Tensor:
-    """Return random numbers from 0 to 1 that depend on ``seed`` and ``key`` alone."""
+    """Return random numbers from 0 to 1 that depend only on ``seed`` and ``key``."""
     # torch takes only 32 bits of a seed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
     return torch.rand(size, generator=generator)
@@ -42,13 +42,13 @@ def sample(
     config: SearchConfig,
     uniform: Tensor | None = None,
 ) -> list[list[Hypothesis]]:
-    """Draw ``count`` captions for each of features (B, 2048) from the model's distribution.
+    """Draw ``count`` captions for each row of features (B, 2048) from the model's distribution.
 
-    ``uniform`` are random numbers from 0 to 1, (B, count, max_length + 1); by default torch's own
-    (``torch.manual_seed``).
+    ``uniform`` are random numbers from 0 to 1, (B, count, max_length + 1); by default from torch's
+    global generator (``torch.manual_seed``).
 
     Returns:
-        For each image its captions in the order of the draws; some may be equal.
+        For each image, its captions in the order drawn; there may be duplicates.
     """
     hidden, cell = decoder.start(features)
     state = hidden.repeat_interleave(count, 0), cell.repeat_interleave(count, 0)
@@ -68,7 +68,7 @@ def sample(
 
 
 def _draw(logits: Tensor, uniform: Tensor, config: SearchConfig) -> Tensor:
-    """Draw a token for each row of logits (R, V) by its random number (R, 1): (R, 1)."""
+    """Draw tokens (R, 1), one per row of logits (R, V), by random numbers (R, 1)."""
     if config.temperature != 1:
         logits = logits / config.temperature
     probabilities = logits.softmax(dim=-1)
@@ -77,9 +77,9 @@ def _draw(logits: Tensor, uniform: Tensor, config: SearchConfig) -> Tensor:
         probabilities, order = probabilities.sort(dim=-1, descending=True)
     sums = probabilities.cumsum(dim=-1)
     last = sums[:, -1:]
-    if order is not None:  # the first sum that reaches top_p is the last that counts
+    if order is not None:  # cut off after the first sum that reaches top_p
         reached = (sums < config.top_p * last).sum(dim=-1, keepdim=True)
         last = sums.gather(1, reached.clamp_(max=sums.shape[1] - 1))
-    # The first token whose running sum of probabilities exceeds a random share of the last sum.
+    # The first token whose cumulative probability exceeds a random fraction of the last sum.
     drawn = torch.searchsorted(sums, uniform * last, right=True).clamp_(max=sums.shape[1] - 1)
     return drawn if order is None else order.gather(1, drawn)

@@ -30,10 +30,10 @@ def search(
     config: SearchConfig,
     keys: Sequence[int] | None = None,
 ) -> list[list[Hypothesis]]:
-    """Caption features (B, 2048): for each image its hypotheses, best first.
+    """Return the hypotheses for each row of features (B, 2048), best first.
 
-    There are ``beam_size`` of them; fewer if the vocabulary allows no more, or if the same
-    caption was drawn twice. ``keys``, a number per image, decide with the seed what is drawn; by
+    There are ``beam_size`` per image, or fewer if the vocabulary allows no more or a caption was
+    drawn twice. ``keys``, one number per image, determine together with the seed what is drawn; by
     default they are the positions in the batch.
     """
     if config.sampling:
@@ -51,7 +51,7 @@ def _best_tokens(
     ``penalty`` (R, V) is subtracted from the log-probabilities; ``logits`` (R, V) are overwritten.
 
     Returns:
-        Log-probabilities, (R, min(count, V)), best first, -inf for forbidden ones, and tokens.
+        Log-probabilities, best first, -inf if forbidden, and tokens, each (R, min(count, V)).
     """
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     if penalty is not None:
@@ -64,7 +64,7 @@ def _best_tokens(
 def greedy_search(
     decoder: CaptionDecoder, features: Tensor, config: SearchConfig
 ) -> list[Hypothesis]:
-    """Return one hypothesis for each of features (B, 2048): the likeliest token at each step."""
+    """Return one hypothesis per row of features (B, 2048): the likeliest token at each step."""
     likeliest = functools.partial(_best_tokens, count=1, config=config)
     return generate(decoder, decoder.start(features), config, likeliest)
 
@@ -79,11 +79,11 @@ def beam_search(
     """Keep the ``beam_size`` likeliest prefixes of each image; see ``search``.
 
     A prefix that ends among the best ``beam_size`` continuations is a finished hypothesis; the
-    next best that does not end takes its place. An image is done when it has ``beam_size``
-    finished hypotheses, and leaves the batch. With one beam this is greedy search.
+    next best that does not end takes its place. An image leaves the batch once it has
+    ``beam_size`` finished hypotheses. With one beam this is greedy search.
 
-    A ``penalty`` (B, max_length + 1, V) is subtracted from the log-probabilities of the tokens at
-    each position to choose the beams; the hypotheses' own log-probabilities are without it.
+    A ``penalty`` (B, max_length + 1, V) is subtracted from the token log-probabilities at each
+    position when choosing beams, but the log-probabilities of the results do not include it.
     """
     beams, device = config.beam_size, features.device
     results: list[list[Hypothesis]] = [[] for _ in features]
@@ -91,7 +91,7 @@ def beam_search(
     images = torch.arange(len(features), device=device)
     hidden, cell = (part.repeat_interleave(beams, 0) for part in decoder.start(features))
     token = torch.full((len(features), beams), START_ID, device=device)
-    # All beams of an image start alike, so only the first may be continued in the first step.
+    # All beams of an image start out identical, so the first step extends only the first one.
     live = torch.full((len(features), beams), -torch.inf, device=device)
     live[:, 0] = 0.0
     words = torch.full((len(features), beams, config.max_length + 1), PAD_ID, device=device)
@@ -106,7 +106,7 @@ def beam_search(
         best, tokens = _best_tokens(logits, length, beams + 1, config, penalties)  # (B * K, K + 1)
         each = best.shape[1]
         totals = (live.view(-1, 1) + best).view(len(images), beams * each)
-        # 2K are enough: of the best continuations, at most one of each beam ends.
+        # 2K suffice: at most one continuation of each beam ends.
         total, index = totals.topk(min(2 * beams, beams * each), dim=1)  # (B, 2K), best first
         parent, token = index // each, tokens.view(len(images), -1).gather(1, index)
         words = _gather(words, parent)
@@ -157,7 +157,7 @@ def _hypotheses(words: Tensor, totals: Tensor, scores: Tensor) -> list[list[Hypo
 def _unpenalised(
     group: Sequence[Hypothesis], penalty: Tensor, config: SearchConfig
 ) -> list[Hypothesis]:
-    """Return hypotheses without a penalty (max_length + 1, V) in their scores, best first."""
+    """Remove a penalty (max_length + 1, V) from the scores; return the hypotheses best first."""
     corrected = []
     for hypothesis in group:
         tokens = hypothesis.tokens
@@ -167,5 +167,5 @@ def _unpenalised(
 
 
 def _gather(sequences: Tensor, which: Tensor) -> Tensor:
-    """Choose sequences of each image: (B, N, T) by (B, M) gives (B, M, T)."""
+    """Select sequences of each image: (B, N, T) indexed by (B, M) gives (B, M, T)."""
     return sequences.gather(1, which.unsqueeze(2).expand(-1, -1, sequences.shape[2]))

@@ -1,7 +1,7 @@
-"""The loss of a batch shared by several processes, by PyTorch's DistributedDataParallel (DDP).
+"""The loss of a batch split across processes, with PyTorch's DistributedDataParallel (DDP).
 
-Every process computes the loss of its share of a batch, and ``backward`` averages the gradients
-of all of them, over gloo on CPUs and NCCL on GPUs, before any process takes its step.
+Each process computes the loss of its share of a batch. ``backward`` averages the gradients of all
+processes, over gloo on CPUs and NCCL on GPUs, before any process takes its optimizer step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LossModule(nn.Module):
         self.trained = nn.ParameterList(parameters)
 
     def forward(self, batch: Any) -> tuple[Tensor, int]:
-        """Return summed loss and token count; zeros for an empty share, which is None."""
+        """Return summed loss and token count; zeros if the share is empty (None)."""
         if batch is None:
             # It depends on every parameter, as the other processes wait for all gradients.
             return torch.stack([parameter.sum() for parameter in self.trained]).sum() * 0.0, 0
@@ -40,15 +40,15 @@ class LossModule(nn.Module):
 def shared_loss(
     compute_loss: Loss, parameters: Sequence[nn.Parameter], device: torch.device, world: World
 ) -> nn.Module:
-    """Return a loss whose gradient is the mean over all processes, which get rank 0's weights.
+    """Return a loss with gradients averaged over all processes; broadcast rank 0's weights.
 
     Raises:
         UserError: the device does not support several processes.
     """
     group = _process_group(device, world)
     module = DistributedDataParallel(LossModule(compute_loss, parameters), process_group=group)
-    # DDP chooses the order in which it adds up gradients once, after the first step. Taking that
-    # step here makes a resumed training add them up in the same order, bit for bit.
+    # DDP fixes its gradient summation order once, after the first step. Taking that step here gives
+    # a resumed training the same order, so its results are bit-identical.
     module(None)[0].backward()
     module.zero_grad(set_to_none=True)
     return module

@@ -44,10 +44,10 @@ from pipeline.utils.terminal import echo
 
 @dataclass
 class FeatureBatch:
-    """Images with a caption each, or in self-critical epochs without."""
+    """Images with one caption each, or with none in self-critical epochs."""
 
     features: Tensor  # float (B, 2048)
-    images: Tensor  # int64 (B,): numbers of the images
+    images: Tensor  # int64 (B,): image numbers
     captions: Tensor | None = None  # int64 (B, T), padded
 
 
@@ -88,7 +88,7 @@ class DecoderStage(Stage):
 
     @property
     def images_per_batch(self) -> int:
-        """Images whose sampled captions make a batch."""
+        """Number of images whose sampled captions form a batch."""
         return max(1, self.options.batch_size // SAMPLES)
 
     def batches_per_epoch(self, epoch: int) -> int:
@@ -98,7 +98,7 @@ class DecoderStage(Stage):
         return count_batches(len(self.captions), self.options.batch_size)
 
     def batches(self, epoch: int) -> Iterator[FeatureBatch | None]:
-        """Yield this process's share of captions of similar length, or of images, shuffled."""
+        """Yield this process's share of shuffled captions of similar length, or of images."""
         generator = torch.Generator().manual_seed(self.options.seed * SEED_STRIDE + epoch)
         critical = self.is_self_critical(epoch)
         groups: Iterable[Tensor]
@@ -152,7 +152,7 @@ class DecoderStage(Stage):
 
     @functools.cached_property
     def _ngrams(self) -> tuple[Tensor, NgramTargets]:
-        """The images that an n-gram predictor learns from, and what it learns."""
+        """The images that an n-gram predictor trains on, and its targets."""
         kept = sampled_images(len(self.features))
         return kept, ngram_targets(self.captions.of_images(kept))
 
@@ -175,11 +175,11 @@ def train_decoder(
         memory: bytes for features; larger sets are read from the cache batch by batch.
         force: start over, whatever the folder holds.
         callbacks: see ``loop.train``.
-        world: the processes that train together; each has to call this.
+        world: the processes that train together; each must call this.
 
     Raises:
-        UserError: captions or features are missing, do not belong together, or leave train
-            or val empty; the run there has other settings.
+        UserError: captions or features are missing, do not match, or leave train or val empty; the
+            existing run has other settings.
     """
     stage = prepare_stage(options, run, device, memory, force, world)
     progress = train(stage, run, callbacks=callbacks)
@@ -207,7 +207,7 @@ def prepare_stage(
 ) -> DecoderStage:
     """Read captions and features, open the run folder, and build the decoder.
 
-    Arguments and errors are those of ``train_decoder``.
+    Arguments and errors are the same as for ``train_decoder``.
     """
     cache = FeatureCache(Path(options.features))
     source = open_source(options.data)
@@ -252,7 +252,7 @@ def prepare_stage(
 
 
 def build_decoder(options: DecoderOptions, vocabulary_size: int) -> Decoder:
-    """Create an untrained decoder with weights from the seed."""
+    """Create an untrained decoder with seeded random weights."""
     torch.manual_seed(options.seed)
     # Options that describe the network have the names of DecoderConfig's fields.
     names = [field.name for field in fields(DecoderConfig) if hasattr(options, field.name)]

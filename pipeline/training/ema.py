@@ -13,7 +13,7 @@ from pipeline.models.checkpoint_file import check_state
 class EMA:
     """A moving average of weights over optimizer steps: the model that is scored and saved.
 
-    The decay rises from 0.1 to its full value, or else the average would keep the random start.
+    The decay rises from 0.1 to its full value; otherwise the random initial weights would linger.
 
     Attributes:
         parameters: the weights that are averaged.
@@ -30,7 +30,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in the weights after an optimizer step."""
+        """Update the average after an optimizer step."""
         if self.shadow:
             self.steps += 1
             decay = min(self.decay, self.steps / (self.steps + 9))
@@ -46,7 +46,7 @@ class EMA:
 
 
 def training_state(optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, Tensor]:
-    """Return the tensors that resuming needs, by number of the parameter and kind.
+    """Return the tensors needed for resuming, by parameter number and kind.
 
     Call it while the parameters hold the average.
     """
@@ -65,7 +65,7 @@ def restore_training_state(
     """Restore weights, moments and average from the result of ``training_state``.
 
     Raises:
-        ValueError: names, shapes or values are not those of this optimizer.
+        ValueError: names, shapes or values do not match this optimizer.
     """
     kinds = ["weight", "average"] if ema.shadow else ["weight"]
     shapes = {f"{n}.{kind}": p.shape for n, p in enumerate(ema.parameters) for kind in kinds}
@@ -78,7 +78,7 @@ def restore_training_state(
     for n in stepped:
         states[n] = {"step": tensors[f"{n}.step"]}
         for kind in ("exp_avg", "exp_avg_sq"):
-            # In the memory format of the parameter, which the fused optimizer relies on.
+            # Keep the parameter's memory format, which the fused optimizer relies on.
             states[n][kind] = torch.empty_like(ema.parameters[n]).copy_(tensors[f"{n}.{kind}"])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": states, "param_groups": groups})

@@ -37,10 +37,10 @@ SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 def settings_to_start_from(run: Path, starts: Sequence[str], force: bool) -> dict[str, Any]:
-    """Return the settings of the training that is resumed or started from.
+    """Return the settings of the run to resume or start from.
 
-    A run in progress has all that it needs: the run it started from may be gone. A checkpoint that
-    may be a stranger's has none.
+    A run in progress is self-contained, as the run it started from may be gone. A checkpoint that
+    may come from someone else provides no settings.
 
     Raises:
         UserError: the checkpoint cannot be read.
@@ -59,17 +59,17 @@ def finetune_joint(
     callbacks: Sequence[EpochCallback] = (),
     world: World = SINGLE_PROCESS,
 ) -> tuple[Progress, Mapping[str, str]]:
-    """Fine-tune the runs ``options.start`` in the folder ``run``, or resume that.
+    """Fine-tune the runs ``options.start`` in the folder ``run``, or resume the run there.
 
-    ``workers`` are threads that decode images; the other arguments are those of
+    ``workers`` is the number of threads that decode images; for the other arguments see
     ``decoder_stage.train_decoder``.
 
     Returns:
-        The state at the end, and the images that could not be read, with reasons.
+        The final state, and the images that could not be read, with reasons.
 
     Raises:
-        UserError: images, captions, the starting run or its encoder are missing or do not
-            belong together; the run there has other settings.
+        UserError: images, captions, the starting run or its encoder are missing or do not match;
+            the existing run has other settings.
     """
     stage = prepare_stage(options, run, device, workers, force, world)
     progress = train(stage, run, score_start=True, callbacks=callbacks)
@@ -137,7 +137,7 @@ def prepare_stage(
 
 
 def _check_options(options: JointOptions, run: Path) -> list[Path]:
-    """Return what to start from; raise UserError for options that do not fit together."""
+    """Return what to start from; raise UserError for incompatible options."""
     blocks = TRUNK_LAYERS[:-1]
     if options.unfreeze_from not in blocks:
         raise UserError(
@@ -156,7 +156,7 @@ def may_flip(captions: Sequence[str]) -> bool:
 
 
 def _refuse_unknown_words(captions: EncodedCaptions, source: Path, start: Path) -> None:
-    """Report many unknown words; raise UserError for most, as in captions of another language."""
+    """Report many unknown words; raise UserError if most are unknown, as in another language."""
     tokens = captions.tokens[captions.tokens > END_ID]
     share = float((tokens == UNKNOWN_ID).float().mean())
     if share > 0.5:
@@ -180,8 +180,8 @@ def _find_unreadable(images: Sequence[ImageRef], workers: int, world: World) -> 
 def _add_reranking(stage: JointStage, run: Path) -> None:
     """Add n-gram predictor and matcher to the best checkpoint of a finished run.
 
-    For that, training images (of many, a sample) are encoded without augmentation by the
-    fine-tuned encoder. The processes share this; rank 0 does the rest.
+    The fine-tuned encoder first encodes the training images, or a sample of them, without
+    augmentation. The processes share this work; rank 0 does the rest.
     """
     best = stage.world.broadcast(lambda: load_checkpoint(run))
     if best.matcher is not None:

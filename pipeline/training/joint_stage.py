@@ -1,6 +1,6 @@
 """The model and data of stage 3: encoder and decoder, trained together on images.
 
-Each image passes the network once per epoch, with all of its captions. The layers below the first
+Each image passes through the network once per epoch, with all its captions. Layers below the first
 unfrozen one run without autograd and with BatchNorm folded. Above it, convolutions and BatchNorm's
 scale and shift are trained, while its statistics stay those of ImageNet: batches are far too small
 to estimate them.
@@ -56,7 +56,7 @@ class JointBatch:
     """Images with all their captions."""
 
     pixels: Tensor  # uint8 (B, 299, 299, 3)
-    image: Tensor  # int64 (C,): which of the B images each caption is of
+    image: Tensor  # int64 (C,): index of each caption's image
     captions: Tensor  # int64 (C, T), padded
 
 
@@ -89,14 +89,14 @@ class JointStage(Stage):
         self.grad_accum_steps = self.options.grad_accum_steps
 
     def parameter_groups(self) -> list[tuple[Iterable[nn.Parameter], float]]:
-        """Return decoder and encoder."""
+        """Return the parameters of decoder and encoder."""
         return [
             (self.decoder.parameters(), self.options.decoder_lr),
             (self.unfrozen.parameters(), self.options.encoder_lr),
         ]
 
     def phases(self) -> Sequence[Phase]:
-        """Return one phase of all epochs."""
+        """Return a single phase with all epochs."""
         return [Phase(self.options.epochs)]
 
     def batches_per_epoch(self, epoch: int) -> int:
@@ -107,7 +107,7 @@ class JointStage(Stage):
         """Yield this process's share of batches of augmented images with their captions, shuffled.
 
         An image that cannot be read is skipped and recorded in ``unreadable``. The processes
-        exchange which could not be read, and so agree on the batches, which are those of one.
+        exchange these failures, so the batches are the same as with a single process.
         """
         seed = self.options.seed * SEED_STRIDE + epoch
         generator = torch.Generator().manual_seed(seed)
@@ -142,7 +142,7 @@ class JointStage(Stage):
             yield self._batch(readable, pixels)
 
     def _read(self, seed: int, number: int) -> numpy.ndarray | ImageError:
-        """Return an augmented image, the same in every thread, or why it is unreadable."""
+        """Return an augmented image, the same in any thread, or the error if it is unreadable."""
         random = Random(seed * len(self.images) + number)
         photo = self.images[number]
         try:
@@ -177,8 +177,8 @@ class JointStage(Stage):
         )
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        """Return features (B, 2048) of normalized images, with gradients of what is unfrozen."""
-        # Few at a time, as in extraction: activations then stay in the core's cache.
+        """Return features (B, 2048) of normalized images, with gradients of unfrozen layers."""
+        # Small chunks, as in extraction, keep the activations in the core's cache.
         few = pixels.split(inference_batch_size(self.device))
         with autocast(self.device, self.options.precision):
             with torch.no_grad():
@@ -209,7 +209,7 @@ Result = TypeVar("Result")
 
 
 def _in_threads(function: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """Apply ``function`` to all parts at once, with a share of torch's threads for each."""
+    """Apply ``function`` to all parts in parallel, each with a share of torch's threads."""
     with threads_per_worker(len(parts)) as share, ThreadPoolExecutor(len(parts)) as threads:
 
         def one(part: Part) -> Result:
@@ -220,10 +220,10 @@ def _in_threads(function: Callable[[Part], Result], parts: Sequence[Part]) -> li
 
 
 class _InThreads(torch.autograd.Function):
-    """Apply a function to parts of a batch at once, and its backward pass, with few threads each.
+    """Run a function and its backward pass on parts of a batch in parallel, with few threads each.
 
-    In the backward pass of a convolution oneDNN's threads spin while they wait for each other.
-    Where another program keeps one of two from its core, they take 5 times as long as one alone.
+    In a convolution's backward pass, oneDNN's threads busy-wait for each other. If another program
+    occupies the core of one of two threads, they take 5 times as long as a single thread.
     """
 
     @staticmethod

@@ -1,11 +1,11 @@
 """The training loop of stages 2 and 3: ``train`` runs epochs, validates, saves and reports.
 
-All randomness of an epoch (order, dropout, augmentation) depends on the seed and the epoch's number
-alone. A run that was killed therefore resumes from its last epoch exactly as if it had never
-stopped; on a CPU the weights are bit-identical.
+All randomness of an epoch (order, dropout, augmentation) depends only on the seed and the epoch
+number. A killed run therefore resumes from its last epoch exactly as if it had never stopped; on a
+CPU the weights are bit-identical.
 
-Several processes (``distributed``) each take a share of every batch, and all take the same steps:
-those of one process, except for rounding, and for dropout, which differs per process.
+Several processes (``distributed``) each take a share of every batch, and all take the same steps as
+one process would, except for rounding and for dropout, which differs per process.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ WARMUP = 0.02  # share of a phase's steps over which the learning rate rises fro
 MAX_GRAD_NORM = 5.0  # gradients are clipped to it
 RANK_STRIDE = 2_654_435_761  # between the random seeds of processes
 SAMPLE_EVERY = 5  # epochs between the captions shown on the terminal
-# Epochs whose CIDEr-D is lower than the highest by no more than this share are taken for equal: on
-# 1,000 images its standard error is 3.5 %.
+# Epochs whose CIDEr-D is below the highest by at most this fraction count as equal: on 1,000 images
+# its standard error is 3.5 %.
 CIDER_TOLERANCE = 0.05
 
 
@@ -60,10 +60,10 @@ class Progress:
     highest_cider: float = 0.0
 
     def update(self, scores: Mapping[str, float]) -> bool:
-        """Record the scores of ``epoch``; returns whether they are the best so far.
+        """Record the scores of ``epoch``; return True if they are the best so far.
 
-        Of the epochs with nearly the highest CIDEr-D, the one with the lowest val loss is the best:
-        the loss varies less by chance, and says more of the hypotheses that reranking chooses from.
+        Among epochs with nearly the highest CIDEr-D, the one with the lowest val loss is best: the
+        loss is less noisy, and says more about the hypotheses that reranking chooses from.
         """
         cider, loss = scores["CIDEr-D"], scores["val_loss"]
         self.highest_cider = max(self.highest_cider, cider)
@@ -75,7 +75,7 @@ class Progress:
 
 
 def learning_rate_factor(step: int, total: int) -> float:
-    """Return the factor on the learning rate at ``step`` of ``total``, counted from 0.
+    """Return the learning rate factor at ``step`` of ``total``, counted from 0.
 
     Linear warm-up, then half a cosine down to zero (Loshchilov and Hutter, arXiv 1608.03983).
     """
@@ -113,7 +113,7 @@ class Training:
             self.loss = shared_loss(stage.loss, self.parameters, stage.device, self.world)
 
     def resume(self) -> bool:
-        """Restore the state after the last epoch, if one was saved; return whether it was."""
+        """Restore the state after the last saved epoch; return False if there is none."""
         path = self.run / RESUME
         saved = self.world.broadcast(lambda: read_tensors(path) if path.is_file() else None)
         if saved is not None:
@@ -224,7 +224,7 @@ class Training:
     def _save(
         self, record: dict[str, float], found: Validation, better: bool, began: float
     ) -> None:
-        """Save an epoch; what resuming reads is written last, so that a kill repeats the epoch."""
+        """Save an epoch; the resume state is written last, so a run killed here repeats it."""
         if not self.run.is_dir():  # a new folder would lack the earlier files
             raise UserError(f"{self.run}: is gone; the same command starts the run anew")
         epoch = self.progress.epoch
@@ -247,10 +247,10 @@ class Training:
 
 
 def default_patience(batches: int) -> int:
-    """Return how many epochs of so many batches a run goes on without a better score.
+    """Return how many epochs of ``batches`` batches a run may go without a better score.
 
-    On Flickr8k (235 batches), the best of 50 epochs was the 24th. With few images, scores
-    do not rise for many short epochs at first, and there is little time to save.
+    On Flickr8k (235 batches), the best of 50 epochs was the 24th. With few images, scores stay
+    flat for many short epochs at first, and stopping early saves little time.
     """
     return max(15, 2000 // batches)
 
@@ -263,14 +263,14 @@ def train(
 ) -> Progress:
     """Train ``stage`` in the folder ``run``, from the start or from where it stopped.
 
-    Every process of ``stage.world`` has to call this; rank 0 alone reads and writes the folder.
+    Every process of ``stage.world`` must call this; only rank 0 reads and writes the folder.
 
     Args:
         stage: model, data and loss.
         run: the run folder.
-        score_start: score the initial weights too, as epoch 0, so that it stays the best
+        score_start: also score the initial weights, as epoch 0, so that they remain the best
             checkpoint if training does not help.
-        callbacks: called in rank 0 after every epoch, before it is saved for resuming.
+        callbacks: called on rank 0 after every epoch, before it is saved for resuming.
 
     Raises:
         UserError: the loss is not finite; the state to resume from is damaged; the folder cannot
@@ -308,7 +308,7 @@ def train(
 def print_epoch(
     log: Sequence[Mapping[str, float]], epochs: int, better: bool, samples: Mapping[str, str]
 ) -> None:
-    """Print the last epoch of ``log`` as one line, and now and then a sample caption."""
+    """Print the last epoch of ``log`` as one line, and occasionally a sample caption."""
     record = log[-1]
     epoch = int(record["epoch"])
     parts = [f"epoch {epoch:>{len(str(epochs))}}/{epochs}"]
@@ -321,7 +321,7 @@ def print_epoch(
     parts.append(f"val loss {record['val_loss']:.3f}")
     parts += [f"{name} {record[name]:5.1f}" for name in ("BLEU-4", "CIDEr-D")]
     parts.append(f"{duration(_seconds(record)):>6}")
-    # Only the last few: epochs slow down when they become self-critical, or beside other work.
+    # Only the last few: epochs slow down when they become self-critical or the machine is busy.
     recent = [_seconds(line) for line in log[-5:] if line["epoch"]]
     if recent:
         left = (epochs - epoch) * sum(recent) / len(recent)

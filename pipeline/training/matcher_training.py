@@ -11,8 +11,8 @@ from pipeline.models.ensemble import CaptionDecoder
 from pipeline.models.matcher import Matcher, MatcherConfig
 from pipeline.utils.progress import progress_bar
 
-# A space of 1024 dimensions, other dropout rates, or batches twice as large rerank val captions
-# equally well, within noise.
+# An embedding size of 1024, other dropout rates or twice the batch size rerank val captions equally
+# well, within noise.
 EPOCHS = 10
 BATCH_SIZE = 512
 LEARNING_RATE = 1e-3
@@ -29,7 +29,7 @@ def train_matcher(
     """Train a matcher on training images and their captions.
 
     Args:
-        features: of the images, by number.
+        features: image features, by image number.
         captions: their captions.
         decoder: gives the sizes, the device, and the mean and scale that standardize the features.
         seed: of initial weights, order and dropout.

@@ -1,7 +1,7 @@
-"""The options of stages 2 and 3: the fields that become the commands' options and a run's settings.
+"""Options of stages 2 and 3: fields that are both command-line options and a run's settings.
 
-``config.json`` of a run folder holds them. Fields made with ``option`` have their help, limits and
-defaults here and nowhere else; the paths are declared by the commands.
+A run folder's ``config.json`` stores them. Fields made with ``option`` have their help, limits and
+defaults only here; the commands declare the paths.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.datasets.tokenizers import ENGLISH, TOKENIZERS
 from pipeline.utils.options import option
 
-# Headings of --help; options without one come first: those that most trainings need.
+# Headings of --help; options without one, which most runs need, come first.
 TRAINING = "Advanced: training"
 DECODER = "Advanced: decoder"
 REGULARIZATION = "Advanced: regularization"
@@ -22,7 +22,7 @@ MACHINE = "Advanced: machine"
 
 
 def _fraction(default: float, help: str) -> Any:
-    """Return an option from 0 up to, but not including, 1."""
+    """Return an option with values in [0, 1)."""
     return option(default, help, min=0, max=1, open_max=True, heading=REGULARIZATION)
 
 
@@ -36,7 +36,7 @@ def _ema_decay(default: float) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """What both stages have in common.
+    """Options common to both stages.
 
     Attributes:
         data: folder or tar shards with the captions, and the images.
@@ -82,7 +82,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions(TrainingOptions):
-    """The options of ``train_decoder.py`` that decide the result."""
+    """The options of ``train_decoder.py`` that affect the result."""
 
     epochs: int = option(
         50,
@@ -152,11 +152,11 @@ class DecoderOptions(TrainingOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class JointOptions(TrainingOptions):
-    """The options of ``finetune_joint.py`` that decide the result.
+    """The options of ``finetune_joint.py`` that affect the result.
 
     Attributes:
         start: the runs or checkpoints to start from.
-        weights: a file with the encoder's weights, where they are not inside ``start``.
+        weights: a file with the encoder's weights, if ``start`` does not contain them.
     """
 
     start: tuple[str, ...]

@@ -41,12 +41,12 @@ PATH_OPTIONS = {"data", "captions", "encoding", "features", "weights"}
 
 
 def split_hashes(table: CaptionTable) -> dict[str, str]:
-    """Return the settings that identify the training data: hashes of the lists of images."""
+    """Return the settings that identify the training data: hashes of the splits' image lists."""
     return {f"{split}_images": table.split_hash(split) for split in ("train", "val")}
 
 
 def can_resume(run: Path, force: bool) -> bool:
-    """True if the folder holds a run, which ``force`` does not start over."""
+    """True if the folder holds a run, unless ``force`` starts it over."""
     return (run / RESUME).is_file() and not force
 
 
@@ -56,7 +56,7 @@ def open_run(
     """Create the run folder and its ``config.json``, or check that it holds the same run.
 
     Call it after all inputs are checked, as ``force`` deletes what is there. All processes must
-    have the same settings; rank 0 alone touches the folder.
+    have the same settings; only rank 0 touches the folder.
 
     Raises:
         UserError: the folder holds a run with other settings, and ``force`` is not set; or another
@@ -80,7 +80,7 @@ def open_run(
 
 
 def _refuse_foreign_config(run: Path) -> None:
-    """Raise UserError if the folder has a ``config.json`` of another program, as models do."""
+    """Raise UserError if ``config.json`` is another program's; many models come with one."""
     path = run / CONFIG
     with contextlib.suppress(OSError, ValueError):
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -91,10 +91,10 @@ def _refuse_foreign_config(run: Path) -> None:
 def refuse_other_settings(run: Path, settings: dict[str, Any]) -> None:
     """Check that a run in the folder, if there is one, has the same settings.
 
-    An option that is missing in its ``config.json`` is taken to have its default.
+    An option missing from its ``config.json`` is assumed to have its default.
 
     Raises:
-        UserError: it has others, or its ``config.json`` is damaged.
+        UserError: its settings differ, or its ``config.json`` is damaged.
     """
     path = run / CONFIG
     if not path.is_file() or not can_resume(run, False):
@@ -131,10 +131,10 @@ def refuse_other_features(run: Path, saved: Checkpoint, cache: FeatureCache) -> 
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object per epoch; a missing file has none.
+    """Read a file of one JSON object per epoch; return an empty list if it is missing.
 
     Raises:
-        UserError: the file cannot be read, or is not such a file.
+        UserError: the file cannot be read, or has another format.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -149,7 +149,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
 
 
 def record_session(run: Path, epoch: int, device: torch.device) -> None:
-    """Note that training starts or resumes after ``epoch``: command, time, device and versions."""
+    """Record a start or resumption after ``epoch``: command, time, device and versions."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{device}, {platform.machine()}"
     session = {
@@ -169,7 +169,7 @@ def trim_epochs(path: Path, epoch: int) -> None:
 
 
 def append_epoch(path: Path, record: dict[str, Any]) -> None:
-    """Add the line of an epoch, completely or not at all."""
+    """Append an epoch's line, completely or not at all."""
     _write(path, [*read_epochs(path), record])
 
 

@@ -2,8 +2,8 @@
 
 Rennie et al. (arXiv 1612.00563): a sampled caption with reward r has the loss
 -(r - b) log p(caption). The baseline b is the mean reward of the other captions sampled for the
-same image (Luo, arXiv 2003.09971), which saves a greedy search per image. In the reward <end>
-counts as a token, or else captions learn to stop mid-sentence; in scores it never does.
+same image (Luo, arXiv 2003.09971), which saves a greedy search per image. In the reward, <end>
+counts as a token; otherwise the decoder learns to stop mid-sentence. In scores it never counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Reward:
     """CIDEr-D of sampled captions against the training captions of their images.
 
     Document frequencies are those of all training images. TF-IDF vectors of the references are
-    computed when needed: storing them would take many times the memory of the captions.
+    computed on demand: storing them would take many times the memory of the captions.
     """
 
     def __init__(self, captions: EncodedCaptions) -> None:
@@ -48,7 +48,7 @@ class Reward:
         ]
 
     def __call__(self, image: int, sampled: Sequence[Sequence[int]]) -> list[float]:
-        """Return the CIDEr-D, 0 to 10, of captions of one image, without <start> and <end>."""
+        """Return the CIDEr-D, 0 to 10, of one image's captions, given without <start> and <end>."""
         references = [self._idf.tf_idf(ngrams(caption)) for caption in self._captions(image)]
         candidates = [self._idf.tf_idf(ngrams([*tokens, END_ID])) for tokens in sampled]
         return [cider_d(candidate, references) / 100 for candidate in candidates]
@@ -76,22 +76,22 @@ class SelfCritical:
         self.reward = Reward(self.captions)
 
     def reset(self) -> None:
-        """Start the sums of an epoch."""
+        """Reset the sums for a new epoch."""
         self.reward_sum, self.sampled = 0.0, 0
 
     def loss(
         self, decoder: Decoder, features: Tensor, images: Tensor, label_smoothing: float
     ) -> tuple[Tensor, int]:
-        """Sample captions for some images, and sum their loss.
+        """Sample captions for a batch of images, and sum their loss.
 
         Args:
             decoder: in training mode; captions are sampled without dropout.
             features: float (B, 2048), on the decoder's device.
-            images: int64 (B,): numbers of the images.
+            images: int64 (B,): image numbers.
             label_smoothing: of the cross-entropy.
 
         Returns:
-            The loss, and the number of sampled captions that it is a sum over.
+            The summed loss, and the number of sampled captions.
         """
         decoder.eval()
         sampled = [

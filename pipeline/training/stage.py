@@ -1,4 +1,4 @@
-"""What the training loop needs of a stage: model, data and loss; and how long and fast to train."""
+"""What the training loop needs from a stage: model, data, loss, epochs and learning rates."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pipeline.training.options import TrainingOptions
 from pipeline.training.validation import Validation
 from pipeline.utils.distributed import SINGLE_PROCESS, World
 
-SEED_STRIDE = 1_000_003  # between the random seeds of epochs; larger than anybody's range of seeds
+SEED_STRIDE = 1_000_003  # between the random seeds of epochs; larger than any practical seed
 
 Loss = Callable[[Any], tuple[Tensor, int]]
-# Called after every epoch with its record in the log and its sample captions by image name.
+# Called after every epoch with its log record and its sample captions by image name.
 EpochCallback = Callable[[Mapping[str, float], Mapping[str, str]], None]
 
 
@@ -34,11 +34,11 @@ class Phase:
     """Epochs over which the learning rate rises and falls once.
 
     Attributes:
-        epochs: how many.
+        epochs: their number.
         lr_scale: factor on the stage's learning rates.
         tokens_per_batch: divisor of a batch's summed loss; 0: the batch's own number of tokens.
-            With batches of captions of similar length, the latter would weigh a word of a short
-            caption more than one of a long caption.
+            With batches of captions of similar length, the latter would give words of short
+            captions more weight than words of long ones.
     """
 
     epochs: int
@@ -47,7 +47,7 @@ class Phase:
 
 
 class Stage(ABC):
-    """A model with data and loss; each of the processes of ``world`` has one, of equal weights."""
+    """A model with data and loss; each process of ``world`` has one, with the same weights."""
 
     decoder: CaptionDecoder
     vocabulary: Vocabulary
@@ -70,9 +70,9 @@ class Stage(ABC):
 
     @abstractmethod
     def batches(self, epoch: int) -> Iterator[Any]:
-        """Yield the batches of an epoch, in an order that depends on seed and epoch alone.
+        """Yield the batches of an epoch, in an order that depends only on seed and epoch.
 
-        Each process yields its share of every batch, or None where that is empty.
+        Each process yields its share of every batch, or None if that is empty.
         """
 
     @abstractmethod
@@ -85,11 +85,11 @@ class Stage(ABC):
 
     @abstractmethod
     def validate(self) -> Validation:
-        """Score the current weights on val; the processes share the work, and return the same."""
+        """Score the current weights on val; the processes share the work and the result."""
 
     @abstractmethod
     def checkpoint(self, epoch: int, scores: dict[str, float]) -> Checkpoint:
-        """Return the current weights, without what only resuming needs."""
+        """Return the current weights, without the resume state."""
 
     def _checkpoint(
         self, epoch: int, scores: dict[str, float], encoder: EncoderIdentity, **parts: Any

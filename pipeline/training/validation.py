@@ -65,7 +65,7 @@ def mean_loss(
 
 
 def sample_names(names: Iterable[str]) -> list[str]:
-    """Choose at most eight names, evenly spaced in sorted order: for a split always the same."""
+    """Choose at most eight names, evenly spaced in sorted order; always the same for a split."""
     ordered = sorted(names)
     count = min(SAMPLES, len(ordered))
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
@@ -113,18 +113,18 @@ class Validator:
     ) -> Validation:
         """Score ``decoder`` on features (N, 2048), one row for each of ``names``.
 
-        The processes of ``world`` share the work by the batches of one process, so that captions
-        and scores do not depend on their number.
+        The processes of ``world`` share the batches that a single process would use, so captions
+        and scores do not depend on the number of processes.
 
         Returns:
-            ``val_loss``, the scores of the captions, ``distinct``, the number of different
-            captions, and the captions of ``samples``.
+            ``val_loss``, caption scores, ``distinct`` (the number of different captions), and the
+            captions of ``samples``.
         """
         device = decoder.feature_mean.device
 
         def search(images: Tensor) -> list[list[int]]:
             found = best_captions(decoder, features[images].to(device), self.search, Reranker())
-            # Weights that are not numbers find no caption; their loss ends the training.
+            # NaN weights yield no captions; their loss ends the training.
             return [hypotheses[0].tokens if hypotheses else [] for hypotheses in found]
 
         batches = torch.arange(len(self.names)).split(self.batch_size)
