@@ -22,19 +22,19 @@ DEFAULT_PATHS: dict[str, Any] = {
 
 
 def save_compressed(runs: Sequence[Path], target: Path, weights: str | None = None) -> None:
-    """Write one small file that captions by itself, of one run or of several as an ensemble.
+    """Write one run, or several as an ensemble, as one small self-contained file.
 
     Args:
         runs: run folders or checkpoints, see ``checkpoint.load_ensemble``.
         weights: the encoder's weights, if they moved since the training.
 
     Raises:
-        UserError: no such checkpoints, or of different encoders; the encoder's weights are not
-            available.
+        UserError: checkpoints are missing or have different encoders; the encoder's weights are
+            not available.
     """
     checkpoint = load_ensemble(runs)
     checkpoint.encoder_weights = encoder_of(checkpoint, weights, "fp32").trunk_weights()
-    # The rounded encoder is another one: features of the two must not be mixed.
+    # The rounded encoder counts as another one: features of the two must not be mixed.
     encoder = Encoder()
     load_trunk(encoder, dequantize(*quantize(checkpoint.encoder_weights)), PRETRAINED)
     checkpoint.encoder = encoder.identity

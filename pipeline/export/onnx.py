@@ -51,7 +51,7 @@ def export_captioner(
 ) -> list[Path]:
     """Write a captioner as three ONNX files, captioner.json and a program that runs them.
 
-    The files are made, and compared with PyTorch, in a temporary folder, and then replace earlier
+    The files are written and compared with PyTorch in a temporary folder, then replace earlier
     ones. captioner.json is removed first and written last, so a folder that has one is complete.
 
     Args:
@@ -84,7 +84,7 @@ def export_captioner(
     encoder = encoder_of(checkpoint, weights, "fp32").for_inference()
     decoder = checkpoint.build_decoder()
     temporary = output / TEMPORARY
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed export left
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed export
     try:
         for name, graph in onnx_graphs.captioner_graphs(encoder, decoder).items():
             content = onnx_graphs.to_onnx(graph)
@@ -105,7 +105,7 @@ def export_captioner(
 
 
 def _move(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Replace the files of an earlier export, the settings first and last."""
+    """Replace the files of an earlier export; its settings go first, the new ones come last."""
     try:
         (target / SETTINGS).unlink(missing_ok=True)
         for name in names:
@@ -117,7 +117,7 @@ def _move(source: Path, target: Path, names: Sequence[str]) -> None:
 def captioner_settings(
     checkpoint: Checkpoint, models: Sequence[Path], beam_size: int | None = None
 ) -> dict[str, Any]:
-    """Return the content of captioner.json: what a runner needs beside the networks."""
+    """Return the content of captioner.json: what a runner needs besides the networks."""
     config, encoder = checkpoint.decoder_config, checkpoint.encoder
     options = SearchOptions(beam_size, consensus=0, matching=0)
     search = options.resolve(checkpoint.vocabulary, Reranker())
@@ -129,7 +129,7 @@ def captioner_settings(
         "format_version": VERSION,
         "program": f"show-and-tell-captioner {pipeline.__version__}",
         "licence": PRETRAINED_REMARK if PRETRAINED in origins else OWN_REMARK,
-        # Only the ends of paths: the rest concerns nobody else.
+        # Only the ends of paths: the rest is private.
         "models": ["/".join(model.parts[-2:]).lstrip("/") for model in models],
         "decoders": config.members,
         "encoder": {
@@ -155,14 +155,14 @@ def captioner_settings(
 
 
 def writing_rules(vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return the rules by which tokens are joined, as ``detokenize`` joins them.
+    """Return rules that join tokens as ``detokenize`` does.
 
-    For one vocabulary these are all, except for a lone symbol before three contractions or more:
+    They cover one vocabulary fully, except for a lone symbol before three or more contractions:
 
-    * ``attached``: tokens that are joined to the one before;
+    * ``attached``: tokens that are joined to the previous one;
     * ``apart``: tokens to which nothing is joined if they stand alone ("'s" at the beginning);
     * ``pairs``: other tokens that are joined ("can", "not"; "#", "5");
-    * ``unspaced``: tokens, of scripts without spaces, with no space before or after them.
+    * ``unspaced``: tokens of scripts without spaces, with no space on either side.
     """
     words = vocabulary.words[len(SPECIALS) :]
 

@@ -30,7 +30,7 @@ from pipeline.utils.errors import UserError
 # The opset that the exporter writes without translation; ONNX Runtime reads it from 1.18 on (IR
 # version 10).
 OPSET = 18
-# Largest difference from PyTorch, relative to the largest value; rounding makes about 1e-6.
+# Allowed difference from PyTorch, relative to the largest value; rounding causes about 1e-6.
 TOLERANCE = 1e-4
 
 
@@ -58,7 +58,7 @@ class StartGraph(DecoderGraph):
 class StepGraph(DecoderGraph):
     """``step`` of one decoder or several: a token and the state to logits and the next state.
 
-    Without ``Decoder.step``'s cache of the words' gates: 21 MB of file for 2,500 words.
+    It omits ``Decoder.step``'s cache of word gates, which would add 21 MB for 2,500 words.
     """
 
     def forward(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ class Graph:
 
     Attributes:
         module: the network, in eval mode on the CPU, in float32.
-        inputs: a batch of two of each input, by name.
+        inputs: each input by name, as a batch of two.
         outputs: names of the outputs.
     """
 
@@ -104,7 +104,7 @@ def captioner_graphs(encoder: Encoder, decoder: CaptionDecoder) -> dict[str, Gra
     """Return a captioner's three graphs by name: ``encoder``, ``decoder_start``, ``decoder_step``.
 
     Args:
-        encoder: float32, on the CPU; after ``for_inference`` its graph is the smaller.
+        encoder: float32, on the CPU; ``for_inference`` makes its graph smaller.
         decoder: on the CPU.
     """
     random = torch.Generator().manual_seed(0)
@@ -150,7 +150,7 @@ def to_onnx(graph: Graph) -> bytes:
             external_data=False,
         )
         model = program.model_proto
-    # The exporter records the source file of each node: paths of this machine.
+    # The exporter records each node's source file: paths on this machine.
     graph_proto = model.graph
     values = (graph_proto.value_info, graph_proto.input, graph_proto.output)
     for part in (model, graph_proto, *graph_proto.node, *graph_proto.initializer, *chain(*values)):
@@ -162,7 +162,7 @@ def to_onnx(graph: Graph) -> bytes:
 
 
 def check(name: str, graph: Graph, content: bytes) -> None:
-    """Compare an ONNX file with PyTorch, on other inputs and batch sizes than it was made with.
+    """Compare an ONNX file with PyTorch, on inputs and batch sizes other than those of the export.
 
     Raises:
         UserError: the results differ.

@@ -32,7 +32,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMAT, VERSION = "show-and-tell-captioner-onnx", 1
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# Pillow's names of the formats that are opened. It knows thirty more, and gives EPS to Ghostscript.
+# Pillow's names of accepted formats. It knows thirty more, and passes EPS to Ghostscript.
 IMAGE_FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA"]
 
 
@@ -41,11 +41,11 @@ class ExportError(Exception):
 
 
 class ImageError(Exception):
-    """An image that cannot be read; the text is the reason, without the file's name."""
+    """An image cannot be read; the message is the reason, without the file name."""
 
 
 class Caption(NamedTuple):
-    """A caption: its text, its log-probability in nats, and that normalised by its length."""
+    """A caption: its text, its log-probability in nats, and its length-normalised score."""
 
     text: str
     log_probability: float
@@ -91,7 +91,7 @@ class Captioner:
         return self._run("encoder", pixels=numpy.stack(squares))[0]
 
     def search(self, features: numpy.ndarray, beam_size: int | None = None) -> list[Caption]:
-        """Search captions of features (1, 2048) with a beam; best first.
+        """Return captions of features (1, 2048) by beam search, best first.
 
         A hypothesis that ends among the best ``beam_size`` continuations is a caption; the next
         best takes its place in the beam. The search stops at ``beam_size`` captions.
@@ -147,8 +147,8 @@ class Captioner:
     def _log_probabilities(self, logits: numpy.ndarray, length: int) -> numpy.ndarray:
         """Return log-probabilities (R, V) of the tokens after ``length`` words.
 
-        -inf where they may not follow: padding, start and unknown never, the end not below the
-        minimum length, all others not at the maximum.
+        Forbidden tokens are -inf: padding, start and unknown always, the end below the minimum
+        length, all others at the maximum.
         """
         config, special = self.settings["search"], self._special
         highest = logits.max(axis=1, keepdims=True)
@@ -193,9 +193,9 @@ def _belongs_to(parts: list[str], word: str, rules: dict[str, Any]) -> bool:
 def read_square(path: str | os.PathLike[str], size: int = 299) -> numpy.ndarray:
     """Decode an image and squeeze it to a square: uint8 (size, size, 3), RGB.
 
-    As in training: upright by EXIF, transparency over white, 16 bits scaled to 8, of an animation
-    the first frame; a large JPEG is decoded at the smallest of its own scales above twice ``size``.
-    Raises ImageError.
+    As in training: rotated upright by EXIF, transparency over white, 16 bits scaled to 8, the first
+    frame of an animation; a large JPEG is decoded at its smallest built-in scale above twice
+    ``size``. Raises ImageError.
     """
     try:
         with warnings.catch_warnings():
@@ -264,8 +264,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 sys.stdout.buffer.write(f"{name}\t{_escape(text)}\n".encode())
                 sys.stdout.buffer.flush()
-            except BrokenPipeError:  # the reader, such as head, has enough
-                # What is in the buffer would fail again at exit.
+            except BrokenPipeError:  # the reader, such as head, stopped reading
+                # Buffered output would fail again at exit.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 1
     if failed:

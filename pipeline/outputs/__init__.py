@@ -1,5 +1,4 @@
-"""Where captions go: a folder of images captioned to a table, text files, image metadata or a
-gallery page, and resuming that.
+"""Where captions go: tables, text files, image metadata or a gallery page; and resuming.
 
 May import ``captioner``, ``evaluation``, ``training`` and the rooms below. Start with
 ``caption_folder``.

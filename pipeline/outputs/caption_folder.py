@@ -1,8 +1,8 @@
-"""Caption many images and write the captions where they are wanted: what caption.py does.
+"""Caption many images and write the captions to their destinations: what caption.py does.
 
-Existing text files and metadata stay as they are unless they are to be overwritten; an image is
-captioned if any destination needs its caption. Captions for a file are recorded one by one
-(``resume``), and the file is written from the records at the end.
+Existing text files and metadata are kept unless they are to be overwritten; an image is captioned
+if any destination needs its caption. Captions for an output file are recorded one by one
+(``resume``), and the file is written from these records at the end.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Destinations:
     Attributes:
         layout: format on standard output or in ``output``: a key of ``formats.WRITERS``.
         output: a file instead of standard output.
-        sidecar: write a text file beside each image as well: photo.txt beside photo.jpg.
-        metadata: write the description in each image's metadata as well.
-        page: write a gallery page as well.
-        thumbnails: the page's small images are ``inside`` it or in a folder ``beside`` it.
+        sidecar: also write a text file next to each image: photo.txt for photo.jpg.
+        metadata: also write the caption into each image's metadata as its description.
+        page: also write a gallery page.
+        thumbnails: the page's thumbnails are ``inside`` it or in a folder ``beside`` it.
         overwrite: replace existing text files and descriptions.
-        skip_existing: keep the captions that ``output`` has, and add to them.
+        skip_existing: keep the captions already in ``output``, and add to them.
     """
 
     layout: str = "text"
@@ -59,7 +59,7 @@ class Destinations:
     skip_existing: bool = False
 
     def kept(self) -> dict[str, Prediction]:
-        """Read the captions that ``output`` has and is to keep, by the names in it."""
+        """Read the captions in ``output`` that are to be kept, by the image names there."""
         if not self.skip_existing or self.output is None or not self.output.is_file():
             return {}
         found = read_predictions(self.output, self.layout)
@@ -84,17 +84,17 @@ class Destinations:
         try:
             return self.metadata and (self.overwrite or read_description(Path(path)) is None)
         except MetadataError:
-            return True  # writing it reports the error
+            return True  # the write will report the error
 
 
 @dataclass
 class Outcome:
-    """What became of the images.
+    """The results for all images.
 
     Attributes:
-        failures: path to reason, of images that could not be read or written.
-        passed_over: number of images that have captions at every destination already.
-        resumed: number of images that an interrupted run had captioned.
+        failures: reason by path, for images that could not be read or written.
+        passed_over: number of images that already have captions at every destination.
+        resumed: number of images already captioned by an interrupted run.
     """
 
     failures: dict[str, str] = field(default_factory=dict)
@@ -117,18 +117,18 @@ def caption_images(
     """Caption images and write the captions to every destination.
 
     Args:
-        load: returns the captioner for this many images; not called if there is nothing to do.
+        load: returns a captioner for a number of images; not called if there is nothing to do.
         paths: the images, each once.
         places: where captions go.
-        search: how to search; a page has several captions per image where the number is open.
-        details: each word's probability, too; a page always has them.
-        sentence, explain: see ``Captioner.stream``; the page shows what is explained.
+        search: how to search; a page has several captions per image unless the number is set.
+        details: include each word's probability; a page always does.
+        sentence, explain: see ``Captioner.stream``; the page shows the explanations.
         batch_size: images per batch, see ``Captioner.stream``.
-        model: its name, for the page.
-        fingerprint: a string that differs for other model files.
+        model: the model's name, for the page.
+        fingerprint: a string that identifies the model files.
 
     Raises:
-        UserError: a destination cannot be written, or ``output`` cannot be added to.
+        UserError: a destination cannot be written, or ``output`` cannot be extended.
     """
     if places.metadata:
         check_available()
@@ -146,7 +146,7 @@ def caption_images(
     with_words = details or places.page is not None
     owners = _sidecar_owners(paths)
 
-    # A progress bar would run through captions that appear on the same terminal.
+    # A progress bar would garble captions that appear on the same terminal.
     quiet = places.output is None and sys.stdout.isatty()
     bar: dict[str, Any] = {"unit": "image", "desc": "captioning", "disable": quiet}
 
@@ -204,7 +204,7 @@ def _merge(
     kept: Mapping[str, Prediction],
     places: Destinations,
 ) -> Iterator[Prediction]:
-    """Yield new and kept predictions in the order of ``paths``, after kept ones of other images."""
+    """Yield kept predictions of other images, then kept and new ones in the order of ``paths``."""
     names = {path: name_in(path, places.layout) for path in paths}
     others = kept.keys() - names.values()
     yield from (prediction for name, prediction in kept.items() if name in others)
@@ -218,7 +218,7 @@ def _merge(
 
 
 def _common_folder(paths: Iterable[str]) -> Path | None:
-    """Return the innermost folder of all these paths; None for those on several drives."""
+    """Return the innermost common folder of these paths; None if they are on several drives."""
     try:
         return Path(os.path.commonpath([Path(path).parent for path in paths]))
     except ValueError:  # or if some are absolute
@@ -232,7 +232,7 @@ def _write_page(
     facts: dict[str, str],
     places: Destinations,
 ) -> None:
-    """Write the gallery, which has the name of the images' folder."""
+    """Write the gallery, titled after the images' common folder."""
     folder = _common_folder(paths)
     items = (_gallery_item(prediction, folder) for prediction in predictions)
     title = decodable(folder.resolve().name) if folder else ""
@@ -247,7 +247,7 @@ def _gallery_item(prediction: Prediction, folder: Path | None) -> GalleryItem:
 
 
 def _sidecar_owners(paths: Iterable[str]) -> dict[Path, str]:
-    """Map each text file to the first image that it belongs to (photo.jpg, photo.png)."""
+    """Map each text file to the first image that shares it (photo.jpg, photo.png)."""
     owners: dict[Path, str] = {}
     for path in paths:
         owners.setdefault(Path(path).with_suffix(".txt"), path)
@@ -257,7 +257,7 @@ def _sidecar_owners(paths: Iterable[str]) -> dict[Path, str]:
 def _write_beside(
     prediction: Prediction, count: int, places: Destinations, owners: Mapping[Path, str]
 ) -> str | None:
-    """Write an image's text file and description where wanted; return why that failed."""
+    """Write an image's text file and description as requested; return the reason on failure."""
     path = prediction.path
     sidecar = Path(path).with_suffix(".txt")
     try:

@@ -24,7 +24,7 @@ KEPT_IN_CSV = "\t\n"
 
 
 def write_predictions(predictions: Iterable[Prediction], layout: str, output: Path | None) -> None:
-    """Write predictions to a file or to standard output, each as soon as it comes.
+    """Write predictions to a file or to standard output, each as soon as it arrives.
 
     Args:
         predictions: a stream.
@@ -36,7 +36,7 @@ def write_predictions(predictions: Iterable[Prediction], layout: str, output: Pa
             WRITERS[layout](predictions, handle)
         return
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # not so by itself on Windows
+        sys.stdout.reconfigure(encoding="utf-8")  # not the default on Windows
     WRITERS[layout](predictions, sys.stdout)
     sys.stdout.flush()
 
@@ -75,10 +75,10 @@ def _word(word: Word) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Prediction:
-    """Return the prediction of what ``as_record`` made.
+    """Return the prediction from a record made by ``as_record``.
 
     Raises:
-        ValueError, TypeError, LookupError, AttributeError: it is something else.
+        ValueError, TypeError, LookupError, AttributeError: it is not such a record.
     """
     captions = [
         Caption(
@@ -131,7 +131,7 @@ def _write_csv(predictions: Iterable[Prediction], handle: IO[str]) -> None:
 
 
 def _cell(text: str) -> str:
-    """Return text that a spreadsheet shows and does not evaluate."""
+    """Return text that a spreadsheet shows instead of evaluating it."""
     text = escape_control(text, KEPT_IN_CSV)
     return f"'{text}" if FORMULA.match(text) else text
 
@@ -157,7 +157,7 @@ WRITERS: dict[str, Callable[[Iterable[Prediction], IO[str]], None]] = {
 def read_predictions(path: Path, layout: str) -> list[Prediction]:
     """Read what ``write_predictions`` wrote in this layout: one prediction per image.
 
-    Probabilities that the layout does not hold are NaN.
+    Probabilities that the layout does not store are NaN.
 
     Raises:
         UserError: the file cannot be read, or is not in this layout.
@@ -187,7 +187,7 @@ def _read_text(text: str) -> Iterator[Prediction]:
 
 
 def _read_csv(text: str) -> Iterator[Prediction]:
-    # Excel saves it with semicolons, and decimal commas, where the language has these.
+    # Excel saves CSV with semicolons and decimal commas in locales that use the latter.
     header = text.partition("\n")[0]
     delimiter = max(",;\t", key=header.count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)

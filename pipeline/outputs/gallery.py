@@ -1,7 +1,7 @@
-"""One HTML page of captioned images: to look through, search, sort and send.
+"""One HTML page of captioned images to browse, search, sort and share.
 
-The page needs no network: style, script and data are inside it, its content security policy allows
-only those and the images beside it, and names and captions are never markup.
+The page needs no network: style, script and data are embedded, its content security policy allows
+only those and the images next to it, and names and captions are never treated as markup.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipeline.utils.threads import prefetch
 
 THUMBNAIL_SIDE = 320  # pixels on the long side
 THUMBNAIL_QUALITY = 78
-# Pillow's names of the formats that every browser shows. Of others (TIFF, JPEG 2000) the page
+# Pillow's names of the formats that every browser shows. For others (TIFF, JPEG 2000) the page
 # enlarges the thumbnail.
 SHOWN_BY_BROWSERS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP"})
 # File names of thumbnails beside a page; nothing else is ever deleted there.
@@ -53,7 +53,7 @@ class GalleryItem:
         name: the name shown on the page.
         captions: best first.
         error: why there are no captions, else None; such an image is listed, not shown.
-        references: captions written by people.
+        references: human-written captions.
         score: CIDEr-D of the best caption, in percent, if there are references.
     """
 
@@ -85,18 +85,18 @@ def write_gallery(
 ) -> None:
     """Write ``items`` to the HTML file ``target``, replacing an earlier one.
 
-    An image opens as its own file, found from the page by a relative address, if browsers can show
-    it; else as its thumbnail. Memory does not grow with the number of items. If their stream
-    raises, an earlier page stays as it was.
+    An image opens as the original file, by a URL relative to the page, if browsers can show it;
+    otherwise as its thumbnail. Memory use does not grow with the number of items. If iterating over
+    them raises, an earlier page is left unchanged.
 
     Args:
-        items: the images, in the order that is kept where others are equal.
+        items: the images; sorting the page keeps their order among equals.
         target: the page.
         title: its heading.
         facts: names and values to show, such as the search; ``Model`` and ``Date`` are also the
             subtitle.
-        thumbnails: ``inside`` makes a page that can be sent alone, about 15 kB per image;
-            ``beside`` writes them to the folder NAME_files, and the page opens at once.
+        thumbnails: ``inside`` makes a self-contained page, about 15 kB per image; ``beside``
+            writes them to the folder NAME_files, and the page opens instantly.
         tiles: figures to show at the top: name, value, and a note below it.
 
     Raises:
@@ -129,7 +129,7 @@ def write_gallery(
 
 def _write_thumbnail(thumbnail: Thumbnail, folder: Path) -> str:
     """Write a thumbnail beside a page; return the name of its file."""
-    # A hash of the content, so that an old page finds its thumbnails until its successor is there.
+    # Named by content hash, so that an old page keeps its thumbnails until it is replaced.
     name = f"{hashlib.sha256(thumbnail.content).hexdigest()[:32]}.webp"
     path = folder / name
     if not path.is_file():
@@ -157,7 +157,7 @@ def _delete_thumbnails(folder: Path, keep: set[str]) -> None:
 
 
 def confidence(caption: Caption) -> float | None:
-    """Return the geometric mean of the token probabilities, with the end; None if not finite."""
+    """Return the geometric mean of the token probabilities, <end> included; None if not finite."""
     tokens = 1 + (len(caption.words) or len(caption.text.split()))
     mean = caption.log_probability / tokens
     return math.exp(min(0.0, mean)) if math.isfinite(mean) else None
@@ -172,12 +172,12 @@ def relative_url(path: Path, page: Path) -> str | None:
 
 
 def _quoted(path: str) -> str:
-    # As bytes, for names that are not UTF-8; also ":", because "a:b.jpg" would name a scheme.
+    # As bytes, for names that are not UTF-8. ":" is quoted too: "a:b.jpg" would name a scheme.
     return quote(os.fsencode(path.replace(os.sep, "/")), safe="/")
 
 
 def _thumbnailed(item: GalleryItem) -> tuple[GalleryItem, Thumbnail | None, str | None]:
-    """Make the thumbnail of an item, or return why there is none."""
+    """Return an item with its thumbnail, or with the reason why it has none."""
     if item.error is not None:
         return item, None, None
     try:
@@ -202,7 +202,7 @@ def make_thumbnail(path: ImageRef, side: int = THUMBNAIL_SIDE) -> Thumbnail:
 
 
 def data_uri(thumbnail: Thumbnail) -> str:
-    """Return a thumbnail as the source of an image element."""
+    """Return a thumbnail as a data URI for an image element."""
     return "data:image/webp;base64," + base64.b64encode(thumbnail.content).decode("ascii")
 
 
@@ -242,9 +242,9 @@ def _record(
 
 
 def _shades(cells: Sequence[float]) -> list[list[int]]:
-    """Return a list of cells in percent of the one that adds most; none if there are no cells.
+    """Return a list of cells in percent of the largest; an empty list if there are no cells.
 
-    Those that speak against a word are 0.
+    Cells that are evidence against a word become 0.
     """
     most = max([1e-9, *cells])
     return [[round(100 * max(0.0, cell) / most) for cell in cells]] if cells else []
@@ -255,7 +255,7 @@ def _text(text: str) -> str:
 
 
 def _number(value: float | None) -> float | None:
-    """Round to 5 digits; None for infinities and NaN, which JSON does not have."""
+    """Round to 5 digits; None for infinities and NaN, which JSON lacks."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")
@@ -267,7 +267,7 @@ def _page(
     tiles: Sequence[tuple[str, str, str]],
     records: Iterable[Mapping[str, Any]],
 ) -> Iterator[str]:
-    """Fill in the template; the records pass through one by one."""
+    """Fill in the template, streaming the records one by one."""
     style, script = read_asset("base.css", "gallery.css"), read_asset("words.js", "gallery.js")
     return (
         environment()

@@ -41,10 +41,10 @@ class Inputs:
 
 
 def collect(arguments: Sequence[str]) -> Inputs:
-    """Find the images that files, folders, patterns and ``-`` name.
+    """Find the images that files, folders, patterns and ``-`` refer to.
 
     Raises:
-        UserError: an argument names nothing, or no image; the list is not of paths.
+        UserError: an argument matches nothing, or no image; standard input is not a list of paths.
     """
     inputs = Inputs()
     paths: dict[str, None] = {}
@@ -52,7 +52,7 @@ def collect(arguments: Sequence[str]) -> Inputs:
         if argument == STANDARD_INPUT:
             found = _listed(inputs)
         elif Path(argument).is_file():
-            found = [argument]  # whatever its name says
+            found = [argument]  # whatever its extension
         else:
             # The shell expands patterns, but not on Windows and not in quotes.
             pattern = glob.escape(argument) if Path(argument).is_dir() else argument
@@ -76,13 +76,13 @@ def collect(arguments: Sequence[str]) -> Inputs:
 def _listed(inputs: Inputs) -> list[str]:
     """Return the images of a list of files and folders on standard input.
 
-    A path that is not there is kept, to be named among the failures.
+    A path that does not exist is kept, to be reported as a failure.
     """
     if sys.stdin is None:
         raise UserError("standard input is closed; name the images, or pipe a list of them")
     found: list[str] = []
     for path in _split_list(sys.stdin.buffer.read()):
-        # A folder of one character, such as "/", is likelier a damaged list than meant.
+        # A one-character folder such as "/" more likely comes from a damaged list.
         if len(path) > 1 and Path(path).is_dir():
             found += inputs.images_in(Path(path))
         else:
@@ -91,7 +91,7 @@ def _listed(inputs: Inputs) -> list[str]:
 
 
 def _split_list(content: bytes) -> list[str]:
-    """Return the paths of a list: one per line, or ended by NUL as ``find -print0`` has them.
+    """Return the paths of a list: one per line, or NUL-terminated as by ``find -print0``.
 
     Lines are UTF-8, with or without byte-order mark, or UTF-16 with one, as PowerShell writes.
 
@@ -105,7 +105,7 @@ def _split_list(content: bytes) -> list[str]:
             raise UserError(f"standard input: damaged UTF-16 ({error.reason})") from error
     elif b"\0" in content:
         lines = [os.fsdecode(part) for part in content.split(b"\0")]
-        # Every other byte of UTF-16 is NUL where text is Latin.
+        # In UTF-16, every other byte of Latin text is NUL.
         if not content.endswith(b"\0") or max(map(len, lines)) == 1:
             raise UserError(
                 "standard input: not a list of paths; it must be UTF-8, or UTF-16 with a "

@@ -1,4 +1,4 @@
-"""Captions in the images' own metadata, where photo programs show and search them.
+"""Captions in the images' own metadata, where photo software shows and searches them.
 
 An image is replaced only if the rewritten one looks the same and its description reads back.
 """
@@ -30,7 +30,7 @@ from pipeline.utils.errors import UserError
 from pipeline.utils.files import temporary_path
 
 MAX_BYTES = 2000  # of an IPTC caption (IIM 4.2, dataset 2:120)
-# What cameras and their programs write as a description: these words, alone or together.
+# What cameras and their software write as a description: these words, alone or combined.
 FILLER_WORDS = frozenset(
     "agfa canon casio fuji fujifilm hp jenoptik kodak konica leica minolta nikon olympus panasonic "
     "pentax polaroid ricoh samsung sanyo sigma sony vivitar "
@@ -38,14 +38,14 @@ FILLER_WORDS = frozenset(
     "bty cof dav edf hdr mde nor oznor rbt rhdr sdr smart_cuv vsco".split()
 )
 FILE_NAME = re.compile(r"\S+\.(jpe?g|tiff?|png|heic|dng)", re.IGNORECASE)
-# Beginnings of descriptions that microscope programs read again: OME, tifffile, ImageJ.
+# Prefixes of descriptions that microscopy software parses: OME, tifffile, ImageJ.
 DATA = ("<", "{", "ImageJ=", "SCIFIO=")
 ORIENTATION = 0x0112
 Appearance: TypeAlias = tuple[list[str], bytes | None, int]
 
 
 class MetadataError(Exception):
-    """A description that cannot be written or read; the text is the reason, without the name."""
+    """A description cannot be written or read; the message is the reason, without a file name."""
 
 
 def check_available() -> None:
@@ -77,8 +77,8 @@ def read_description(path: Path) -> str | None:
     """Return the description in an image's metadata: XMP, else IPTC, else EXIF.
 
     Returns:
-        The text; None if there is none but what a camera wrote (``is_filler``; programs copy it
-        from EXIF to XMP), and if the file is no image or of a format without metadata.
+        The text; None if there is none or only a camera's filler (``is_filler``; programs copy it
+        from EXIF to XMP), or if the file is not an image or its format has no metadata.
 
     Raises:
         MetadataError: the file cannot be opened, or its format needs a tool that is missing.
@@ -108,19 +108,19 @@ def is_filler(text: str) -> bool:
 
 @_reasons()
 def write_description(path: Path, text: str) -> None:
-    """Write a description into an image's metadata, and change nothing else of it.
+    """Write a description into an image's metadata, and change nothing else.
 
-    It becomes XMP's dc:description (x-default; other languages stay) and EXIF's
-    ImageDescription (in a GIF, XMP alone), in a JPEG also IPTC's Caption-Abstract, in other
-    formats if IPTC is there already. Pixels, all other metadata, owner, permissions and times are
-    kept. Of a symbolic link the target is rewritten; of several hard links only the one named.
+    It goes into XMP dc:description (x-default; other languages stay), EXIF ImageDescription (not
+    in a GIF) and IPTC Caption-Abstract (in a JPEG, and in any file that already has IPTC). Pixels,
+    all other metadata, owner, permissions and times are kept. For a symbolic link the target is
+    rewritten; of several hard links, only the one named.
 
     Args:
         path: a JPEG, PNG, WebP, TIFF or JPEG 2000; with exiftool also a HEIC, AVIF or GIF.
         text: not empty, at most 2,000 bytes of UTF-8.
 
     Raises:
-        MetadataError: it cannot be written, and the file is as it was.
+        MetadataError: it cannot be written; the file is unchanged.
     """
     if not text.strip():
         raise MetadataError("the description is empty")
@@ -129,7 +129,7 @@ def write_description(path: Path, text: str) -> None:
     path = Path(os.path.realpath(path, strict=True))
     data, status = _read(path)
     for place, name in ((path, "the file"), (path.parent, "its folder")):
-        # Root may write where nobody else may; the owner's wish counts.
+        # Root can write read-only files, but the owner does not want that.
         if not place.stat().st_mode & 0o222 or not os.access(place, os.W_OK):
             raise MetadataError(f"{name} is read-only")
     format, frames = _format(data)
@@ -214,7 +214,7 @@ def _replace(path: Path, content: bytes, status: os.stat_result) -> None:
     temporary = temporary_path(path)
     try:
         temporary.unlink(missing_ok=True)
-        # A new file, never a link that somebody put there, and unreadable for others until moved.
+        # Create a new file, never follow a planted link, and keep it private until it is moved.
         temporary.touch(mode=0o600, exist_ok=False)
         with temporary.open("wb") as handle:
             handle.write(content)

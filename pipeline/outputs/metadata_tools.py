@@ -1,6 +1,6 @@
 """The two tools that write descriptions into an image's metadata: pyexiv2 and exiftool.
 
-Both work from bytes to bytes, so file names never pass through them. pyexiv2 takes milliseconds;
+Both work on bytes in memory, so they never see file names. pyexiv2 takes milliseconds;
 exiftool takes a quarter of a second, but writes more formats.
 """
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pyexiv2
 
 EXIFTOOL_SECONDS = 120
-# Pillow's names of the formats that get an IPTC caption, and of those that may have IPTC: there it
-# is only kept in step.
+# Pillow's names of the formats that always get an IPTC caption, and of those that may have IPTC,
+# where it is only kept in sync.
 IPTC_FORMATS = frozenset({"JPEG", "MPO"})
 IPTC_POSSIBLE = IPTC_FORMATS | {"PNG", "TIFF", "JPEG2000"}
 WITHOUT_EXIF = frozenset({"GIF"})
@@ -31,8 +31,8 @@ WITHOUT_EXIF = frozenset({"GIF"})
 XMP, EXIF = "Xmp.dc.description", "Exif.Image.ImageDescription"
 IPTC, IPTC_CHARACTERS = "Iptc.Application2.Caption", "Iptc.Envelope.CharacterSet"
 DEFAULT_LANGUAGE = 'lang="x-default"'
-UTF_8_MARK = "\x1b%G"  # ISO 2022's switch to UTF-8, by which IPTC marks it
-# EXIF tags that hold positions in the file, or copies of what is changed.
+UTF_8_MARK = "\x1b%G"  # ISO 2022's escape to UTF-8, by which IPTC declares it
+# EXIF tags that hold file offsets, or copies of changed values.
 POSITIONS = re.compile(
     r"(Offsets?|Start|Pointer|ExifTag|GPSTag|InteroperabilityTag|SubIFDs|MakerNote"
     r"|JPEGInterchangeFormat|XMLPacket|IPTCNAA|ImageResources)$"
@@ -40,7 +40,7 @@ POSITIONS = re.compile(
 
 
 class ToolError(Exception):
-    """A tool cannot handle this image; the text is the reason."""
+    """A tool cannot handle this image; the message is the reason."""
 
 
 class Descriptions(NamedTuple):
@@ -70,12 +70,12 @@ class Tool(NamedTuple):
 
 @functools.cache
 def load_pyexiv2() -> types.ModuleType | None:
-    """Import pyexiv2 if it is installed and fits the system."""
+    """Import pyexiv2 if it is installed and works on this system."""
     try:
         import pyexiv2
     except (ImportError, OSError, RuntimeError):  # not installed, or not for this system
         return None
-    # Its log prints on standard output, and raises an error of one image for the next.
+    # Its log goes to standard output, and raises one image's error while handling the next.
     pyexiv2.set_log_level(4)
     return pyexiv2
 
@@ -89,7 +89,7 @@ def _opened(data: bytes) -> Iterator[pyexiv2.ImageData]:
             yield image
     except (ToolError, MemoryError):
         raise
-    except Exception as error:  # RuntimeError for what Exiv2 reports, UnicodeDecodeError of its own
+    except Exception as error:  # RuntimeError from Exiv2, UnicodeDecodeError from pyexiv2
         raise ToolError(str(error)) from error
 
 
@@ -107,7 +107,7 @@ def _read_with_pyexiv2(data: bytes) -> Descriptions:
 
 
 def _decode(value: Any) -> Any:
-    """Decode text, or a list of texts, that was read as Latin-1: UTF-8, else old Windows text."""
+    """Decode text, or a list of texts, that was read as Latin-1: UTF-8, else Windows-1252."""
     if value is None or isinstance(value, list):
         return value and [_decode(item) for item in value]
     content = value.encode("latin-1")
@@ -126,7 +126,7 @@ def _write_with_pyexiv2(data: bytes, format: str, text: str) -> bytes:
         image.modify_xmp({XMP: {**languages, DEFAULT_LANGUAGE: text}})
         iptc = image.read_iptc(encoding="latin-1")
         if iptc or format in IPTC_FORMATS:
-            # The mark for UTF-8 would garble texts in another encoding: they are written anew.
+            # The UTF-8 mark would garble texts in another encoding, so those are rewritten.
             utf_8 = iptc.get(IPTC_CHARACTERS) == UTF_8_MARK
             texts = {} if utf_8 else {key: _decode(value) for key, value in iptc.items()}
             again = {key: value for key, value in texts.items() if not str(value).isascii()}
@@ -165,7 +165,7 @@ def find_exiftool() -> str | None:
 
 
 def _exiftool(data: bytes, *arguments: str) -> bytes:
-    """Run exiftool on a file's bytes, without the user's configuration of it."""
+    """Run exiftool on a file's bytes, ignoring the user's exiftool configuration."""
     program = find_exiftool()
     assert program is not None
     # "-E" reads and prints character references, so the text does not depend on the locale.
@@ -181,7 +181,7 @@ def _exiftool(data: bytes, *arguments: str) -> bytes:
 
 
 def _tags(data: bytes, *tags: str) -> dict[str, str]:
-    """Read tags with exiftool; numbers stay text."""
+    """Read tags with exiftool; numbers stay strings."""
     output = _exiftool(data, "-j", *tags).decode("utf-8", "replace")
     try:
         (found,) = json.loads(output, parse_int=str, parse_float=str)
@@ -205,14 +205,14 @@ def _write_with_exiftool(data: bytes, format: str, text: str) -> bytes:
     iptc = _tags(data, "-IPTC:all") if format in IPTC_POSSIBLE else {}
     if iptc or format in IPTC_FORMATS:
         if iptc.get("CodedCharacterSet") != "UTF8":
-            # Existing texts are read, and written anew as UTF-8.
+            # Existing texts are read and rewritten as UTF-8.
             arguments += ["-tagsfromfile", "@", "-IPTC:all"] if iptc else []
             arguments.append("-IPTC:CodedCharacterSet=UTF8")
         arguments.append(f"-IPTC:Caption-Abstract={escaped}")
     return _exiftool(data, *arguments, "-o", "-")
 
 
-# Which formats each writes was found by trying: exiv2 0.28 and exiftool 12.57.
+# The formats that each can write, as tested with exiv2 0.28 and exiftool 12.57.
 _BOTH = frozenset({"JPEG", "MPO", "PNG", "WEBP", "TIFF", "JPEG2000"})
 
 TOOLS = (

@@ -1,6 +1,6 @@
-"""Resuming an interrupted caption.py: captions made so far, beside the file that they are for.
+"""Resuming an interrupted caption.py: the captions so far, kept next to their output file.
 
-``.NAME.partial.jsonl`` has a first line with the settings of the search, then a JSON record per
+``.NAME.partial.jsonl`` starts with a line of search settings, followed by a JSON record per
 image (``formats.as_record``) with the image's path, size and modification time. A run with other
 settings starts over; an image that has changed, or could not be read, is captioned again.
 """
@@ -21,8 +21,8 @@ from pipeline.utils.files import cannot_be_written, check_writable, is_special
 
 
 def results_path(target: Path) -> Path:
-    """Return the path of the records for a file that is being made."""
-    if is_special(target):  # /dev must stay as it is
+    """Return the path of the records for an output file."""
+    if is_special(target):  # leave /dev alone
         return Path(tempfile.gettempdir()) / f".captions-{os.getpid()}.partial.jsonl"
     return target.with_name(f".{target.name}.partial.jsonl")
 
@@ -34,7 +34,7 @@ class PartialResults:
     """
 
     def __init__(self, target: Path, settings: dict[str, Any]) -> None:
-        """Open the records of ``target``, with those that an interrupted run left.
+        """Open the records of ``target``, including those left by an interrupted run.
 
         Raises:
             UserError: the file cannot be written.
@@ -53,10 +53,10 @@ class PartialResults:
             raise cannot_be_written(self.path, error) from error
 
     def _index(self, header: bytes) -> int:
-        """Index the usable records; return the number of bytes up to which lines are complete."""
+        """Index the usable records; return the length of the intact lines in bytes."""
         offset = 0
         self._handle.seek(0)
-        # Whatever is wrong with a line, those from there on are made again.
+        # If a line is damaged in any way, it and all later ones are made again.
         with contextlib.suppress(ValueError, LookupError, TypeError):
             for line in self._handle:
                 if not line.endswith(b"\n") or (offset == 0 and line != header):
@@ -77,14 +77,14 @@ class PartialResults:
         return from_record({**json.loads(self._handle.readline()), "image": path})
 
     def recorded(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
-        """Pass predictions on, and add those that are not there yet."""
+        """Pass predictions on, adding those not yet recorded."""
         for prediction in predictions:
             if prediction.path not in self:
                 self.append(prediction)
             yield prediction
 
     def append(self, prediction: Prediction) -> None:
-        """Add a prediction, after its caption was written into the image where that is wanted.
+        """Add a prediction; call it after writing the caption into the image, if that is wanted.
 
         Raises:
             UserError: the file cannot be written.
@@ -102,14 +102,14 @@ class PartialResults:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of what a full disk did not take
+        with contextlib.suppress(OSError):  # from data that did not fit on a full disk
             self._handle.close()
         if kind is None:
             self.path.unlink(missing_ok=True)
 
 
 def _state(path: str) -> list[int] | None:
-    """Return size in bytes and modification time in ns, by which a changed image is recognised."""
+    """Return size in bytes and modification time in ns, to detect a changed image."""
     try:
         status = Path(path).stat()
     except OSError:

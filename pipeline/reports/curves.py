@@ -41,7 +41,7 @@ MARKED_EPOCHS = 60  # with more epochs points are not marked
 
 
 def best_record(log: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the epoch whose checkpoint training has kept."""
+    """Return the record of the epoch whose checkpoint was kept."""
     progress, best = Progress(), log[0]
     for record in log:
         if progress.update(record):
@@ -66,7 +66,7 @@ def write_curves(run: Path) -> None:
 def read_svg(run: Path) -> str:
     """Return ``curves.svg`` of a run folder as an element to embed in a page.
 
-    An epoch's values show when the mouse points at it.
+    Hovering over an epoch shows its values.
     """
     text = (run / CURVES).read_text(encoding="utf-8")
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -96,9 +96,9 @@ def draw_curves(log: Sequence[Mapping[str, Any]]) -> Figure:
         axes.grid(axis="y", color="#d8dee4", linewidth=0.8)
         axes.axvline(best["epoch"], color=BEST_COLOR, linestyle="--", linewidth=1.2)
         _draw_series(axes, log, series)
-        if "CIDEr-D" in series:  # scores that are all but 0 are a flat line
+        if "CIDEr-D" in series:  # scores near 0 become a flat line
             axes.set_ylim(top=max(axes.get_ylim()[1], 1.0))
-        for record in log:  # what the mouse points at, see ``read_svg``
+        for record in log:  # hover targets, see ``read_svg``
             epoch = record["epoch"]
             axes.axvspan(epoch - 0.5, epoch + 0.5, alpha=0, linewidth=0, gid=f"epoch-{epoch}")
     title = f"best: epoch {best['epoch']}, CIDEr-D {best['CIDEr-D']:.1f}"

@@ -1,4 +1,4 @@
-"""``train_decoder.py --check``: report whether training can start, and what is doubtful.
+"""``train_decoder.py --check``: report whether training can start, and what looks wrong.
 
 Everything is read as training reads it; nothing is trained or written. The report is printed line
 by line, so that what was found before an error is still shown.
@@ -51,8 +51,8 @@ SHOWN = 3  # example names per line
 class NextCommands:
     """Command lines to continue with."""
 
-    train: str  # the present one without --check
-    extract: str  # extracts the features that it needs
+    train: str  # the current one without --check
+    extract: str  # extracts the features that training needs
     finetune: str  # starts from the pretrained model instead
 
 
@@ -87,7 +87,7 @@ def check_data(options: DecoderOptions, run: Path, force: bool, commands: NextCo
 
 
 class _DataCheck:
-    """Captions, joined with the features, or with the images if there are none.
+    """Captions, joined with the features, or with the images if there are no features.
 
     Attributes:
         cache: the features; None if they are still to be extracted.
@@ -145,7 +145,7 @@ class _DataCheck:
             f"images: {len(in_source):,} in {self.options.data}, {len(names):,} of them with "
             "captions"
         )
-        known = names.keys() | self.names.keys()  # an image may be gone since it was extracted
+        known = names.keys() | self.names.keys()  # an image may be gone since extraction
         missing = [image.name for image in self.whole.images if image.name not in known]
         bare = sorted(set(in_source) - set(names.values()))
         for words, left_out in (
@@ -154,7 +154,7 @@ class _DataCheck:
         ):
             if left_out:
                 echo(f"  {words}: {len(left_out):,} ({_some(left_out)})")
-        # Of the notes on matching, the others are reported above, with names.
+        # The other notes on matching are reported above, with names.
         for words, count in sorted((found.notes - self.whole.notes).items()):
             if words.startswith(("images matched", "captioned images dropped because")):
                 echo(f"  {words}: {count:,}")
@@ -200,7 +200,7 @@ class _DataCheck:
                 break
 
     def features(self) -> None:
-        """Report what the cache has of the captioned images."""
+        """Report which captioned images the cache covers."""
         path, cache = Path(self.options.features), self.cache
         if cache is None:
             begun = partial_path(path).is_file()
@@ -208,7 +208,7 @@ class _DataCheck:
             return
         identity = cache.identity
         used = [self.names[image.name] for image in self.table.images]
-        rows_of(cache, used)  # raises where a row is damaged
+        rows_of(cache, used)  # raises if a row is damaged
         echo(
             f"features: {path}, of {len(used):,} captioned images ({identity.encoder} with "
             f"{Path(identity.weights_source).name}, {identity.precision}, {identity.engine})"

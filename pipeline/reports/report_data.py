@@ -42,19 +42,19 @@ class ReportData:
     train_words: int  # distinct words in the train captions
     val: Tokenized
     references: Mapping[str, Sequence[str]]  # the captions of val images, as written
-    images: Mapping[str, ImageRef]  # the val images, as far as they are on this machine
+    images: Mapping[str, ImageRef]  # the val images that are on this machine
     names: Mapping[str | int, str]  # of val images, by their ids in predictions.json
 
     @property
     def vocabulary_size(self) -> int:
-        """Words of the vocabulary, without special tokens."""
+        """Number of words in the vocabulary, without special tokens."""
         return len(self.vocabulary) - len(SPECIALS)
 
 
 def read_data(
     settings: Mapping[str, Any], data: str | Path | None, vocabulary: Vocabulary
 ) -> ReportData:
-    """Read the captions of a run again.
+    """Reread the captions of a run.
 
     Args:
         settings: the run's, from its config.json.
@@ -62,7 +62,7 @@ def read_data(
         vocabulary: the run's.
 
     Raises:
-        UserError: they cannot be read, or are not those of the training.
+        UserError: they cannot be read, or differ from those of the training.
     """
     source = open_source(data or settings["data"])
     own = data is None or str(data) == settings["data"]
@@ -100,7 +100,7 @@ def _used_in_training(
 
 
 def _images(source: ImageSource, names: Mapping[str, str]) -> dict[str, ImageRef]:
-    """Find the image files; none where that would need a network, or they are gone."""
+    """Find the image files; none if they are remote or gone."""
     if not source.is_local:
         return {}
     try:

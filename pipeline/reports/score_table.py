@@ -15,9 +15,9 @@ from pipeline.utils.terminal import echo
 
 
 def print_table(results: Mapping[str, Evaluation]) -> None:
-    """Print the scores of runs on one split, with a last row of mean and deviation for several.
+    """Print the scores of runs on one split; for several, a last row has mean and deviation.
 
-    A score that one run lacks is a dash there.
+    A missing score is shown as a dash.
     """
     facts = next(iter(results.values())).facts
     scored = dict.fromkeys(name for result in results.values() for name in result.scores)
@@ -37,7 +37,7 @@ def print_table(results: Mapping[str, Evaluation]) -> None:
         echo("| " + " | ".join(["mean ± deviation", *cells]) + " |")
     for run, result in results.items():
         scores = result.scores
-        # The line above the table is of the first run: another may have been searched otherwise.
+        # The line above the table describes the first run; others may have used another search.
         how = f"{result.facts['split_sha256']}, {_describe(result.facts)}"
         echo(
             (f"{run} ({how}): " if lead else "")

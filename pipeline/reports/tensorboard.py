@@ -1,4 +1,4 @@
-"""TensorBoard files of a run, an extra: ``pip install -e '.[tensorboard]'``."""
+"""TensorBoard files of a run, an optional extra: ``pip install -e '.[tensorboard]'``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def tensorboard_writer(run: Path) -> EpochCallback:
     """Return a callback that adds an epoch's record, and its captions as text, one tag per image.
 
-    What an earlier start of the run wrote of that epoch and later ones is purged.
+    Data that an earlier session of the run wrote for that epoch or later ones is purged.
 
     Raises:
         UserError: tensorboard is not installed.

@@ -1,8 +1,8 @@
 """The report of a training run: ``report.html``, one page that loads nothing else.
 
 Training writes it between epochs and, with the worst and best captions, at its end; ``captioner
-report`` writes it again. Everything comes from the run folder, and from the data set's captions and
-images as far as they are there.
+report`` rewrites it. Everything comes from the run folder and, if available, from the data set's
+captions and images.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
     import torch
 
 THUMBNAIL = 224  # pixels, the longer side
-EXTREMES = 8  # predictions shown, of the worst and of the best
+EXTREMES = 8  # number of worst and of best predictions shown
 COLUMNS = "CIDEr-D BLEU-4 METEOR SPICE ROUGE-L BLEU-1 BLEU-2 BLEU-3 distinct".split()
-# Curves and report may take this share of the time since they were last written.
+# Curves and report may take this fraction of the time since they were last written.
 SHARE = 0.01
 
 
@@ -75,7 +75,7 @@ class Shown(NamedTuple):
 
 
 def make_callbacks(run: Path, tensorboard: bool) -> list[EpochCallback]:
-    """Return what a training command calls after every epoch."""
+    """Return the callbacks that a training command passes to the loop."""
     return [epoch_reporter(run), *([tensorboard_writer(run)] if tensorboard else [])]
 
 
@@ -86,7 +86,7 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
     if progress.best_epoch == 0:
         echo("no epoch is better than the start: the model is the start, unchanged", err=True)
     settings = _read_json(run / CONFIG) or {}
-    # What the user gave to the training, not what a file names: see ``refuse_elsewhere``.
+    # Given by the user to the training, not read from a file: see ``refuse_elsewhere``.
     options = EvaluationOptions(
         data=settings.get("data"),
         captions=settings.get("captions"),
@@ -99,9 +99,9 @@ def finish_run(run: Path, progress: Progress, device: torch.device) -> None:
 
 
 def write_report(run: Path, data: str | Path | None = None) -> None:
-    """Write curves and ``report.html`` of a run; ``data`` is where its data moved, if they did.
+    """Write curves and ``report.html`` of a run; ``data`` is the data's new location if moved.
 
-    If the data cannot be read, the report lacks what is of them, and a message says so.
+    If the data cannot be read, the report omits what depends on them, and a message says so.
 
     Raises:
         UserError: the folder holds no run.
@@ -123,7 +123,7 @@ def write_report(run: Path, data: str | Path | None = None) -> None:
 
 
 def epoch_reporter(run: Path) -> EpochCallback:
-    """Return a callback that writes curves and report, as often as their time share allows.
+    """Return a callback that writes curves and report as often as ``SHARE`` allows.
 
     The data set's captions are read once, at the first epoch.
     """
@@ -150,7 +150,7 @@ def epoch_reporter(run: Path) -> EpochCallback:
 def _write_page(
     run: Path, data: ReportData | None, missing: str = "", running: bool = False
 ) -> None:
-    """Render the page; ``missing`` says why there is no ``data``. A ``running`` one reloads."""
+    """Render the page; ``missing`` says why ``data`` is None. If ``running``, the page reloads."""
     settings = _read_json(run / CONFIG)
     log = read_epochs(run / LOG)
     best = best_record(log)
@@ -185,12 +185,12 @@ def _write_page(
         times=_times(log),
     )  # fmt: skip
     with atomic_write(run / REPORT, "wb") as handle:
-        # Paths may hold bytes that are not UTF-8.
+        # Paths may contain bytes that are not UTF-8.
         handle.write(page.encode("utf-8", "replace"))
 
 
 def _read_json(path: Path) -> Any:
-    """Read a file of the run; None where there is none, or it is damaged."""
+    """Read a file of the run; return None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -225,7 +225,7 @@ def _in_words(value: Any) -> str:
 
 
 def _evaluations(run: Path) -> list[dict[str, Any]]:
-    """Return the scores files of a run, with their names: that of the run itself first."""
+    """Return the scores files of a run with their names, the run's own first."""
     files = sorted(run.glob("scores*.json"), key=lambda path: (path.name != SCORES, path.name))
     found = ((path.name, _read_json(path)) for path in files)
     return [{**each, "file": name, "run": run} for name, each in found if isinstance(each, dict)]
@@ -264,7 +264,7 @@ def _score_rows(
 def _evolutions(
     samples: Sequence[Mapping[str, Any]], data: ReportData | None
 ) -> list[tuple[Shown, list[tuple[str, list[int]]]]]:
-    """Return each sample image with its captions, and the successive epochs that share each."""
+    """Return each sample image with its captions and the consecutive epochs that gave each."""
     evolutions = []
     for name in samples[-1]["captions"] if samples else ():
         pairs = [(line["captions"][name], line["epoch"]) for line in samples]
@@ -304,7 +304,7 @@ def _shown(name: str, data: ReportData | None) -> Shown:
 
 
 def _times(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return seconds: total training and validation, and those of an epoch."""
+    """Return times in seconds: training and validation in total, and statistics per epoch."""
     trained = [record for record in log if "seconds" in record]
     epochs = [record["seconds"] + record["validation_seconds"] for record in trained] or [0.0]
     return {

@@ -46,12 +46,12 @@ except ImportError as error:
         f"--serve: {error.name} is not installed; pip install starlette uvicorn python-multipart"
     ) from error
 
-# Requests that may wait for the one that is being captioned; those of them that may upload; open
-# connections, beyond which uvicorn answers 503.
+# Limits: requests waiting for the one being captioned; those that may upload; open connections,
+# beyond which uvicorn answers 503.
 MAX_WAITING = 256
 MAX_UPLOADING = 32
 MAX_CONNECTIONS = 1024
-# Photographs to try, in the public domain (CC0), by way of scikit-image.
+# Example photographs in the public domain (CC0), from scikit-image.
 EXAMPLES = TEMPLATES / "examples"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -68,14 +68,14 @@ HEADERS = {
 def caption_uploads(
     captioner: Captioner, images: Sequence[UploadFile], fields: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return a JSON record per image: the name that it came with, and captions or an error."""
+    """Return a JSON record per image: its original name, and captions or an error."""
     search = dict(fields)
     explain = bool(search.pop("explain", 0))
     with tempfile.TemporaryDirectory(prefix="captioner-") as folder:
         paths = []
         for number, image in enumerate(images):
             content = image.file.read()
-            # Drawn captions depend on the file's name: this one depends on the bytes alone.
+            # Sampled captions depend on the file name, so make it depend only on the bytes.
             path = Path(folder, str(number), hashlib.sha256(content).hexdigest())
             path.parent.mkdir()
             path.write_bytes(content)
@@ -95,15 +95,15 @@ def respond(content: Any, status: int = 200, headers: Mapping[str, str] | None =
 
 
 def fail(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response to a request that fails."""
+    """Return the response to a failed request."""
     return respond({"error": reason}, status, headers)
 
 
 class SameOriginOnly:
-    """Refuses what other sites make the browser send here; sets ``HEADERS`` on every response.
+    """Refuses cross-site requests; sets ``HEADERS`` on every response.
 
-    Browsers send the address of the page that makes a request (Origin). A site whose name was made
-    to point here (DNS rebinding) shows in Host, which ``TrustedHostMiddleware`` checks.
+    Browsers send the address of the requesting page (Origin). A site whose name was made to resolve
+    to this machine (DNS rebinding) shows in Host, which ``TrustedHostMiddleware`` checks.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -124,14 +124,14 @@ class SameOriginOnly:
 
 
 def model_card(model_name: str) -> str:
-    """Return the text of the pretrained model's card; of other models there is none."""
+    """Return the text of the pretrained model's card; other models have none."""
     path = pretrained_path().with_name("MODEL_CARD.md") if model_name == PRETRAINED else None
     return path.read_text(encoding="utf-8") if path and path.is_file() else ""
 
 
 def make_app(captioner: Captioner, model_name: str) -> Starlette:
     """Return the application: the page, ``POST /caption`` and ``GET /health``."""
-    requests = 0  # that upload, wait or are being captioned
+    requests = 0  # uploading, waiting or being captioned
     uploading = asyncio.Semaphore(MAX_UPLOADING)
     captioning = asyncio.Semaphore(1)
 

@@ -16,10 +16,10 @@ MEGABYTE = 1_000_000
 MAX_IMAGES = 16
 MAX_IMAGE_BYTES = 20 * MEGABYTE
 MAX_FIELD_BYTES = 1000
-# Seconds that the body of a request may take, plus one second per BYTES_PER_SECOND received.
+# Seconds allowed for a request body, plus one second per BYTES_PER_SECOND received.
 BODY_SECONDS = 20.0
 BYTES_PER_SECOND = 20_000
-# The type of each field, its lowest value and its highest.
+# Type, minimum and maximum of each field.
 FIELDS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "beam_size": (int, 1, 50),
     "num_captions": (int, 1, 50),
