@@ -9,8 +9,8 @@
     find . -name '*.jpg' -print0 | python caption.py -
     python caption.py --serve                                 # a page to drop images on
 
-Captions go to standard output, progress and complaints to standard error. Stopped at any moment,
-the same command resumes, unless captions go to standard output alone. Exit codes:
+Captions go to standard output, progress and errors to standard error. After an interruption the
+same command resumes, unless captions go to standard output alone. Exit codes:
 0 all images captioned, 1 some could not be read or written (each is named at the end), 2 the
 command was wrong.
 """

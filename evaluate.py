@@ -8,7 +8,7 @@
     python evaluate.py --compare runs/decoder/predictions.json runs/joint/predictions.json
 
 The table goes to standard output; predictions.json (COCO results format) and scores.json
-go to the run folder; another split, search, checkpoint or data set is named in the files' names
+go to the run folder; another split, search, checkpoint or data set appears in the file names
 (predictions-test.json, scores-test.json). --html writes the images with their captions, references
 and CIDEr-D into one page, worst first. Exit codes: 0 done, 1 some images could not be read and were
 left out (each is named), 2 the command was wrong.

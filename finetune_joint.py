@@ -3,8 +3,8 @@
     python finetune_joint.py                            # runs/decoder -> runs/joint
     python finetune_joint.py --start runs/photos --data photos --run runs/photos-joint
 
-The result, best.safetensors of the run folder, has the encoder inside and is never worse than the
-run it started from, by CIDEr-D on val. The same command resumes a run that was stopped. Exit codes:
+The result, best.safetensors in the run folder, includes the encoder and is never worse than the run
+it started from, by CIDEr-D on val. The same command resumes a run that was stopped. Exit codes:
 0 done, 1 some images could not be read (each is named), 2 the command was wrong.
 """
 

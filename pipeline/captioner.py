@@ -99,8 +99,8 @@ class Captioner:
                 same encoder, vocabulary and recipe, become an ensemble.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             weights: the encoder's weights, if they were moved since training.
-            precision: of the encoder: ``auto``, ``fp32``, ``bf16``, ``fp16``, or ``int8``, which
-                needs OpenVINO, and is ``auto`` there if the CPU has VNNI.
+            precision: of the encoder: ``auto``, ``fp32``, ``bf16``, ``fp16`` or ``int8``, which
+                needs OpenVINO, where ``auto`` chooses it if the CPU has VNNI.
             engine: ``torch``, or ``auto``: OpenVINO on a CPU if it is installed, which pays off
                 for hundreds of images.
 
@@ -113,7 +113,7 @@ class Captioner:
         chosen = choose_device(device)
         engine = choose_engine(engine, chosen, precision=precision)
         if precision == "auto" and engine == "openvino" and cpu_has_int8():
-            precision = "int8"  # up to 3 times faster; scores stay (docs/speed.md)
+            precision = "int8"  # up to 3 times faster, with equal scores (docs/speed.md)
         precision = choose_precision(precision, chosen)
         encoder = encoder_of(checkpoint, weights, precision)
         encoder.for_inference(engine).to(chosen)
@@ -147,7 +147,7 @@ class Captioner:
         batch_size: int | None = None,
         **search: Any,
     ) -> str | list[str]:
-        """Return the best caption of each image, in their order; of a single image one string.
+        """Return the best caption of each image, in order; for a single image, one string.
 
         See ``stream`` for the arguments.
 
@@ -171,7 +171,7 @@ class Captioner:
         explain: bool = False,
         **search: Any,
     ) -> Iterator[Prediction]:
-        """Caption images one after the other; memory does not grow with their number.
+        """Caption a stream of images; memory use does not grow with their number.
 
         Args:
             images: paths, Pillow images or uint8 arrays (H, W, 3) in RGB.
@@ -180,13 +180,13 @@ class Captioner:
             workers: threads that decode and encode; by default ``devices.default_workers``.
             details: return the probability of each word as well.
             sentence: begin captions with a capital letter, and end them with a period.
-            explain: return with ``details``, for each image's best caption, what each part of the
-                image adds to each word; PyTorch encodes, whatever the engine.
+            explain: with ``details``, also return each image part's contribution to each word of
+                the best caption; PyTorch encodes, whatever the engine.
             search: fields of ``options``, such as ``num_captions=3``.
 
         Yields:
-            A prediction for every image, in their order, unreadable ones included. Its ``path``
-            is "image 0", "image 1" and so on for images without one.
+            A prediction for every image, in order, including unreadable ones. Its ``path`` is
+            "image 0", "image 1" and so on for images without one.
         """
         config = self.search_config(replace(options or SearchOptions(), **search))
         device = self.decoder.feature_mean.device
@@ -241,7 +241,7 @@ class Captioner:
     def explain(
         self, image: ImageInput, options: SearchOptions | None = None, **search: Any
     ) -> Explanation:
-        """Caption an image, and return which parts of it speak for each word.
+        """Caption an image, and return which parts of it support each word.
 
         See ``stream`` for the arguments.
 

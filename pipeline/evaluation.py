@@ -58,9 +58,9 @@ class EvaluationOptions:
         search: how captions are searched.
         output: the predictions file; None for the name of ``predictions_path``.
         java: compute METEOR and SPICE.
-        page: a page of the images that is to be written; captions then have details.
-        explain: add to the words of each best caption what the parts of the image add to them; the
-            images are read for it.
+        page: the gallery page to write; captions then have details.
+        explain: add each image part's contribution to the words of the best captions; this reads
+            the images.
     """
 
     data: str | Path | None = None
@@ -102,7 +102,7 @@ class Evaluation:
         predictions: image name to caption.
         scores: in percent, with the diversity of the captions.
         left_out: a sentence per score that could not be computed.
-        intervals: of BLEU-4 and CIDEr-D, over images.
+        intervals: confidence intervals of BLEU-4 and CIDEr-D, over images.
         facts: how the scores were computed, for the scores file.
         images: the scored images.
         unreadable: the images of the split that could not be read, and why.
@@ -122,7 +122,7 @@ class SplitData:
     """The images of a split as a decoder sees them.
 
     Attributes:
-        source: where the features come from, in words.
+        source: a description of where the features come from.
         table: the captions of all splits.
         references: tokenised captions by image name.
         paths: image files by image name.
@@ -144,8 +144,8 @@ def evaluate_runs(
     """Score a checkpoint, or several as an ensemble, and write predictions and scores.
 
     Raises:
-        UserError: checkpoint, captions or features are missing or do not belong together; the
-            checkpoint names remote data; ``output`` is that of another evaluation.
+        UserError: checkpoint, captions or features are missing or do not match; the checkpoint
+            names remote data; ``output`` belongs to another evaluation.
     """
     checkpoint = load_ensemble(runs)
     settings = checkpoint.settings if checkpoint.is_own else {}
@@ -192,8 +192,8 @@ def predictions_path(
 ) -> Path:
     """Return the predictions file of an evaluation.
 
-    ``predictions.json`` of a run's folder is only for the run's best checkpoint on its own val
-    split with the default search. Any other evaluation has the differences in its name, such as
+    ``predictions.json`` in a run folder is reserved for the run's best checkpoint on its own val
+    split with the default search. Any other evaluation's file name lists the differences, such as
     ``predictions-test-beam-size-5.json``; those of the pretrained model go to runs/pretrained.
     Raises UserError if ``options.output`` is the run's own file, and the evaluation is another one.
     """
@@ -322,7 +322,7 @@ def _open_split(
     features: Path,
     split: str,
 ) -> SplitData:
-    """Return the features of a split: cached ones if they are of the model's encoder, else new."""
+    """Return the features of a split: cached ones if from the model's encoder, else new ones."""
     checkpoint.refuse_other_features()
     tokenizer = checkpoint.vocabulary.tokenizer.name
     has_encoder = checkpoint.encoder_weights is not None

@@ -252,7 +252,7 @@ def _check(search: SearchOptions, layout: str) -> None:
 
 
 def _check_targets(output: Path | None, html: Path | None, images: Sequence[str]) -> None:
-    """Refuse a file to write that is one of the images, or two that are the same."""
+    """Refuse an output file that is one of the images, or two that are the same file."""
     if output is not None and html is not None and output.resolve() == html.resolve():
         raise UserError(f"--output and --html: both are {output}; name two files")
     for target in (output, html):
@@ -295,7 +295,7 @@ def _load(models: Sequence[Path], device: str, weights: str | None, images: int)
 
 
 def _fingerprint(models: Sequence[Path]) -> str:
-    """Return a string that changes with the model files, by size and time."""
+    """Return a string that changes with the size or time of the model files."""
     parts = []
     for model in models:
         information = checkpoint_path(model).stat()

@@ -21,7 +21,7 @@ GROUPS = {
     "Data": ("data", "captions", "encoding", "features", "tokenizer"),
     "Machine": ("device",),
 }
-# The options of caption.py alone: here the best caption is scored, found by a search.
+# Options of caption.py only: here the best caption of a search is scored.
 NOT_SCORED = [
     f.name for f in dataclasses.fields(SearchOptions) if f.metadata.get("heading") == CAPTIONS
 ]

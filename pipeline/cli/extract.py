@@ -178,7 +178,7 @@ def main(
 def _load_encoder(
     weights: str, precision: str, begun: EncoderIdentity | None, device: torch.device, world: World
 ) -> Encoder:
-    """Load the encoder; auto: the weights that the cache was begun with, if they are here."""
+    """Load the encoder; auto: the weights that the cache was started with, if available."""
     from pipeline.models.encoder import NAMED_WEIGHTS, load_encoder
 
     if begun is not None:

@@ -1,6 +1,6 @@
-"""Describe a model, a run or a feature cache from what its file says about itself, without torch.
+"""Describe a model, a run or a feature cache from its own contents, without torch.
 
-Nothing that the file names is opened.
+Files that it refers to are never opened.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def describe(path: Path) -> Facts:
     """Return what a file or a run says about itself.
 
     Raises:
-        UserError: there is nothing of that name, or it is neither a model nor a feature cache.
+        UserError: it does not exist, or is neither a model nor a feature cache.
     """
     if is_pretrained(path):
         return _describe_model(pretrained_path(), "the pretrained model") | {"licence": LICENCE}

@@ -67,13 +67,13 @@ class GroupedCommand(click.Command):
         self.resumable = resumable
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """Parse the command line; Ctrl-C ends it in one line and with exit code 130."""
+        """Parse the command line; Ctrl-C ends it with one line and exit code 130."""
         with self._interruptible():
             return super().make_context(*args, **extra)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """End the program in one line and with exit code 130 after Ctrl-C."""
+        """End the program with one line and exit code 130 after Ctrl-C."""
         try:
             yield
         except (KeyboardInterrupt, Exception) as error:
@@ -87,30 +87,30 @@ class GroupedCommand(click.Command):
         return "; run the same command to resume" if self.resumable else ""
 
     def invoke(self, context: click.Context) -> Any:
-        """Run the command; Ctrl-C, a full standard output and a lack of memory end in one line.
+        """Run the command; report Ctrl-C, failed standard output and lack of memory in one line.
 
         Raises:
             UserError: out of memory, on the CPU or a GPU; standard output cannot be written.
         """
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # closed, as services have it
+            if getattr(sys, name) is None:  # closed, as in services
                 setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
-        # Pillow warns above 89 million pixels, and of odd metadata, amid the progress bar.
+        # Pillow's warnings (above 89 million pixels, odd metadata) would break the progress bar.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:
             with self._interruptible():
                 result = super().invoke(context)
-                context.close()  # here, as click's own answer to Ctrl-C is exit code 1
+                context.close()  # here, because click exits with code 1 on Ctrl-C
                 sys.stdout.flush()
                 return result
         except UserError as error:
             vars(error)["message"] = self._as_typed(error.message, context)
             raise
         except OSError as error:
-            # Of a named file, or a pipe that was closed, which click ends quietly.
+            # A named file's error, or a closed pipe, on which click exits quietly.
             if error.filename is not None or error.errno == errno.EPIPE:
                 raise
-            # What is left in the buffer would fail again at exit.
+            # Buffered output would fail again at exit.
             sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
             raise UserError(f"standard output: cannot be written ({error.strerror})") from error
         except (MemoryError, RuntimeError) as error:
@@ -122,7 +122,7 @@ class GroupedCommand(click.Command):
             raise UserError(f"out of memory: {less}{self._resuming}") from error
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line; of several processes only one prints a usage error."""
+        """Parse the command line; only one of several processes prints a usage error."""
         try:
             return super().parse_args(context, args)
         except click.UsageError as error:
@@ -156,7 +156,7 @@ class GroupedCommand(click.Command):
         return self._as_typed(super().get_help(context), context)
 
     def _as_typed(self, text: str, context: click.Context) -> str:
-        """Return ``text`` with the commands of the installed program, if that was started."""
+        """Return ``text`` with the installed program's commands, if that is what is running."""
         if context.parent is not None:
             for name, script in SCRIPTS.items():
                 command = f"{context.parent.command_path} {name}"
@@ -165,7 +165,7 @@ class GroupedCommand(click.Command):
 
 
 def _follows_ctrl_c(error: BaseException | None) -> bool:
-    # Amid an import it becomes another error: pybind11's ImportError, __set_name__'s RuntimeError.
+    # During an import it becomes pybind11's ImportError or __set_name__'s RuntimeError.
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -208,8 +208,8 @@ def path(name: str, help: str, **more: Any) -> Decorator:
 class OutputPath(click.Path):
     """The type of an option that names a file to write.
 
-    It refuses folders, names with the ending of an image, and existing files that are not of the
-    kind that is written: the user's images, captions, pages. ``--force`` changes none of this.
+    It refuses folders, names with an image extension, and existing files of another kind than the
+    one written, such as the user's images, captions or pages, even with ``--force``.
     """
 
     def __init__(self, kind: re.Pattern[bytes]) -> None:
@@ -227,7 +227,7 @@ class OutputPath(click.Path):
 
 
 def output(name: str, help: str, kind: re.Pattern[bytes], **more: Any) -> Decorator:
-    """Return a click option for a file to write of a kind; see ``OutputPath``."""
+    """Return a click option for an output file of this kind; see ``OutputPath``."""
     return click.option(name, type=OutputPath(kind), help=help, **more)
 
 
@@ -235,7 +235,7 @@ def from_dataclass(options_class: type, leave_out: Sequence[str] = ()) -> Decora
     """Return a decorator that adds a click option for every ``utils.options.option`` field.
 
     A class's own options come before those that it inherits. The command receives each as a
-    keyword argument named as the field.
+    keyword argument named after the field.
     """
     hints = typing.get_type_hints(options_class)
     own = [*vars(options_class)["__annotations__"]]
@@ -337,7 +337,7 @@ def check_ensemble(models: Sequence[Path], ensemble: bool) -> None:
 
 
 def refuse_given(names: Sequence[str], reason: str) -> None:
-    """Raise UserError if an option of the present command was given, by its parameter's name."""
+    """Raise UserError if the user gave one of these options, by parameter name."""
     for parameter in _given(click.get_current_context()):
         if parameter.name in names:
             raise UserError(f"{parameter.opts[0]}: {reason}")
@@ -361,11 +361,11 @@ def default_model() -> Path:
 
 
 def render_command(command: str, options: Mapping[str, str]) -> list[str]:
-    """Return the words of a command, with those options of the present one that the user gave.
+    """Return the words of a command, with the options that the user gave to the current one.
 
     Args:
         command: a key of ``SCRIPTS``.
-        options: parameter of the present command -> name of the option in ``command``.
+        options: parameter of the current command -> name of the option in ``command``.
     """
     context = click.get_current_context()
     words = ["python", SCRIPTS[command]]
