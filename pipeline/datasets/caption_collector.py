@@ -1,4 +1,4 @@
-"""What every reader of captions adds its records to: captions, splits and ids by image name."""
+"""Collects the records of all caption readers: captions, splits and ids by image name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.utils.errors import UserError
 
 SPLITS = ("train", "val", "test")
 
-# Names of columns and keys. Those of captions may be numbered or repeated.
+# Accepted column and key names. Caption columns may be numbered or repeated.
 ALIASES = {
     "image": ("image", "file", "filename", "file_name", "image_name", "path", "name", "image_id"),
     "caption": ("caption", "captions", "text", "comment", "sentence", "raw"),
@@ -31,24 +31,24 @@ SPLIT_WORDS = {
 PRINTED_TEXT = r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\""
 PRINTED_LIST = re.compile(rf"\s*\[\s*(?:(?:{PRINTED_TEXT})[\s,]*)+\]\s*", re.DOTALL)
 
-# No path is longer, on any system. Names are compared by all their tails, of which a name of a
-# million slashes has as many.
+# No system has longer paths. Names are compared by all their tails, and a name with a million
+# slashes has a million of them.
 MAX_NAME_LENGTH = 4096
-# Characters, more than a page. Decoders are trained on 100 tokens at most, and Unicode's normal
-# forms take quadratic time on a run of accents.
+# In characters, more than a page. Decoders are trained on at most 100 tokens, and Unicode
+# normalization takes quadratic time on a run of accents.
 MAX_CAPTION_LENGTH = 10_000
 
 
 class CaptionCollector:
-    """Captions, splits and ids by image name, as the readers find them, and notes on problems.
+    """Captions, splits and ids by image name, as found by the readers, and notes on problems.
 
     Attributes:
-        encoding: of the files; None: see ``text_encoding.decode_text``.
+        encoding: encoding of the files; for None see ``text_encoding.decode_text``.
         captions: cleaned captions by image name.
-        splits: "train", "val" or "test" by image name, where a file has it.
-        ids: integer ids by image name, where a file has them.
+        splits: "train", "val" or "test" by image name, if a file states it.
+        ids: integer ids by image name, if a file has them.
         split_sources: where the splits came from, in words.
-        file_split: the split of the present file's images, where they have none of their own.
+        file_split: the split of images in the current file that state none themselves.
     """
 
     def __init__(self, encoding: str | None = None) -> None:
@@ -66,7 +66,7 @@ class CaptionCollector:
         self._first: dict[str, str] = {}  # reason -> where it occurred first
 
     def start_file(self, folder: str, split: str) -> None:
-        """Begin a file: ``folder`` precedes its names, and its images are of ``split``."""
+        """Begin a file: ``folder`` is prepended to its image names; ``split`` is their split."""
         self._folder, self.file_split = folder, split
         self._earlier = {name: len(texts) for name, texts in self.captions.items()}
 
@@ -88,7 +88,7 @@ class CaptionCollector:
     def count(self, reason: str, where: str = "") -> None:
         """Count one record that was dropped or repaired."""
         self._counts[reason] += 1
-        self._first.setdefault(reason, clean(where))  # file names can hold line ends
+        self._first.setdefault(reason, clean(where))  # file names can contain line breaks
 
     def malformed(self, where: str) -> None:
         """Count one record that was dropped because of its structure."""
@@ -102,7 +102,7 @@ class CaptionCollector:
         split: object = None,
         image_id: object = None,
     ) -> None:
-        """Add one record; ``captions`` is a text, a list of them, or whatever JSON has there."""
+        """Add one record; ``captions`` is a string, a list of strings, or any other JSON value."""
         cleaned = ""
         if isinstance(name, str) and len(name) <= MAX_NAME_LENGTH:
             cleaned = normalize_name(_encodable(name).strip())
@@ -134,7 +134,7 @@ class CaptionCollector:
             self.set_split(cleaned, self.file_split, "the names of the captions files")
 
     def add_record(self, where: str, record: object) -> None:
-        """Add one JSON object whose keys are those of ``ALIASES``, in any case."""
+        """Add one JSON object with keys from ``ALIASES``, in any case."""
         if not isinstance(record, dict):
             self.malformed(where)
             return
@@ -172,7 +172,7 @@ class CaptionCollector:
 
 @functools.lru_cache
 def find_columns(names: tuple[str, ...]) -> tuple[int, list[int], int]:
-    """Find the columns of image and split (-1: none) and those of captions, by ``ALIASES``."""
+    """Find the image and split columns (-1: none) and the caption columns, by ``ALIASES``."""
     image, split = (
         next((names.index(alias) for alias in ALIASES[what] if alias in names), -1)
         for what in ("image", "split")
@@ -183,7 +183,7 @@ def find_columns(names: tuple[str, ...]) -> tuple[int, list[int], int]:
 
 
 def _texts_of(value: object) -> list[Any]:
-    """Return the captions of a cell or a JSON value, each a text unless it is malformed."""
+    """Return the captions in a cell or a JSON value, each a string unless malformed."""
     texts: list[Any] = []
     for item in value if isinstance(value, list) else [value]:
         if isinstance(item, dict):
@@ -200,7 +200,7 @@ def _texts_of(value: object) -> list[Any]:
 
 
 def _listed(cell: str) -> list[Any]:
-    """Return the texts of a list that is written in a cell; else the cell."""
+    """Return the strings of a list written in a cell, or else the cell itself."""
     try:
         value = json.loads(cell)
     except (ValueError, RecursionError):
@@ -227,5 +227,5 @@ def _encodable(text: str) -> str:
 
 
 def normalize_name(path: str) -> str:
-    """Return the form of a path in which names are compared."""
+    """Return a path in the form used to compare names."""
     return unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")

@@ -17,13 +17,13 @@ FILE_SPLIT = re.compile(rf"(?<![a-z])({'|'.join(SPLIT_WORDS)})(?![a-z])")
 def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollector) -> str:
     """Read a file that begins with a brace or bracket; return the layout's name.
 
-    ``text`` and ``lines`` are both its content. Raises UserError if it is not valid JSON, or of
-    another structure.
+    Both ``text`` and ``lines`` hold its content. Raises UserError for invalid JSON or an unknown
+    structure.
     """
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # One object per line is JSON Lines under any name; otherwise the JSON is broken.
+        # One object per line is JSON Lines, whatever the file name; otherwise the JSON is broken.
         first = next(filter(str.strip, lines))
         if path.suffix.lower() != ".jsonl" and not isinstance(_parse_line(first), dict):
             raise UserError(f"{path}: not valid JSON ({error})") from error
@@ -33,7 +33,7 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
     if isinstance(document, dict) and "images" in document:
         return _read_karpathy(path, document, collector)
     if isinstance(document, list) and any(isinstance(record, dict) for record in document):
-        # As BLIP, LAVIS and caption.py have them, COCO's results among them.
+        # The format of BLIP, LAVIS and caption.py, including COCO results.
         for number, record in enumerate(document, 1):
             collector.add_record(f"entry {number}", record)
         return "JSON list"
@@ -52,10 +52,10 @@ def read_json(path: Path, text: str, lines: list[str], collector: CaptionCollect
 def _is_mapping(document: Any) -> bool:
     """True for ``{"a.jpg": "caption"}`` and ``{"a": ["caption", ...]}``.
 
-    An object of texts whose keys are no image files is something else, such as settings.
+    An object of strings whose keys are not image files is something else, such as settings.
     """
     if not isinstance(document, dict) or find_columns((*map(str.lower, document),))[1]:
-        return False  # or a single record, whose keys are those of columns
+        return False  # or a single record, whose keys are column names
     return all(
         isinstance(value, list)
         or (isinstance(value, str) and Path(name).suffix.lower() in IMAGE_EXTENSIONS)
@@ -64,7 +64,7 @@ def _is_mapping(document: Any) -> bool:
 
 
 def split_of_file(path: Path) -> str:
-    """Return the split that a file's name has, such as captions_val2017.json; "" for none."""
+    """Return the split in a file's name, such as captions_val2017.json; "" if there is none."""
     splits = {SPLIT_WORDS[word] for word in FILE_SPLIT.findall(path.stem.lower())}
     return splits.pop() if len(splits) == 1 else ""
 

@@ -1,6 +1,6 @@
-"""Readers of captions files: Flickr8k's token file, CSV and TSV, and texts beside images.
+"""Captions file readers: Flickr8k's token file, CSV and TSV, and text files beside images.
 
-Every reader adds its records to one ``CaptionCollector``; ``caption_table`` makes a table of it.
+Every reader adds its records to one ``CaptionCollector``; ``caption_table`` turns it into a table.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FLICKR8K_LISTS = {
 }
 TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#\d+(?:\t(?P<caption>.*))?")
 
-# What caption.py writes: a line of text without a header, and the columns of a table.
+# Output of caption.py: lines of text without a header, and the columns of a table.
 ENDINGS = "|".join(re.escape(extension) for extension in sorted(IMAGE_EXTENSIONS))
 TEXT_LINE = re.compile(rf"[^\t]+(?:{ENDINGS})\t.*", re.IGNORECASE)
 LOG_PROBABILITY = re.compile(r"-?\d+\.\d+")
@@ -38,13 +38,13 @@ PREDICTION_COLUMNS = ["image", "rank", "caption", "log_probability", "error"]
 # Text that a spreadsheet evaluates as a formula, or takes for one; see docs/file-formats.md.
 FORMULA = re.compile("'*[=+\\-@\\t\\n]")
 
-# Files beside an image, of which those of kohya's training scripts come first.
+# Captions files beside an image; those of kohya's training scripts take precedence.
 SIDECARS = (".caption", ".txt")
 UNMATCHED_TEXTS = "text files without one image of their name ignored"
 
 
 def read_file(path: Path, collector: CaptionCollector) -> str:
-    """Read one file of any layout, or a folder of images with texts; return the layout's name."""
+    """Read one file of any layout, or the text files beside images; return the layout's name."""
     if path.is_dir():
         return _read_sidecars(path, collector)
     text = collector.read_text(path)
@@ -52,7 +52,7 @@ def read_file(path: Path, collector: CaptionCollector) -> str:
     if text.lstrip().startswith(("{", "[")):
         return read_json(path, text, lines, collector)
     first_lines = [line for line in lines[:100] if line.strip()][:10]
-    # With the tab: a CSV line may well end in "we are #1".
+    # A tab is required: a CSV line may well end in "we are #1".
     if any("\t" in line and TOKEN_LINE.fullmatch(line) for line in first_lines):
         _read_token_file(path, lines, collector)
         return "Flickr8k token file"
@@ -65,7 +65,7 @@ def read_file(path: Path, collector: CaptionCollector) -> str:
 
 
 def read_shards(shards: TarShards, collector: CaptionCollector) -> str:
-    """Read the texts beside images in tar shards; return the layout's name."""
+    """Read the text files beside images in tar shards; return the layout's name."""
     captions, unmatched = shards.read_captions()
     for name, content in captions.items():
         text = collector.decode(content, name, name)
@@ -76,13 +76,13 @@ def read_shards(shards: TarShards, collector: CaptionCollector) -> str:
 
 
 def _split_lines(text: str) -> list[str]:
-    return re.split(r"\r\n|\n|\r", text)  # str.splitlines() would also cut at U+2028 and others
+    return re.split(r"\r\n|\n|\r", text)  # str.splitlines() also splits at U+2028 and others
 
 
 def find_sidecars(folder: Path) -> tuple[dict[Path, str], list[Path]]:
-    """Find the text files beside images: file -> image, and files of no image or several.
+    """Find the text files beside images: file -> image, and files that fit no image or several.
 
-    ``photo.txt`` and ``photo.caption`` belong to ``photo.jpg``; ``photo.jpg.txt`` does, even
+    ``photo.txt`` and ``photo.caption`` belong to ``photo.jpg``; so does ``photo.jpg.txt``, even
     beside ``photo.png``.
     """
     by_folder: defaultdict[str, list[str]] = defaultdict(list)
@@ -152,7 +152,7 @@ def _read_text_lines(lines: list[str], collector: CaptionCollector) -> None:
 
 
 def _read_delimited(path: Path, lines: list[str], collector: CaptionCollector) -> list[str]:
-    """Read CSV, TSV and their like; return the names of the columns."""
+    """Read CSV, TSV and similar files; return the column names."""
     start = next((index for index, line in enumerate(lines) if line.strip()), None)
     if start is None:
         raise UserError(f"{path}: the file is empty")
@@ -183,7 +183,7 @@ def text_of_cell(cell: str) -> str:
 
 
 def _read_header(path: Path, lines: list[str], start: int) -> tuple[str, list[str]]:
-    """Return the delimiter and the names of the columns."""
+    """Return the delimiter and the column names."""
     for delimiter in (",", ";", "\t", "|"):
         columns = [name.strip().lower() for name in _fields(lines[start], delimiter)]
         image, captions, _ = find_columns(tuple(columns))
@@ -198,10 +198,10 @@ def _read_header(path: Path, lines: list[str], start: int) -> tuple[str, list[st
 def _rows(
     lines: list[str], start: int, delimiter: str, width: int
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line number and the fields of each record from line ``start`` (0-based) on.
+    """Yield the line number and the fields of each record, beginning at line ``start`` (0-based).
 
-    A quoted caption may run over line ends, but never over a line that is a whole record by
-    itself: an unclosed quote spoils one line, not all that follow.
+    A quoted caption may span lines, but never a line that is a whole record by itself: an
+    unclosed quote spoils one line, not all that follow.
     """
     position = start
     while position < len(lines):
@@ -224,5 +224,5 @@ def _fields(row: str, delimiter: str) -> list[str]:
         return row.split(delimiter)
     try:
         return next(csv.reader([row], delimiter=delimiter), [])
-    except csv.Error:  # too long, or a line end outside quotes
+    except csv.Error:  # too long, or a line break outside quotes
         return []

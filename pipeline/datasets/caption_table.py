@@ -1,7 +1,7 @@
 """Find and read the captions of a data set as one table: image, split, captions.
 
 >>> table = read_captions(Path("data/flickr8k"))
->>> table, images = table.restrict(cache.names())     # only images that the cache has
+>>> table, images = table.restrict(cache.names())     # only images in the cache
 >>> for image in table.of_split("train"):
 ...     cache.rows([images[image.name]]), image.captions
 """
@@ -29,8 +29,8 @@ from pipeline.datasets.image_sources import ImageFolder, ImageSource
 from pipeline.datasets.tar_shards import TarShards
 from pipeline.utils.errors import UserError
 
-# The first group with a file is read: in the folder, else in the folders that name a split. Of
-# several files in a group the user chooses, unless their names give each a split of its own.
+# The first group that matches is read: in the folder, else in its folders named after a split. If
+# it matches several files, the user must choose, unless each is named after a different split.
 COCO_FILES = ("captions_*.json", "annotations/captions_*.json")
 SEARCH_ORDER = (
     ("Flickr8k.token.txt",),  # name.jpg#0<TAB>caption
@@ -44,7 +44,7 @@ SEARCH_ORDER = (
     ("captions.jsonl", "captions.json"),
     ("*.jsonl",),
 )
-# Searched after text files beside images, among which there may be other JSON.
+# Searched after text files beside images, as such a folder may hold other JSON files.
 SPLIT_FILES = ("*train*.json", "*val*.json", "*dev*.json", "*test*.json")
 
 CaptionPaths: TypeAlias = str | Path | Sequence[str | Path] | None
@@ -54,7 +54,7 @@ CaptionPaths: TypeAlias = str | Path | Sequence[str | Path] | None
 class CaptionedImage:
     """One image with its captions: raw text, single spaces, never empty."""
 
-    name: str  # the path that the captions file gives, with "/"
+    name: str  # the path in the captions file, with "/"
     split: str | None  # "train", "val" or "test"; None: in no split
     captions: tuple[str, ...]
 
@@ -86,11 +86,11 @@ class CaptionTable:
     def restrict(self, available: Iterable[str]) -> tuple[CaptionTable, dict[str, str]]:
         """Keep the captioned images that are among the ``available`` relative paths.
 
-        A name takes the path that equals it; else the only path that ends in it (``x.jpg`` and
-        ``Images/x.jpg``) or in which it ends; else the only one with the same file name. If
-        several paths fit a name, or several names a path, none is taken.
+        A name matches the path that equals it; else the only path that ends with it (``x.jpg`` and
+        ``Images/x.jpg``) or that it ends with; else the only one with the same file name. If
+        several paths fit a name, or several names fit a path, there is no match.
 
-        Returns the smaller table, whose notes count what is missing, and name -> available path.
+        Returns the reduced table, whose notes count what is missing, and name -> available path.
         """
         images, extra = match_names([image.name for image in self.images], available)
         kept = [image for image in self.images if image.name in images]
@@ -113,15 +113,15 @@ class CaptionTable:
 def read_captions(
     data: Path | ImageSource, captions: CaptionPaths = None, encoding: str | None = None
 ) -> CaptionTable:
-    """Read the captions of the folder or the shards ``data``, or those in ``captions``.
+    """Read the captions of the folder or shards ``data``, or those in ``captions``.
 
-    ``captions`` are files of any layout, or folders of images with texts; a path may be relative
-    to the working folder or to ``data``. Single bad lines are dropped and counted in the table's
-    notes, and so are images that several files have. For ``encoding`` see ``decode_text``.
+    ``captions`` are files of any layout, or folders of images and text files; a path may be
+    relative to the working folder or to ``data``. Bad lines are dropped and counted in the notes,
+    which also count images found in several files. For ``encoding`` see ``decode_text``.
 
     Raises:
-        UserError: no captions file is found, several compete, or a file cannot be read or
-            decoded, or there are no captions.
+        UserError: no captions file is found, several compete, one cannot be read or decoded, or
+            there are no captions.
     """
     collector = CaptionCollector(encoding)
     source = ImageFolder(data) if isinstance(data, Path) else data
@@ -141,12 +141,12 @@ def read_captions(
     images = [CaptionedImage(name, splits.get(name), tuple(found[name])) for name in names]
     ids = {name: collector.ids[name] for name in names if name in collector.ids}
     if len({(splits.get(name), number) for name, number in ids.items()}) < len(ids):
-        ids = {}  # of several files that number their images alike
+        ids = {}  # from several files that use the same ids
     return CaptionTable(images, paths[0], layout, split_source, notes, ids)
 
 
 def caption_paths(captions: CaptionPaths) -> list[str]:
-    """Return the paths as text; earlier runs have a single one in their settings."""
+    """Return the paths as strings; the settings of earlier runs hold a single one."""
     if not captions:
         return []
     return [str(path) for path in ([captions] if isinstance(captions, str | Path) else captions)]
@@ -188,7 +188,7 @@ def _advice(data: Path) -> str:
 
 
 def _split_folders(data: Path) -> list[Path]:
-    """List the folders that name a split."""
+    """List the folders named after a split."""
     return [path for path in sorted(data.iterdir()) if path.name.lower() in SPLIT_WORDS]
 
 
@@ -223,7 +223,7 @@ def _are_splits(paths: Sequence[Path]) -> bool:
 def _read_files(paths: Sequence[Path], data: Path, collector: CaptionCollector) -> str:
     """Read the files; return their layouts.
 
-    Names in a folder that names a split are relative to it.
+    Image names in a folder named after a split are relative to it.
     """
     several, root = len(paths) > 1, data.resolve()
     splits = {split_of_file(path) for path in paths}
@@ -264,8 +264,8 @@ def _assign_splits(
 
 
 def _folder_splits(paths: dict[str, str]) -> dict[str, str]:
-    """Return the splits of images whose first folder, below those of all, is that of a split."""
-    # Cut at a slash.
+    """Return the splits of images whose first folder below the common ones is named after one."""
+    # The common prefix, cut at a slash.
     shared = os.path.commonprefix([*paths.values()])  # noqa: RUF071
     start = shared.rfind("/") + 1
     firsts = {name: path[start:].rpartition("/")[0].split("/")[0] for name, path in paths.items()}
@@ -334,7 +334,7 @@ def match_names(
 
 
 def _by_tail(paths: Iterable[str]) -> dict[str, str]:
-    """Index paths by each of their tails: tail -> the path that ends in it, "" for several."""
+    """Index paths by each of their tails: tail -> the path that ends with it, "" if several do."""
     by_tail: dict[str, str] = {}
     for path in paths:
         for tail in _tails(path):

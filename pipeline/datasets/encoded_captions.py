@@ -34,7 +34,7 @@ def load_table(
 ) -> tuple[CaptionTable, dict[str, str]]:
     """Read the captions of ``source``, keep those whose image is available, and print a summary.
 
-    Returns the table, and for each of its images the name among ``available``.
+    Returns the table and, for each of its images, the matching name in ``available``.
 
     Raises:
         UserError: no captions, or none of their images is available.
@@ -54,7 +54,7 @@ class EncodedCaptions:
     """Captions as token ids, concatenated in one array."""
 
     images: Tensor  # int64 (M,): the index of each caption's image; ascending
-    tokens: Tensor  # int32: all captions one after the other, each <start> words <end>
+    tokens: Tensor  # int32: all captions concatenated, each <start> words <end>
     offsets: Tensor  # int64 (M + 1,): where each caption begins
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class EncodedCaptions:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens in each caption, <start> and <end> included: int64 (M,)."""
+        """Number of tokens in each caption, including <start> and <end>: int64 (M,)."""
         return self.offsets[1:] - self.offsets[:-1]
 
     @functools.cached_property
@@ -71,7 +71,7 @@ class EncodedCaptions:
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.images.bincount().cumsum(0)])
 
     def of_images(self, images: Tensor) -> EncodedCaptions:
-        """Return the captions of some images, int64 (P,), which are renumbered from 0."""
+        """Return the captions of ``images``, int64 (P,), with the images renumbered from 0."""
         bounds = self.first_of_image
         chosen = [torch.arange(int(bounds[p]), int(bounds[p + 1])) for p in images]
         captions = torch.cat(chosen)
@@ -96,7 +96,7 @@ class EncodedCaptions:
 def encode_captions(
     captions: Iterable[Sequence[Sequence[str]]], vocabulary: Vocabulary
 ) -> EncodedCaptions:
-    """Encode tokenized captions, grouped by image; very long ones are cut."""
+    """Encode tokenized captions, grouped by image; very long ones are truncated."""
     longest = vocabulary.tokenizer.longest_in_training
     tokens, offsets, counts = array("i"), [0], []
     for group in captions:
@@ -120,7 +120,7 @@ def pad_captions(captions: Iterable[Sequence[int]]) -> Tensor:
 def tokenized(
     images: Sequence[CaptionedImage], tokenizer: str = ENGLISH
 ) -> dict[str, list[list[str]]]:
-    """Tokenize the captions of each image, by its name; those without words are dropped."""
+    """Return each image's tokenized captions, by image name; those without words are dropped."""
     tokenize = tokenizer_of(tokenizer).tokenize
     groups = {
         # Interned, so that each word is stored once, however many millions of captions there are.
@@ -133,11 +133,11 @@ def tokenized(
 def bucketed_batches(
     lengths: Tensor, batch_size: int, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """Shuffle items, and batch those of similar length together so that little is padded.
+    """Shuffle items, and batch those of similar length together to limit padding.
 
-    Shuffled items are cut into stretches of 50 batches, sorted by length inside a stretch,
-    cut into batches, and the batches of a stretch shuffled. ``lengths`` is int64 (M,); yields
-    indices, int64 (up to batch_size,), each once.
+    Shuffled items are split into stretches of 50 batches. Each stretch is sorted by length and
+    split into batches, which are shuffled. ``lengths`` is int64 (M,); yields indices, int64 (up to
+    batch_size,), each once.
     """
     order = torch.randperm(len(lengths), generator=generator)
     for stretch in order.split(50 * batch_size):

@@ -1,4 +1,4 @@
-"""Find the images of a folder, and leave out what programs put there for themselves."""
+"""Find the images in a folder, leaving out those that programs keep there for their own use."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SKIPPED_FOLDERS = {
 }
 THUMBNAILS = "SYNOPHOTO_THUMB_*"
 OTHER_ENDINGS = "files with other endings"
-# The file that a run folder has beside its curves.png.
+# Marks a run folder, whose curves.png is skipped.
 RUN_FILE = "config.json"
 
 
 def skipped_folder(name: str) -> str | None:
-    """Return what a folder is whose images are not the user's own; None for any other."""
+    """Return the kind of a folder whose images are not the user's own; None for any other."""
     for pattern, kind in SKIPPED_FOLDERS.items():
         if fnmatchcase(name.lower(), pattern.lower()):
             return kind
@@ -59,15 +59,15 @@ def find_images(
     skipped: Counter[str] | None = None,
     on_error: Callable[[OSError], None] = _unlistable,
 ) -> list[str]:
-    """List the images below ``folder`` by their relative paths (with ``/``), in byte order.
+    """List the images under ``folder`` by their relative paths (with ``/``), in byte order.
 
-    Sub-folders are searched, symbolic links to folders followed (each folder once, so a
-    loop ends). Hidden files, and what other programs keep for themselves, are left out.
+    Subfolders are searched and symbolic links to folders followed (each folder once, so loops
+    end). Hidden files, and files that other programs keep for their own use, are left out.
 
     Args:
         folder: where to search.
         skipped: counts what was left out, by kind.
-        on_error: receives the error of a folder that cannot be listed; it is then left out.
+        on_error: called with the error if a folder cannot be listed; the folder is left out.
 
     Raises:
         UserError: ``folder`` is not a folder; or, by default, a folder cannot be listed.
@@ -83,7 +83,7 @@ def find_images(
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        # What a browser saves beside a page, and caption.py with --thumbnails beside.
+        # Folders that a browser, or caption.py with --thumbnails, saves beside a page.
         pages = [name for name in files if name.lower().endswith((".html", ".htm"))]
         page_files = {f"{Path(name).stem}_files" for name in pages}
         kinds = {name: skipped_folder(name) for name in folders}

@@ -1,4 +1,4 @@
-"""Flickr8k: download it, unpack it, and its official split."""
+"""Flickr8k: download, unpacking and the official split."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from pipeline.utils.progress import progress_bar
 from pipeline.utils.terminal import echo
 
 RELEASE_URL = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-FLICKR8K_MD5 = {  # the small one first: problems with the network show at once
+FLICKR8K_MD5 = {  # the small one first: network problems show at once
     "Flickr8k_text.zip": "bf6c1abcb8e4a833b7f922104de18627",
     "Flickr8k_Dataset.zip": "f18a1e2920de5bd84dae7cf08ec78978",
 }
-MARKER = ".downloaded"  # in the folder: the MD5 and name of each archive unpacked whole
+MARKER = ".downloaded"  # in the folder: the MD5 and name of each fully unpacked archive
 TIMEOUT = 30.0  # seconds without a byte
-TRIES, PAUSE = 3, 2.0  # tries in a row that bring nothing new, and seconds between them
+TRIES, PAUSE = 3, 2.0  # consecutive tries without progress, and seconds between them
 BLOCK = 1 << 20
 FLICKR8K_NAME = re.compile(r"(?:.*/)?(?P<photo>\d{1,19})_[0-9a-f]{10}\.jpg")
 
 
 class NetworkError(UserError):
-    """The file cannot be loaded from its address. The message names the address."""
+    """A file cannot be downloaded. The message names its URL."""
 
 
 @functools.cache
 def official_split() -> dict[int, str]:
-    """Return the split of the 8,000 photo ids, the numbers that begin Flickr8k's file names."""
+    """Return the split of each of the 8,000 photo ids, the leading numbers of the file names."""
     packed = importlib.resources.files(__package__).joinpath("flickr8k_split.txt.gz").read_bytes()
     pairs = (line.split() for line in gzip.decompress(packed).decode("ascii").splitlines())
     return {int(photo): split for split, photo in pairs}
 
 
 def official_splits(names: Sequence[str]) -> dict[str, str] | None:
-    """Return the official split of each image name; None unless 9 in 10 are of Flickr8k."""
+    """Return the official split of each image name; None unless 9 in 10 are Flickr8k's."""
     official = official_split()
     splits: dict[str, str] = {}
     for name in names:
@@ -59,9 +59,9 @@ def official_splits(names: Sequence[str]) -> dict[str, str] | None:
 
 
 def download_flickr8k(folder: Path) -> None:
-    """Put Flickr8k into ``folder``: ``Flicker8k_Dataset/*.jpg``, the token file, the split lists.
+    """Download Flickr8k to ``folder``: ``Flicker8k_Dataset/*.jpg``, token file and split lists.
 
-    After an interruption the same call resumes; on a complete folder it makes no request.
+    The same call resumes after an interruption; for a complete folder it makes no request.
 
     Raises:
         NetworkError: the server cannot be reached or refuses.
@@ -87,7 +87,7 @@ def download_flickr8k(folder: Path) -> None:
             ) from error
         unpack_zip(archive, folder)
         unpacked += [md5, name]
-        # Before the archive is deleted, so that a kill never costs a second gigabyte.
+        # Before the archive is deleted, so that a kill never costs another 1 GB download.
         with _disk_errors(marker), atomic_write(marker) as handle:
             handle.write("\n".join(unpacked))
     for name in FLICKR8K_MD5:
@@ -95,9 +95,9 @@ def download_flickr8k(folder: Path) -> None:
 
 
 def fetch(url: str, target: Path, md5: str) -> None:
-    """Load ``url`` to ``target`` and check its MD5; a ``.part`` file beside it is resumed.
+    """Download ``url`` to ``target`` and check its MD5, resuming any ``.part`` file beside it.
 
-    A ``target`` with the right MD5 is left as it is, without a request.
+    If ``target`` already has the right MD5, no request is made.
 
     Raises:
         NetworkError: the server cannot be reached, refuses, or sends nothing new.
@@ -134,7 +134,7 @@ def fetch(url: str, target: Path, md5: str) -> None:
 
 
 def _load_rest(url: str, handle: IO[bytes], name: str) -> None:
-    """Make one request for what is missing at the end of ``handle``, and append it."""
+    """Make one request for the rest of the file after ``handle``'s end, and append it."""
     have = handle.tell()
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -152,7 +152,7 @@ def _load_rest(url: str, handle: IO[bytes], name: str) -> None:
             desc=name, initial=have, total=total, unit="B", unit_scale=True, unit_divisor=1024
         )
         with bar:
-            # read1, not read: bytes that came before a time-out are kept.
+            # read1, not read: keeps the bytes received before a timeout.
             while block := response.read1(BLOCK):
                 handle.write(block)
                 bar.update(len(block))
@@ -166,8 +166,8 @@ def _load_rest(url: str, handle: IO[bytes], name: str) -> None:
 def unpack_zip(archive: Path, folder: Path) -> None:
     """Unpack ``archive`` into ``folder``, except ``__MACOSX``, dot files and names with ``..``.
 
-    Links become plain files, and absolute names relative ones: zipfile sees to it. Raises
-    UserError for a damaged archive or a full disk.
+    zipfile turns links into plain files and absolute names into relative ones. Raises UserError
+    for a damaged archive or a full disk.
     """
     try:
         with _disk_errors(folder), zipfile.ZipFile(archive) as opened:
@@ -186,7 +186,7 @@ def unpack_zip(archive: Path, folder: Path) -> None:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors on ``path`` into one line."""
+    """Turn the operating system's errors on ``path`` into one-line ``UserError``s."""
     try:
         yield
     except OSError as error:
@@ -199,7 +199,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 
 def _md5(path: Path) -> str:
-    # It detects damage, not malice; FIPS mode allows MD5 for that only.
+    # Detects damage, not tampering: the only use of MD5 that FIPS mode allows.
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as handle:
         while block := handle.read(BLOCK):

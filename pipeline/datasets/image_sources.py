@@ -31,12 +31,12 @@ class ImageFolder:
 
     @property
     def origin(self) -> str:
-        """What a cache stores of where its images are from."""
+        """Where the images come from, as stored in a cache."""
         return str(self.folder.resolve())
 
     @functools.cached_property
     def names(self) -> Sequence[str]:
-        """All images, in the order of their bytes."""
+        """All image names, in byte order."""
         return find_images(self.folder, self.skipped)
 
     def image(self, name: str) -> Path:
@@ -48,15 +48,15 @@ ImageSource: TypeAlias = ImageFolder | TarShards
 
 
 def open_source(data: str | Path) -> ImageSource:
-    """Open what ``--data`` names, listing no images; UserError if there are no such shards."""
+    """Open what ``--data`` names, without listing images; UserError if there are no such shards."""
     return TarShards(str(data)) if is_tar_shards(data) else ImageFolder(Path(data))
 
 
 def stop_if_unreachable(image: ImageRef) -> None:
-    """Raise UserError if an image cannot be read because a disk or a share went away.
+    """Raise UserError if an image cannot be read because its disk or network share is gone.
 
-    Then its folder is gone, or is the empty mount point. All other images would fail too,
-    and be taken for broken.
+    Its folder is then missing, or an empty mount point. All other images would fail too, and
+    be recorded as broken.
     """
     lost = False
     if isinstance(image, TarMember):
@@ -76,8 +76,8 @@ def stop_if_unreachable(image: ImageRef) -> None:
 def stamps_of(source: ImageSource, names: Sequence[str]) -> numpy.ndarray:
     """Return each image's size in bytes and modification time in ns: int64 (len(names), 2).
 
-    The time of an image in a shard is the one in the tar file, which a copy of it keeps. Both
-    are 0 for an image that is missing.
+    An image in a shard has the time stored in the tar file, which copying preserves. Both are 0
+    for a missing image.
     """
     import numpy
 

@@ -1,7 +1,7 @@
 """Decode images and resize them to InceptionV3's input square.
 
 Every stage reads images through this module, so an image looks the same to all of them. Pillow
-releases Python's lock while it decodes and resizes, so threads decode beside the network.
+releases the GIL while it decodes and resizes, so threads can decode while the network runs.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ IMAGE_EXTENSIONS = frozenset(
     ".jpg .jpeg .jpe .jfif .mpo .jp2 .j2k .jpx .png .apng .webp .heic .heif .hif .avif .gif "
     ".tif .tiff .bmp .tga .ppm .pgm .pbm .pnm".split()
 )
-# Pillow's names of the formats that are opened, the commonest first; HEIF needs a plugin. Pillow
-# knows thirty more, among them EPS, which starts Ghostscript. AVIF comes before HEIF, whose
-# plugin takes every file of the brand mif1 and cannot decode AV1.
+# Formats to open, by Pillow's names, most common first; HEIF needs a plugin. Pillow knows thirty
+# more, including EPS, which starts Ghostscript. AVIF comes before HEIF, whose plugin accepts every
+# file of brand mif1 but cannot decode AV1.
 FORMATS = "JPEG PNG WEBP GIF AVIF HEIF TIFF BMP JPEG2000 PPM TGA".split()
-# The start of HEIC files after the four bytes of a length (ISO 23008-12, annex B).
+# The start of a HEIC file: a 4-byte length, then its type (ISO 23008-12, annex B).
 HEIC_START = re.compile(rb".{4}ftyp(hei[cxms]|hev[cx]|mif1)", re.DOTALL)
 # InceptionV3's input: 299 x 299 pixels (Szegedy et al., arXiv 1512.00567, table 1).
 IMAGE_SIZE = 299
@@ -54,7 +54,7 @@ MAX_FILE_BYTES = 1 << 30
 MAX_SIDE = 65_535  # as in JPEG; rows of millions of pixels are very slow to resize
 # Pixels above which images are decoded one at a time, and slow decoders are refused.
 LARGE_IMAGE = 1 << 25
-# A progressive JPEG has about ten scans. Each costs a pass over all pixels, and 10 bytes of file.
+# A progressive JPEG has about ten scans. Each costs a pass over all pixels, but only 10 bytes.
 MAX_SCANS = 100
 # Marker, length and number of components of a scan (ITU-T T.81, B.2.3).
 SCAN = re.compile(rb"\xff\xda\0[\x08\x0a\x0c\x0e][\x01-\x04]")
@@ -76,10 +76,10 @@ ImageLike: TypeAlias = "ImageRef | Image.Image | numpy.ndarray"
 
 
 def load_image(path: ImageLike, size: int | None = None) -> Image.Image:
-    """Decode one image (of an animation the first frame) to upright 8-bit RGB.
+    """Decode one image (the first frame of an animation) to upright 8-bit RGB.
 
     Images above ``LARGE_IMAGE`` pixels are decoded one at a time, whatever the number of
-    threads: one needs up to 3.5 GB.
+    threads: each needs up to 3.5 GB.
 
     Args:
         path: the image: a file, an object that returns its bytes, a Pillow image, or uint8
@@ -90,7 +90,7 @@ def load_image(path: ImageLike, size: int | None = None) -> Image.Image:
             ``LARGE_IMAGE`` pixels are reduced to no less than twice ``size``.
 
     Raises:
-        ImageError: the image cannot be read; the text says why.
+        ImageError: the image cannot be read; the message says why.
     """
     from PIL import Image
 
@@ -115,7 +115,7 @@ def load_image(path: ImageLike, size: int | None = None) -> Image.Image:
 
 @contextmanager
 def opened(path: ImageLike) -> Iterator[Image.Image]:
-    """Open an image with Pillow, undecoded; every failure inside the block is an ImageError.
+    """Open an image with Pillow, undecoded; every failure in the block becomes an ImageError.
 
     A Pillow image or an array is copied.
     """
@@ -148,7 +148,7 @@ def opened(path: ImageLike) -> Iterator[Image.Image]:
         raise
     except Exception as error:
         # Pillow's plugins raise ValueError, SyntaxError, struct.error, IndexError and others on
-        # damaged files; whatever it is, the run goes on.
+        # damaged files; whatever the error, the run continues.
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
@@ -200,7 +200,7 @@ def _register_heif() -> bool:
     """Register the HEIC plugin, which turns images upright itself; True if it is installed."""
     try:
         import pillow_heif
-    except (ImportError, OSError):  # OSError: its library does not fit the system
+    except (ImportError, OSError):  # OSError: its library is incompatible with this system
         return False
     pillow_heif.register_heif_opener()
     return True
@@ -220,9 +220,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale grey values, integers of 0..65535 or floats of 0..1, to 8 bits.
+    """Scale grey values, integers in 0..65535 or floats in 0..1, to 8 bits.
 
-    When an image exceeds the scale, its own range is used. Infinities become black and white,
+    If values exceed that range, the image's own range is used. Infinities become black or white,
     NaN black.
     """
     import numpy

@@ -6,7 +6,7 @@
     --data 'simplecache::https://host/{0000..0099}.tar'    # each fetched once, to a temporary file
 
 The members of a shard are listed first, header by header; an image is then read by its offset
-and size. An image is named by its shard and its member, ``0000.tar/000017.jpg``. The text
+and size. It is named after its shard and member, ``0000.tar/000017.jpg``. The text file
 ``000017.txt`` beside it holds its captions, one per line: names agree up to the first dot.
 """
 
@@ -27,9 +27,9 @@ from pipeline.datasets.find_images import OTHER_ENDINGS, skipped_file, skipped_f
 from pipeline.utils.errors import ImageError, UserError
 
 BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
-# No image or text that people make is larger; a header may claim anything.
+# Real images and text files are smaller; a header may claim anything.
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 1 << 29, 1 << 20
-# Tries to read a remote image (fsspec's HTTP has none of its own), and seconds between them.
+# Attempts to read a remote image (fsspec's HTTP does not retry), and seconds between them.
 TRIES, PAUSE = 3, 2.0
 
 
@@ -39,9 +39,9 @@ class TarMember:
 
     shard: str  # path or URL of the tar file
     member: str  # its name there
-    offset: int  # where its bytes are
+    offset: int  # where its bytes begin
     size: int  # in bytes
-    time: int = 0  # when it was modified, by the tar file, in ns; 0: unknown
+    time: int = 0  # modification time in the tar file, in ns; 0: unknown
 
     def __str__(self) -> str:
         return f"{self.shard}/{self.member}"
@@ -51,7 +51,7 @@ class TarMember:
 
         Raises:
             ImageError: it is too large, or the shard ends before it.
-            OSError: the shard cannot be read, or an error of its own of a remote file system.
+            OSError: the shard cannot be read; remote file systems may raise their own errors.
         """
         if self.size > MAX_IMAGE_BYTES:
             raise ImageError(f"claims {self.size:,} bytes in its shard")
@@ -60,7 +60,7 @@ class TarMember:
             try:
                 content: bytes = system.cat_file(path, self.offset, self.offset + self.size)
                 break
-            except Exception:  # each of fsspec's file systems has errors of its own
+            except Exception:  # each of fsspec's file systems raises its own errors
                 if not tries_left:
                     raise
                 time.sleep(PAUSE)
@@ -70,15 +70,15 @@ class TarMember:
 
 
 class TarShards:
-    """The images of several shards. A shard is listed when something in it is first asked for.
+    """The images of several shards. A shard is listed on first use.
 
     Raises:
-        UserError: there are no such shards, or they are compressed; when one is listed: it is
-            missing, cut off or damaged.
+        UserError: there are no such shards, or they are compressed; on listing: a shard is
+            missing, truncated or damaged.
     """
 
     def __init__(self, pattern: str) -> None:
-        # The folder, so that a cache accepts more shards of it.
+        # The folder, so that a cache remains valid when shards are added to it.
         self.origin = shards_folder(pattern) + "/*.tar"
         shards = expand(pattern)
         self._shards = dict(zip(_labels(shards), shards, strict=True))
@@ -86,12 +86,12 @@ class TarShards:
 
     @property
     def is_local(self) -> bool:
-        """True if an image can be read at no cost."""
+        """True if no shard is remote."""
         return not any(map(is_remote, self._shards.values()))
 
     @functools.cached_property
     def names(self) -> Sequence[str]:
-        """All images, in the order of their bytes."""
+        """All image names, in byte order."""
         names = [f"{shard}/{name}" for shard in self._listing() for name in self._list(shard)]
         return sorted(names, key=os.fsencode)
 
@@ -104,9 +104,9 @@ class TarShards:
         return self._members[shard][member]
 
     def read_captions(self) -> tuple[dict[str, bytes], list[str]]:
-        """Read the texts beside the images.
+        """Read the text files beside the images.
 
-        Returns image name -> the content of its text, and the texts that fit no image or several.
+        Returns image name -> content of its text file, and text files of no image or several.
         """
         captions: dict[str, bytes] = {}
         unmatched: list[str] = []
@@ -152,10 +152,10 @@ def is_elsewhere(path: str) -> bool:
 
 
 def refuse_elsewhere(settings: Mapping[str, Any], names: Iterable[str], source: object) -> None:
-    """Check the paths that a model or a run names in its settings, which may be a stranger's.
+    """Check the paths in the settings of a model or run, which may come from a stranger.
 
     Raises:
-        UserError: one is on another machine. Only the user chooses what this machine connects to.
+        UserError: a path is on another machine. Only the user decides what to connect to.
     """
     for name in names:
         value = settings.get(name)
@@ -174,10 +174,10 @@ def shards_folder(pattern: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """List the shards that a pattern stands for; UserError if there are none.
+    """List the shards that a pattern matches; UserError if there are none.
 
-    ``{0000..0099}`` stands for the numbers, with as many digits; ``{train,val}`` for each
-    of these; ``*`` and ``?`` match existing files.
+    ``{0000..0099}`` expands to the numbers, zero-padded to that width; ``{train,val}`` to each of
+    these; ``*`` and ``?`` match existing files.
     """
     if not pattern.lower().endswith(".tar"):
         raise UserError(f"--data {pattern}: compressed shards cannot be read in place; unpack them")
@@ -210,7 +210,7 @@ def _expand_braces(pattern: str) -> Iterator[str]:
 
 
 def _labels(shards: Sequence[str]) -> list[str]:
-    """Name shards by their file names, with as many parent folders as make them unique."""
+    """Name shards by file name, with as many parent folders as it takes to make them unique."""
     parts = [shard.replace("\\", "/").split("/") for shard in shards]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
@@ -236,7 +236,7 @@ def _list_members(shard: str, texts: dict[str, bytes] | None) -> dict[str, TarMe
                 suffix = PurePosixPath(name).suffix.lower()
                 *folders, file_name = name.split("/")
                 reason = next(filter(None, map(skipped_folder, folders)), skipped_file(file_name))
-                # Links, devices and sparse files have no bytes of their own in one place.
+                # Links, devices and sparse files have no contiguous bytes of their own.
                 if reason not in (None, OTHER_ENDINGS) or not member.isreg() or member.sparse:
                     continue
                 if reason is None:
@@ -246,7 +246,7 @@ def _list_members(shard: str, texts: dict[str, bytes] | None) -> dict[str, TarMe
                 elif texts is not None and suffix == ".txt" and member.size <= MAX_TEXT_BYTES:
                     file.seek(member.offset_data)
                     texts[name] = file.read(member.size)
-            # Zeros end a tar file; tarfile takes a damaged header for the end, too.
+            # A tar file ends with zeros; tarfile also takes a damaged header for the end.
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                 raise tarfile.ReadError(f"no header at byte {archive.offset:,}")
@@ -256,18 +256,18 @@ def _list_members(shard: str, texts: dict[str, bytes] | None) -> dict[str, TarMe
         ) from error
     except FileNotFoundError as error:
         raise UserError(f"{shard}: no such shard") from error
-    except Exception as error:  # each of fsspec's file systems has errors of its own
+    except Exception as error:  # each of fsspec's file systems raises its own errors
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{shard}: cannot be read ({' '.join(reason.split())})") from error
     return found
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """Return fsspec's file system of a path or URL, and the path there."""
+    """Return fsspec's file system for a path or URL, and the path within it."""
     try:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # of fsspec itself, or of what it needs for this
+    except (ImportError, ValueError) as error:  # from fsspec or a package that it needs
         raise UserError(f"--data {url}: {error}") from error
     return system, path

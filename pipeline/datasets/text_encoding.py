@@ -12,7 +12,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What a text may be in if it is neither UTF-8 nor Windows-1252.
+# Possible encodings of text that is neither UTF-8 nor Windows-1252.
 CANDIDATES = (
     "gb18030 big5 shift_jis euc_jp cp949 cp1250 cp1251 cp1253 cp1254 cp1255 cp1256 cp1257 cp874 "
     "koi8_r cp866 iso8859_2"
@@ -27,13 +27,13 @@ SIGN_IN_WORD = re.compile(r"(?<=[^\W\d_])[\xa1-\xb3\xb5\xb6\xb8-\xbf\xd7\xf7](?=
 
 
 def decode_text(content: bytes, name: str, encoding: str | None = None) -> tuple[str, str]:
-    """Decode a file; return its text, and a note on what is doubtful or "".
+    """Decode a file; return its text, and a note on anything doubtful, or "".
 
-    A byte-order mark counts first, then ``encoding``, then UTF-8. Other text is taken for
+    A byte-order mark takes precedence, then ``encoding``, then UTF-8. Other text is read as
     Windows-1252 if that is plausible.
 
     Raises:
-        UserError: it is not in ``encoding``, or in none that is plausible.
+        UserError: it is not in ``encoding``, or no encoding is plausible.
     """
     marked = next((MARKS[mark] for mark in MARKS if content.startswith(mark)), None)
     if encoding and not marked:
@@ -46,7 +46,7 @@ def decode_text(content: bytes, name: str, encoding: str | None = None) -> tuple
             raise UserError(
                 f"--encoding {encoding}: no such text encoding; such as utf-8, cp1252, gb18030"
             ) from error
-    # Every other byte of UTF-16 is NUL where text is Latin.
+    # In Latin text, every other byte of UTF-16 is NUL.
     if marked or content.count(0) * 10 < len(content):
         text = content.decode(marked or "utf-8", "replace")
         wrong = text.count("\ufffd")
@@ -74,7 +74,7 @@ def _guess(content: bytes) -> str | None:
             return None
     from charset_normalizer import from_bytes
 
-    # Names of images, which are mostly ASCII, would dilute the evidence.
+    # Image names, which are mostly ASCII, would dilute the evidence.
     lines = b"\n".join(line for line in content.splitlines() if not line.isascii())
     lines = lines[: lines.rfind(b"\n", 0, GUESSED_FROM)] if len(lines) > GUESSED_FROM else lines
     best = from_bytes(lines, cp_isolation=CANDIDATES).best()

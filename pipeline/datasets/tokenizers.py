@@ -9,7 +9,7 @@
 >>> tokenize_characters("一只狗在草地上跑，穿着T恤。")
 ['一', '只', '狗', '在', '草', '地', '上', '跑', '穿', '着', 't', '恤']
 
-Tokenizing what a detokenizer writes gives the same tokens again. No token holds a space, "<" or
+Tokenizing a detokenizer's output gives the same tokens again. No token contains a space, "<" or
 ">", so no caption can contain a special token.
 
 English tokens follow the Penn Treebank, in lower case and without punctuation, like those of
@@ -40,8 +40,8 @@ class Tokenizer:
     description: str  # of its tokens, for tables of scores
     tokenize: Callable[[str], list[str]]
     detokenize: Callable[[Iterable[str]], str]
-    longest: int = 20  # the most tokens that search gives a caption
-    longest_in_training: int = 50  # training captions are cut there; Flickr8k's longest has 37
+    longest: int = 20  # longest caption that search produces, in tokens
+    longest_in_training: int = 50  # training captions are cut here; Flickr8k's longest has 37
 
 
 class _CharacterTable(dict[int, str]):
@@ -102,7 +102,7 @@ _INITIALS = re.compile(r"(?:[^\W\d_]\.)+")  # "j." and "u.s."
 _DECADE = re.compile(r"'\d\ds?")  # "'90s"
 _COMMA_OUTSIDE_NUMBER = re.compile(r"(?<!\d)[,:]|[,:](?!\d)")  # not in "1,000" and "10:30"
 _STRAY_PERIODS = re.compile(r"(?<!\w)\.(?!\d)|\.(?=\.)|-{2,}")  # not in ".5"; "..." leaves one
-# The look behind keeps time linear: a long run inside a word is tried once, from its start.
+# The lookbehind keeps matching linear: a long run inside a word is tried once, from its start.
 _EDGES = re.compile(r"^(?:['/-]|\.(?!\d))+|(?<!['/-])['/-]+$")
 _EQUATION_SIGN = re.compile(r"[+=]")
 _ENGLISH_CHARACTERS = _CharacterTable("'-.,:/" + "".join(SYMBOLS), True, {"…": ". "})
@@ -135,7 +135,7 @@ def _split_word(word: str) -> tuple[str, ...]:
     elif word in ABBREVIATIONS or _INITIALS.fullmatch(word):
         return (word,)
     else:
-        # One word at a time, so that a period within the text comes off like the last one.
+        # One word at a time, so that a period within the text is split off like the last one.
         parts = _treebank_tokenizer().tokenize(word)
     if parts == [word]:
         return (word,)
@@ -145,8 +145,8 @@ def _split_word(word: str) -> tuple[str, ...]:
 def tokenize_english(text: str) -> list[str]:
     """Split any text into lower-case Penn Treebank tokens without punctuation, possibly none.
 
-    The text is brought to Unicode form NFC; typographic quotes and hyphens become plain
-    ones; control characters separate words and zero-width characters vanish.
+    The text is normalized to NFC; typographic quotes and hyphens become plain ones; control
+    characters separate words and zero-width characters vanish.
     """
     text = unicodedata.normalize("NFC", text).translate(_ENGLISH_CHARACTERS)
     text = unicodedata.normalize("NFC", text.lower())
@@ -178,13 +178,13 @@ def _belongs_to(parts: tuple[str, ...], token: str) -> bool:
 
 # Other languages
 
-# Inside a word these belong to it: "l'eau", "U-Bahn", Catalan "col·lecció", Hebrew "צה״ל", and the
-# joiners of Persian and of India's scripts, which have no width.
+# Kept inside a word: "l'eau", "U-Bahn", Catalan "col·lecció", Hebrew "צה״ל", and the
+# zero-width joiners of Persian and Indic scripts.
 _INSIDE = "'\\-·׳״\u200c\u200d"
 _NUMBER_SIGNS = ".,:"  # kept in "3.5", "1,000" and "10:30"
 
-# Scripts that are written without spaces between words: Han, kana, bopomofo, Hangul, and Thai, Lao,
-# Burmese and Khmer but for their digits.
+# Scripts written without spaces between words: Han, kana, bopomofo, Hangul, and Thai, Lao, Burmese
+# and Khmer except for their digits.
 UNSPACED = (
     "\u3005-\u3007\u3021-\u3029\u3031-\u3035\u3041-\u3096\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff"
     "\u3105-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -195,7 +195,7 @@ UNSPACED = (
 )
 
 _LETTER = r"[^\W_]"  # or digit
-# After cleaning all that is left are letters, digits, marks, the signs above and spaces.
+# After cleaning, only letters, digits, marks, the signs above and spaces are left.
 _ANY = rf"[^\s{_INSIDE}{_NUMBER_SIGNS}]"
 _MARK = rf"[^\w\s{_INSIDE}{_NUMBER_SIGNS}]"
 _BETWEEN = rf"(?:[{_INSIDE}]|(?<=\d)[{_NUMBER_SIGNS}](?=\d))"
@@ -211,7 +211,7 @@ _CHARACTERS = _CharacterTable("'-·׳״\u200c\u200d.,:", False, {"\u200b": " "})
 
 
 def _clean(text: str) -> str:
-    """Bring a text to NFC, in lower case (which keeps "ß"), with spaces for all punctuation."""
+    """Normalize a text to NFC and lower case (keeping "ß"); punctuation becomes spaces."""
     text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
     return unicodedata.normalize("NFC", text.translate(_CHARACTERS))
 
@@ -219,7 +219,7 @@ def _clean(text: str) -> str:
 def tokenize_words(text: str) -> list[str]:
     """Split a caption in any language that puts spaces between words, in lower case.
 
-    The text is brought to Unicode form NFC, so that letters with diacritics (Vietnamese "ế") are
+    The text is normalized to NFC, so that letters with diacritics (Vietnamese "ế") are
     one character. Punctuation and symbols are dropped; apostrophes and hyphens inside a word stay.
     """
     return _WORD.findall(_clean(text))
@@ -228,11 +228,11 @@ def tokenize_words(text: str) -> list[str]:
 def tokenize_characters(text: str) -> list[str]:
     """Split a caption in a language without spaces: one token per character, in lower case.
 
-    Words of other scripts and numbers within it stay whole. Full-width letters and digits become
-    the plain ones, half-width kana the usual ones. A vowel or tone sign stays with its character
-    (Thai). Korean, which has spaces, loses them: for it ``tokenize_words`` is better.
+    Numbers and words in other scripts stay whole. Full-width letters and digits, and half-width
+    kana, become the usual ones. A vowel or tone sign stays with its character (Thai). Korean loses
+    its spaces: ``tokenize_words`` is better for it.
     """
-    # Only there: NFKC of a whole text would take Thai letters apart.
+    # Only there: NFKC of the whole text would decompose Thai letters.
     text = _OTHER_WIDTH.sub(lambda run: unicodedata.normalize("NFKC", run[0]), text)
     return _CHARACTER_OR_WORD.findall(_clean(text))
 
@@ -273,7 +273,7 @@ TOKENIZERS = {
         "characters, and words of scripts with spaces, lower case, no punctuation",
         tokenize_characters,
         detokenize_characters,
-        # A word of Chinese or Japanese has about two characters.
+        # A Chinese or Japanese word has about two characters.
         longest=40,
         longest_in_training=100,
     ),

@@ -40,7 +40,7 @@ class Vocabulary:
         min_count: int = 5,
         tokenizer: str = ENGLISH,
     ) -> Vocabulary:
-        """Build a vocabulary of the words that occur ``min_count`` times or more.
+        """Build a vocabulary of the words that occur at least ``min_count`` times.
 
         ``token_lists`` holds the tokens of each training caption, made by ``tokenizer``. Words
         are sorted by descending count, then alphabetically. UserError if none is frequent enough.
@@ -63,16 +63,16 @@ class Vocabulary:
         return self.tokenizer.tokenize(text)
 
     def detokenize(self, words: Iterable[str]) -> str:
-        """Join tokens to a caption."""
+        """Join tokens into a caption."""
         return self.tokenizer.detokenize(words)
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
-        """Return the id of each token, or that of ``<unk>``, also for texts of special tokens."""
+        """Return the id of each token; that of ``<unk>`` for unknown and special tokens."""
         ids = (self._ids.get(token, UNKNOWN_ID) for token in tokens)
         return [number if number > UNKNOWN_ID else UNKNOWN_ID for number in ids]
 
     def decode(self, ids: Iterable[int]) -> list[str]:
-        """Return the words for ids up to the first end; padding and starts are dropped.
+        """Return the words for ids up to the first <end>; <pad> and <start> are dropped.
 
         Raises IndexError for an id outside the vocabulary.
         """
@@ -99,7 +99,7 @@ class Vocabulary:
 
 
 def _check_words(words: Sequence[str]) -> None:
-    """Raise UserError if ``words`` cannot be the words of a vocabulary, by id."""
+    """Raise UserError if ``words`` is not a valid vocabulary, in order of id."""
     if isinstance(words, str) or not isinstance(words, Sequence):
         raise UserError(f"a vocabulary is a list of words, not {type(words).__name__}")
     for number, word in enumerate(words):

@@ -1,4 +1,4 @@
-"""How many cores this process may use; without torch, whose threads it decides."""
+"""How many cores this process may use. No torch import: this sets torch's number of threads."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_cores() -> int:
-    """Return the cores that this process is bound to, or fewer if its container has a quota."""
-    bound = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    """Return the number of cores this process may run on, limited by its container's quota."""
+    bound = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(bound(0)) if bound else os.cpu_count() or 1
     quota = cgroup_quota(CGROUP)
     return cores if quota is None else max(1, min(cores, round(quota)))
@@ -20,7 +20,7 @@ def available_cores() -> int:
 def cgroup_quota(root: Path) -> float | None:
     """Return the CPU quota of the container at ``root``, in cores; None if it has none.
 
-    Reads the files of cgroups v2, else of v1.
+    Reads the cgroup v2 files, falling back to v1.
     """
     with contextlib.suppress(OSError, ValueError):
         quota, period = (root / "cpu.max").read_text(encoding="ascii").split()

@@ -18,8 +18,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
-    ``auto`` is CUDA if available, else Apple's MPS, else the CPU. Processes of one machine
-    (``local_rank``, from 0) take different CUDA devices, as far as there are enough.
+    ``auto`` is CUDA if available, else Apple's MPS, else the CPU. Processes on one machine
+    (``local_rank``, from 0) use different CUDA devices if there are enough.
 
     Raises:
         UserError: the device is not available.
@@ -39,15 +39,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def inference_batch_size(device: torch.device) -> int:
-    """Return the images per forward pass: few on a CPU, so that activations stay in cache."""
+    """Return the images per forward pass, few on a CPU so that activations stay in cache."""
     return 4 if device.type == "cpu" else 64
 
 
 def default_workers(device: torch.device) -> int:
     """Return the number of threads that decode and encode images: one per core, at most 8.
 
-    More wait for Python's lock: on 16 cores 8 threads decoded 1,530 photographs per second, 16
-    threads 1,340.
+    More threads contend for the GIL: on 16 cores, 8 threads decoded 1,530 photographs per second,
+    16 threads 1,340.
     """
     return min(8, torch.get_num_threads() if device.type == "cpu" else available_cores())
 
@@ -70,7 +70,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Return ``name``, or for ``auto`` the fastest inference precision of the device.
 
     bf16 on CPUs with AMX and on GPUs that support it, fp16 on older CUDA GPUs, fp32 elsewhere:
-    with AVX-512's bf16 instructions alone InceptionV3 took 1.6 times as long in bf16 as in fp32.
+    with AVX-512 bf16 but no AMX, InceptionV3 took 1.6 times as long in bf16 as in fp32.
     """
     if name != "auto":
         return name
@@ -83,12 +83,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def cpu_has_amx() -> bool:
     """True if the CPU multiplies bfloat16 matrices in hardware."""
-    # torch's check is private; without it the safe answer is no.
+    # torch's check is private; if it is missing, assume no AMX.
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def cpu_has_int8() -> bool:
-    """True if the CPU multiplies 8-bit integers in hardware: VNNI, which all with AMX have."""
+    """True if the CPU multiplies 8-bit integers in hardware (VNNI, which every AMX CPU has)."""
     known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in torch 2.10
     return bool(known.get("avx512_vnni") or known.get("avx_vnni"))
 
@@ -117,7 +117,7 @@ def choose_decoder_precision(name: str, device: torch.device) -> str:
     """Like ``choose_training_precision``, but ``auto`` is fp32 on GPUs.
 
     The decoder's matrices are so small that conversion costs more than it saves: an H200 trained
-    on 30,000 captions/s in fp32 and 27,900 in bf16; in batches of 512, on 79,000 and 49,500.
+    on 30,000 captions/s in fp32 and 27,900 in bf16; at batch size 512, on 79,000 and 49,500.
     """
     if name == "auto" and device.type == "cuda":
         return "fp32"

@@ -1,9 +1,9 @@
-"""Several processes that do one job: ``torchrun`` starts them, ``joined_world`` connects them.
+"""Multi-process jobs: ``torchrun`` starts the processes, ``joined_world`` connects them.
 
     torchrun --nproc-per-node 4 -- extract_features.py --data photos
 
-Without ``torchrun`` a process is rank 0 of 1. The processes exchange little, so gloo carries it
-on CPUs and GPUs alike; gradients take NCCL (``training.data_parallel``).
+Without ``torchrun`` a process is rank 0 of 1. The processes exchange little data, so they use gloo
+on CPUs and GPUs alike; gradients go through NCCL (``training.data_parallel``).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ TIMEOUT = timedelta(days=30)
 
 @dataclass(frozen=True)
 class World:
-    """The job's processes, as one of them sees them; every method but ``share`` is collective.
+    """The job's processes, as seen by one of them. All methods except ``share`` are collective.
 
     Each collective method raises ``UserError`` if another process ended early.
 
     Attributes:
-        rank: this process's number, from 0; rank 0 alone reports and writes the job's files.
+        rank: this process's number, from 0; only rank 0 reports and writes the job's files.
         size: number of processes.
-        local_rank: this process's number on its machine; chooses its GPU.
-        restarted: True if torchrun started the processes again after one of them failed.
+        local_rank: this process's number on its machine; determines its GPU.
+        restarted: True if torchrun restarted the processes after one of them failed.
     """
 
     rank: int = 0
@@ -60,7 +60,7 @@ class World:
         return sum(self.all_gather(value))
 
     def all_gather(self, value: Result) -> list[Result]:
-        """Return ``value`` of every process, by rank."""
+        """Return every process's ``value``, by rank."""
         if self.size == 1:
             return [value]
         import torch.distributed
@@ -82,7 +82,7 @@ class World:
         return tuple(sums.tolist())
 
     def broadcast(self, function: Callable[[], Result]) -> Result:
-        """Call ``function`` in rank 0 alone and return its result in every process."""
+        """Call ``function`` on rank 0 only and return its result on every process."""
         if self.size == 1:
             return function()
         import torch.distributed
@@ -93,11 +93,11 @@ class World:
         return values[0]
 
     def share(self, items: Items) -> Items:
-        """Return this process's share of some items, every ``size``-th; it may be empty."""
+        """Return this process's share of ``items``, every ``size``-th one; it may be empty."""
         return items[self.rank :: self.size]  # type: ignore[return-value]
 
     def share_out(self, items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
-        """Call ``work`` for every item, each process for its share; return all results in order."""
+        """Call ``work`` on every item, split among the processes; return all results in order."""
         shares = self.all_gather([work(item) for item in self.share(items)])
         return [shares[n % self.size][n // self.size] for n in range(len(items))]
 
@@ -108,7 +108,7 @@ class World:
         return function() if result is None else result
 
     def refuse_differences(self, values: Mapping[str, Any]) -> None:
-        """Raise ``UserError`` that names the first value in which the processes differ, if any."""
+        """Raise ``UserError`` naming the first value in which the processes differ, if any."""
         first, *others = self.all_gather(dict(values))
         for other in others:
             for name, value in first.items():
@@ -125,10 +125,10 @@ SINGLE_PROCESS = World()
 
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:
-    """Join the other processes that ``torchrun`` started with this one, if it did.
+    """Join the other processes that ``torchrun`` started, if any.
 
-    Inside, rank 0 alone writes to standard output and standard error. An error that ends the job
-    is shown once, by the process that met it first.
+    Inside, only rank 0 writes to standard output and standard error. An error that ends the job
+    is shown once, by the first process to hit it.
 
     Raises:
         UserError: the other processes cannot be reached.
@@ -143,19 +143,19 @@ def joined_world() -> Iterator[World]:
         with _silent() if world.rank else contextlib.nullcontext():
             yield world
     except (Exception, KeyboardInterrupt) as error:
-        # Others may have met the same error, or have lost their connection because of it.
+        # Others may have hit the same error, or lost their connection because of it.
         if not _is_first_to_fail(store):
             raise SystemExit(getattr(error, "exit_code", 1)) from error
         shown = UserError(LOST) if _is_lost_connection(error) else error
         if isinstance(shown, click.ClickException):
-            shown.show()  # at once: torchrun ends this process when another one has ended
+            shown.show()  # now: torchrun kills this process once another has ended
             raise SystemExit(shown.exit_code) from error
         raise
     torch.distributed.destroy_process_group()
 
 
 def _connect() -> tuple[Store, World]:
-    """Connect to the other processes over gloo; return a store of this attempt, and the world.
+    """Connect to the other processes over gloo; return this attempt's store, and the world.
 
     On several machines a restart needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 (docs/scale.md).
     """
@@ -202,7 +202,7 @@ def _lost_connections_named() -> Iterator[None]:
 def _is_first_to_fail(store: Store) -> bool:
     try:
         return store.add("failed", 1) == 1
-    except RuntimeError:  # it cannot be known
+    except RuntimeError:  # there is no way to know
         return True
 
 

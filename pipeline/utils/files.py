@@ -1,4 +1,4 @@
-"""Writing files: a half-written one never has its final name, and one process writes at a time."""
+"""Write files: no half-written file has its final name, and one process writes at a time."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipeline.utils.errors import UserError
 if TYPE_CHECKING:
     from filelock import FileLock
 
-# Kinds of files, by how they start.
+# File types, by their first bytes.
 TEXT = re.compile(rb"[^\0]*\Z")
 HDF5 = re.compile(rb"\x89HDF\r\n\x1a\n")
-SAFETENSORS = re.compile(rb".{7}\0\{", re.DOTALL)  # a length of 8 bytes, then JSON
+SAFETENSORS = re.compile(rb".{7}\0\{", re.DOTALL)  # an 8-byte length, then JSON
 PAGE = re.compile(rb'(?:.*\n){4}<meta name="generator" content="captioner">')
 SCORES = re.compile(rb'\{\s*"predictions":')
-# What caption.py and evaluate.py write, as distinct from captions that users have in such formats:
+# Output of caption.py and evaluate.py, as opposed to users' own captions in the same formats:
 # JSON, JSON Lines, COCO results, CSV (perhaps saved by a spreadsheet), lines of path, tab, caption.
 PREDICTIONS = re.compile(
     rb"""
@@ -40,21 +40,21 @@ PREDICTIONS = re.compile(
 
 
 def temporary_path(path: Path) -> Path:
-    """Return the name of a file while it is written; the next replaces what a kill left there."""
+    """Return the name of a file while it is being written; the next write replaces leftovers."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary file beside ``path``; move it there when the block ends without an error.
+    """Open a temporary file beside ``path``; rename it to ``path`` if the block succeeds.
 
-    ``mode`` is ``"w"`` (UTF-8 text, ``\\n`` line ends) or ``"wb"``. Missing folders are made. A
-    symbolic link stays and its target is replaced; an existing file keeps its permissions. After an
-    error in the block the temporary file is removed and ``path`` is as before. A device or pipe,
-    such as /dev/null, is written directly.
+    ``mode`` is ``"w"`` (UTF-8 text, ``\\n`` line ends) or ``"wb"``. Missing folders are created.
+    A symbolic link is kept and its target replaced; an existing file keeps its permissions. After
+    an error in the block, the temporary file is removed and ``path`` is unchanged. A device or
+    pipe, such as /dev/null, is written directly.
 
     Raises:
-        UserError: the file cannot be written there; one line that names it.
+        UserError: the file cannot be written; the message names it in one line.
     """
     path = Path(path)
     check_writable(path)
@@ -95,20 +95,20 @@ def is_special(path: Path) -> bool:
 
 
 def _is_at(path: Path, file: os.stat_result) -> bool:
-    """True if ``path`` is this file, not one that another process has put there."""
+    """True if ``path`` is still this file, not one that another process put there."""
     return path.exists() and os.path.samestat(path.stat(), file)
 
 
 def cannot_be_written(path: Path, error: OSError) -> UserError:
-    """Return the error of a file that cannot be written."""
+    """Return the error for a file that cannot be written."""
     return UserError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of a file to be written.
+    """Create the parent folder of a file to be written.
 
     Raises:
-        UserError: ``path`` is a folder, or its folder cannot be made.
+        UserError: ``path`` is a folder, or its parent folder cannot be created.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file")
@@ -119,9 +119,9 @@ def check_writable(path: Path) -> None:
 
 
 def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
-    """Check that what is at ``path`` is of the kind that is to be written there.
+    """Check that any file at ``path`` is of the kind about to be written there.
 
-    A new or empty file always is.
+    A missing or empty file always passes.
 
     Raises:
         UserError: it is something else, such as an image, a checkpoint or the user's own captions.
@@ -135,7 +135,7 @@ def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
         raise cannot_be_written(path, error) from error
     found = kind.match(start)
     if found and found.groupdict().get("lines"):
-        # The user's own captions have such lines, too, but name images from their own folder on.
+        # The user's own captions can look like this too, but name images relative to their folder.
         images = re.findall(rb"^([^\t\n\0]+)\t", start, re.MULTILINE)
         found = found if any(Path(os.fsdecode(image)).exists() for image in images) else None
     if start and not found:
@@ -143,23 +143,23 @@ def check_replaceable(path: Path, kind: re.Pattern[bytes] = TEXT) -> None:
 
 
 def lock_path(path: Path) -> Path:
-    """Return the lock file of a file or folder; it lies beside it."""
+    """Return the lock file of a file or folder, which is beside it."""
     real = path.resolve()
     return real.with_name(f".{real.name}.lock")
 
 
 @contextmanager
 def locked(path: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
-    """Lock a file or folder that this process is about to write, while the block runs.
+    """Hold the lock on a file or folder to be written while the block runs.
 
-    The operating system releases the lock of a process that ends, however it ends; a leftover lock
-    file is harmless. Where locks are unsupported, or the folder cannot be written, there is none.
+    The operating system releases the lock when the process ends, however it ends; a leftover lock
+    file is harmless. Nothing is locked if locks are unsupported or the folder is not writable.
     Rank 0 holds the lock for all processes of ``world``.
 
     Raises:
         UserError: another process holds the lock.
     """
-    from filelock import FileLock  # 0.3 s that --help does not need
+    from filelock import FileLock  # takes 0.3 s; --help does not need it
 
     if is_special(path):
         yield
@@ -176,7 +176,7 @@ def locked(path: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):  # Windows cannot delete an open file
                 Path(lock.lock_file).unlink()
             lock.release()
 
@@ -192,5 +192,5 @@ def _acquire(lock: FileLock) -> str | None:
             return f" ({file.read_text(encoding='utf-8') or 'just begun'})"
         return ""
     except (OSError, NotImplementedError):
-        return None  # no locks there
+        return None  # locking is not possible there
     return None

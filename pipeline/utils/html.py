@@ -15,7 +15,7 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Return the environment of the templates; what is filled in is escaped."""
+    """Return the template environment; values are escaped."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -28,7 +28,7 @@ def environment() -> jinja2.Environment:
 
 
 def read_asset(*names: str) -> str:
-    """Return files of the templates, style sheets or scripts, as one text."""
+    """Return template files (style sheets or scripts), joined into one string."""
     return "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in names)
 
 

@@ -1,6 +1,6 @@
 """Options as dataclass fields: name, type, default, help and limits in one place.
 
-The commands make click options of such fields (``cli.options.from_dataclass``). Without torch.
+The commands turn these fields into click options (``cli.options.from_dataclass``). No torch import.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def option(
     heading: str = "",
     default_help: str = "",
 ) -> Any:
-    """Return a dataclass field that is an option of a command.
+    """Return a dataclass field that defines a command-line option.
 
     Args:
-        default: None where the value is decided later; ``default_help`` says how, in words.
+        default: None if the value is decided later; ``default_help`` describes how.
         help: one or two sentences for ``--help``.
         min, max: limits of a number, exclusive with ``open_min`` or ``open_max``.
         choices: the allowed values of a string.
-        heading: the heading of ``--help`` that the option stands under.
+        heading: the section of ``--help`` that lists the option.
     """
     metadata = {
         "help": help,
@@ -45,6 +45,6 @@ def option(
 
 
 def check_device_name(name: str) -> None:
-    """Raise UserError for a name that no device has; whether it is there is not checked."""
+    """Raise UserError for an invalid device name; availability is not checked."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:N or mps")

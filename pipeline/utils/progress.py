@@ -13,10 +13,10 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
 
 
 class PlainLines:
-    """Standard error for ``tqdm`` with one line per state in place of redrawing."""
+    """Standard error for ``tqdm``, with one line per update instead of redrawing."""
 
     def write(self, text: str) -> None:
-        """Write the visible part of a state."""
+        """Write the visible part of an update."""
         line = text.strip()
         if line:
             with contextlib.suppress(OSError):
@@ -31,7 +31,7 @@ class PlainLines:
 def progress_bar(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
     """Return a ``tqdm`` bar: redrawn twice a second in a terminal, else a line every 30 seconds.
 
-    In a file or pipe it prints nothing for work that takes less, so that logs stay readable.
+    In a file or pipe, shorter work prints nothing, to keep logs readable.
     """
     if sys.stderr.isatty():
         options |= {"mininterval": 0.5, "dynamic_ncols": True}

@@ -1,7 +1,7 @@
 """Output to a terminal, with the control characters of file names and captions escaped.
 
-Escape sequences move the cursor, change the window title or write to the clipboard; a line end
-fakes a message of its own; direction marks make "gpj.exe" read "exe.jpg".
+Escape sequences move the cursor, change the window title or write to the clipboard; a line break
+fakes a separate message; direction marks make "gpj.exe" read "exe.jpg".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import click
 # which stand for bytes that are not UTF-8 and cannot be written.
 BEYOND_C0 = "\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 CONTROL = re.compile(f"[\x00-\x1f{BEYOND_C0}]")
-# JSON itself escapes C0 within strings; the line ends between values are its own.
+# JSON itself escapes C0 within strings; line breaks between values are part of its layout.
 CONTROL_IN_JSON = re.compile(f"[{BEYOND_C0}]")
 
 
@@ -33,9 +33,9 @@ def escape_control(text: str, keep: str = "") -> str:
 
 
 def echo(message: str, err: bool = False) -> None:
-    """Print to standard output or standard error; line ends and tabs are kept.
+    """Print to standard output or standard error; line breaks and tabs are kept.
 
-    Messages are lost where standard error cannot be written; the work goes on.
+    If standard error cannot be written, the message is dropped and the work continues.
     """
     with contextlib.suppress(OSError) if err else contextlib.nullcontext():
         click.echo(escape_control(message, keep="\n\t"), err=err)
@@ -47,6 +47,6 @@ def echo_failure(name: str, reason: str) -> None:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    r"""Return JSON with letters as they are and every control character as ``\uXXXX``."""
+    r"""Return JSON with non-ASCII letters kept and every control character as ``\uXXXX``."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return CONTROL_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -1,4 +1,4 @@
-"""Threads that work ahead of the one that takes their results."""
+"""Worker threads that run ahead of the consumer of their results."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def prefetch(
 ) -> Iterator[Result]:
     """Map ``function`` over ``items`` in order, with ``workers`` threads working in advance.
 
-    At most ``ahead`` results wait to be taken. An exception of ``function`` is raised in place of
-    its result. Every thread first calls ``start``.
+    At most ``ahead`` results are queued. An exception in ``function`` is raised in place of its
+    result. Every thread first calls ``start``.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="prefetch", initializer=start) as pool:
         waiting: deque[Future[Result]] = deque()
