@@ -1,4 +1,4 @@
-"""Stage 1: images through the encoder once, into one HDF5 feature cache, and reading it.
+"""Stage 1: encode every image once into an HDF5 feature cache, and read it.
 
 May import ``models`` and the rooms below it. Start with ``extraction``, then ``cache``.
 """

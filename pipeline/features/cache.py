@@ -1,9 +1,9 @@
 """The feature cache: one HDF5 file with one feature vector per image.
 
 data/README.md describes its datasets; the file has the suffix ``.partial`` until every row is done
-or failed. This module reads caches, and copies that HDF5 tools made of them. Where several
-processes extracted (``sharded_cache``), ``features`` is a virtual dataset over shards beside the
-file, each of them a cache itself.
+or failed. This module reads caches, including copies made by HDF5 tools. If several processes
+extracted the features (``sharded_cache``), ``features`` is a virtual dataset over shards beside
+the file, each itself a cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.utils.errors import UserError
 SCHEMA_VERSION = 2
 PENDING, DONE, FAILED = 0, 1, 2
 REASON_BYTES = 160
-# Shape of a row and type of each dataset; S: bytes of a fixed number.
+# Row shape and type of each dataset; S: fixed-length bytes.
 DATASETS: dict[str, tuple[tuple[int, ...], str]] = {
     "features": ((FEATURE_SIZE,), "<f2"),
     "names": ((), "S"),
@@ -35,12 +35,12 @@ DATASETS: dict[str, tuple[tuple[int, ...], str]] = {
     "row_crc": ((), "<u4"),
 }
 CHECKED_COLUMNS = ("names", "status", "reason", "crc", "stamps")
-# Rows touched at a time where a whole cache is walked through: 32 MB of features.
+# Rows processed at a time when traversing a whole cache: 32 MB of features.
 CHUNK = 8192
 
 
 class StoredDataset(NamedTuple):
-    """Type, shape and place of a dataset; the offset is None unless its bytes lie in one piece."""
+    """Type, shape and offset of a dataset; the offset is None unless its bytes are contiguous."""
 
     dtype: numpy.dtype
     shape: tuple[int, ...]
@@ -53,7 +53,7 @@ def partial_path(path: Path) -> Path:
 
 
 def is_foreign(path: Path) -> bool:
-    """True if a file is HDF5 of another program: it is intact, and lacks what every cache has."""
+    """True if a file is another program's HDF5: readable, but without a schema version."""
     try:
         with h5py.File(path, "r") as file:
             return "schema_version" not in file.attrs
@@ -71,7 +71,7 @@ class FeatureCache:
         datasets: type, shape and offset of each dataset.
 
     Raises:
-        UserError: the file is missing, no feature cache, or of another schema version.
+        UserError: the file is missing, not a feature cache, or of another schema version.
     """
 
     def __init__(self, path: Path, may_have_shards: bool = True) -> None:
@@ -131,7 +131,7 @@ class FeatureCache:
 
     @property
     def complete(self) -> bool:
-        """True if the file has its final name; no row of it should be pending."""
+        """True if the file has its final name; none of its rows should be pending."""
         return self.path.suffix != ".partial"
 
     @property
@@ -140,9 +140,9 @@ class FeatureCache:
         return self.column("status")
 
     def column(self, name: str) -> numpy.ndarray:
-        """Return all rows of a dataset, mapped; those of a compressed or chunked copy are loaded.
+        """Return all rows of a dataset, memory-mapped; a compressed or chunked copy is loaded.
 
-        Raises UserError if the file is gone, or shorter now.
+        Raises UserError if the file is gone or has become shorter.
         """
         dtype, shape, offset = self.datasets[name]
         if offset is None:
@@ -150,7 +150,7 @@ class FeatureCache:
                 self._loaded[name] = self._load(name)
             return self._loaded[name]
         try:
-            # Anew each time: pages read through a map count as this process's memory.
+            # Mapped anew each time: pages read through a map count as this process's memory.
             return numpy.memmap(self.path, dtype, "r", offset, shape)
         except (OSError, ValueError) as error:
             raise self._lost(error) from error
@@ -162,7 +162,7 @@ class FeatureCache:
         if not len(rows):
             return numpy.empty((0, FEATURE_SIZE), dtype)
         wanted, places = numpy.unique(rows, return_inverse=True)
-        # A slice is much faster than a list of rows, and walks through a cache ask for slices.
+        # A slice is much faster than a list of rows, and traversals of a cache ask for slices.
         first, last = int(wanted[0]), int(wanted[-1])
         whole = last - first + 1 == len(wanted)
         values = self._load("features", slice(first, last + 1) if whole else wanted)
@@ -219,11 +219,11 @@ class FeatureCache:
         return self.find(numpy.array([os.fsencode(name) for name in names], dtype="S"))
 
     def find(self, names: numpy.ndarray) -> numpy.ndarray:
-        """Return the rows of names as bytes, (R,), like ``rows``."""
+        """Return the rows of ``names``, given as bytes, (R,); see ``rows``."""
         known = self.column("names")
         if not len(known) or not len(names):
             return numpy.full(len(names), -1, dtype=numpy.int64)
-        # In the known names' type: for a longer one numpy would copy all names to widen them.
+        # Cast to the known names' type: numpy would otherwise copy and widen all names.
         found = numpy.searchsorted(known, names.astype(known.dtype))
         found = numpy.minimum(found, len(known) - 1)
         return numpy.where(known[found] == names, found, -1)
@@ -231,13 +231,13 @@ class FeatureCache:
     def changed(self, rows: numpy.ndarray, stamps: numpy.ndarray) -> numpy.ndarray:
         """Return which rows' images have changed, bool (R,): both stamps known, and different.
 
-        ``rows`` is int64 (R,); ``stamps``, int64 (R, 2), are those of the images now.
+        ``rows`` is int64 (R,); ``stamps``, int64 (R, 2), are the images' current stamps.
         """
         before = self.column("stamps")[rows]
         return (before != stamps).any(1) & before.any(1) & stamps.any(1)
 
     def chunks(self) -> Iterator[numpy.ndarray]:
-        """Yield all rows that should have checksums, some at a time."""
+        """Yield all rows that should have checksums, in chunks."""
         for start in range(0, len(self), CHUNK):
             if self.complete:
                 yield numpy.arange(start, min(start + CHUNK, len(self)))
@@ -247,7 +247,7 @@ class FeatureCache:
     def damaged_rows(self, rows: numpy.ndarray | None = None) -> numpy.ndarray:
         """Return the rows whose checksums do not match or whose features are not finite.
 
-        By default all rows that are done or failed are checked, and in a complete cache all.
+        By default checks all rows that are done or failed; in a complete cache, all rows.
         """
         parts = self.chunks() if rows is None else numpy.split(rows, range(CHUNK, len(rows), CHUNK))
         damaged = [numpy.empty(0, numpy.int64)]
@@ -260,7 +260,7 @@ class FeatureCache:
         return numpy.concatenate(damaged)
 
     def refuse_damage(self, rows: numpy.ndarray) -> None:
-        """Raise UserError if there are damaged rows; ``rows`` are their numbers, possibly none."""
+        """Raise UserError if ``rows``, the damaged rows' numbers, is not empty."""
         if len(rows):
             raise UserError(
                 f"{self.path}: {len(rows)} rows are damaged (row {rows[0]}, for one); "
@@ -268,7 +268,7 @@ class FeatureCache:
             )
 
     def _fit(self, rows: numpy.ndarray) -> numpy.ndarray:
-        """Return which rows are done or failed and, beside their features, undamaged: bool (R,)."""
+        """Return which rows are done or failed and, features aside, undamaged: bool (R,)."""
         columns = {name: self.column(name)[rows] for name in CHECKED_COLUMNS}
         ended = numpy.isin(columns["status"], (DONE, FAILED))
         return ended & (self.column("row_crc")[rows] == row_crcs(columns))
@@ -293,7 +293,7 @@ def default_cache_path(data: str | Path) -> Path:
 
 
 def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """Return a dataset; ValueError if it is missing, or lies in other files."""
+    """Return a dataset; ValueError if it is missing or stored in other files."""
     link = file.get(name, getlink=True)
     if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
         raise ValueError(f"{name} is missing")
@@ -303,7 +303,7 @@ def _own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 
 
 def _shards_of(path: Path, features: h5py.Dataset) -> list[Path]:
-    """Return the files behind a virtual dataset, which have to be caches beside ``path``."""
+    """Return the files behind a virtual dataset, which must be caches beside ``path``."""
     shards = []
     for source in features.virtual_sources():
         shard = path.parent / source.file_name

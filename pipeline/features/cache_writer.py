@@ -1,7 +1,7 @@
-"""Writing a feature cache, safe at any kill.
+"""Write a feature cache that survives a kill at any time.
 
-The file is laid out whole through h5py: contiguous datasets, allocated at once. From then on rows
-are written at fixed offsets, without a change to HDF5's own structures.
+h5py first lays out the whole file: contiguous datasets, allocated at once. From then on, rows are
+written at fixed offsets, without changing HDF5's own structures.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from pipeline.utils.errors import UserError
 from pipeline.utils.files import cannot_be_written, temporary_path
 from pipeline.utils.terminal import echo
 
-# Seconds between two commits; a kill costs at most the work of one such span.
+# Seconds between two commits; a kill loses at most the work of one interval.
 COMMIT_INTERVAL = 1.0
 NO_FEATURES = numpy.zeros(FEATURE_SIZE, numpy.float16)
-# Upper limit of a file's bytes beside its rows.
+# Upper limit of a file's bytes other than its rows.
 STRUCTURE_BYTES = 1 << 14
 
 
@@ -54,10 +54,10 @@ class CacheWriter:
         self._last_commit = time.monotonic()
 
     def pending_batches(self, batch_size: int) -> Iterator[list[int]]:
-        """Yield the batches of an undisturbed run that have pending rows, whole.
+        """Yield, whole, each batch of an uninterrupted run that has pending rows.
 
-        The rounding of a row may depend on its batch, and a resumed cache must equal an
-        undisturbed one byte for byte.
+        The rounding of a row may depend on its batch, and a resumed cache must be byte-identical
+        to an uninterrupted one.
         """
         for start in range(0, len(self.cache), batch_size):
             status = self.cache.status[start : start + batch_size]
@@ -76,7 +76,7 @@ class CacheWriter:
             self._uncommitted[row] = (DONE, value, b"")
         for row, reason in failures.items():
             encoded = reason.encode("utf-8", "replace")[:REASON_BYTES]
-            encoded = encoded.decode("utf-8", "ignore").encode()  # no half letter at the end
+            encoded = encoded.decode("utf-8", "ignore").encode()  # no partial character at the end
             self._uncommitted[row] = (FAILED, NO_FEATURES, encoded)
         if time.monotonic() - self._last_commit > COMMIT_INTERVAL:
             self.commit()
@@ -106,7 +106,7 @@ class CacheWriter:
         self._last_commit = time.monotonic()
 
     def put(self, rows: numpy.ndarray, columns: dict[str, numpy.ndarray]) -> None:
-        """Write status, reason, crc and, if given, features of sorted rows, with a checksum each.
+        """Write status, reason, crc and, if given, features of sorted rows, and a checksum per row.
 
         Raises OSError if they cannot be written.
         """
@@ -119,7 +119,7 @@ class CacheWriter:
         self._handle.flush()
 
     def put_values(self, rows: numpy.ndarray, columns: Mapping[str, numpy.ndarray]) -> None:
-        """Write values at their places in the file; ``rows`` are sorted."""
+        """Write values at their offsets in the file; ``rows`` are sorted."""
         runs = numpy.split(numpy.arange(len(rows)), numpy.flatnonzero(numpy.diff(rows) != 1) + 1)
         for run in runs if len(rows) else []:
             for name, values in columns.items():
@@ -130,7 +130,7 @@ class CacheWriter:
                 self._handle.write(values[run[0] : run[-1] + 1].astype(dtype).tobytes())
 
     def finish(self) -> FeatureCache:
-        """Commit, force everything to disk, and open the cache by its final name."""
+        """Commit, force everything to disk, and open the cache under its final name."""
         self.commit()
         path = self.cache.path.with_suffix("")  # without ".partial"
         try:
@@ -153,9 +153,9 @@ def open_writer(
 ) -> CacheWriter:
     """Open the partial cache of ``path`` for the images ``names``, keeping all work already done.
 
-    ``names`` are in the order of their bytes; ``stamps``, int64 (N, 2), are the images' sizes in
-    bytes and times in ns. Rows of ``sources``, caches by the same encoder, are taken over unless
-    they are damaged or their image has changed, or, with ``retry_failed``, if they failed.
+    ``names`` are in byte order; ``stamps``, int64 (N, 2), are the images' sizes in bytes and
+    times in ns. Rows of ``sources``, caches by the same encoder, are copied unless they are
+    damaged, their image has changed, or, with ``retry_failed``, they failed.
 
     Raises:
         UserError: the file cannot be written.
@@ -177,9 +177,9 @@ def is_current(
     first: int = 0,
     count: int | None = None,
 ) -> bool:
-    """True if no image has to be added to the cache, taken from it or encoded again.
+    """True if no image has to be added to the cache, removed from it or encoded again.
 
-    ``names`` are those from row ``first`` on, of ``count`` in all.
+    ``names`` start at row ``first``, out of ``count`` rows in all.
     """
     rows = numpy.arange(first, first + len(names))
     if len(cache) != (count or len(names)) or not numpy.array_equal(cache.rows(names), rows):
@@ -203,10 +203,10 @@ def create_file(
     retry_failed: bool = False,
     shards: Sequence[FeatureCache] = (),
 ) -> None:
-    """Lay out a whole cache at ``path`` and take over the good rows of ``sources``.
+    """Lay out a whole cache at ``path`` and copy the good rows of ``sources``.
 
-    With ``shards`` their features stay where they are, and a virtual dataset presents them.
-    Raises UserError if the file cannot be written; what was at ``path`` is still there.
+    With ``shards``, features stay there, and a virtual dataset refers to them.
+    Raises UserError if the file cannot be written; ``path`` is then unchanged.
     """
     temporary = temporary_path(path)
     longest = max((len(os.fsencode(name)) for name in names), default=1)
@@ -214,7 +214,7 @@ def create_file(
     attributes = {**asdict(identity), "data": data}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Before HDF5 begins, whose errors of a full disk are long, and leave the file open.
+        # Before HDF5 begins: its disk-full errors are long and leave the file open.
         _reserve(temporary, "wb", STRUCTURE_BYTES + len(names) * row_bytes)
         _lay_out(temporary, len(names), longest, attributes, shards)
         _reserve(temporary, "r+b", temporary.stat().st_size)
@@ -245,8 +245,8 @@ def _lay_out(
 ) -> None:
     """Write the structure of a cache of ``count`` rows through h5py; all values are 0.
 
-    All that decides the file's form is set here: no global setting of h5py and no clock changes a
-    byte. The form is that of HDF5 1.8, whose structures have checksums.
+    Everything that determines the file's bytes is set here, independent of h5py's global settings
+    and the clock. The format is that of HDF5 1.8, whose structures have checksums.
     """
     creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
     creation.set_obj_track_times(False)
@@ -256,14 +256,14 @@ def _lay_out(
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    # The new part of a file reads as zeros without writing them.
+    # Newly allocated parts of a file read as zeros without being written.
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     properties.set_obj_track_times(False)
     file_id = h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, creation, access)
     with h5py.File(file_id) as file:
         file.attrs["schema_version"] = SCHEMA_VERSION
         for name, text in attributes.items():
-            # Of fixed length: HDF5 has no checksum of texts of any length.
+            # Fixed-length: HDF5 has no checksums for variable-length strings.
             encoded = text.encode("utf-8", "replace")
             kind = h5py.string_dtype("utf-8", max(1, len(encoded)))
             file.attrs.create(name, encoded, dtype=kind)
@@ -282,14 +282,14 @@ def _lay_out(
 
 
 def _virtual(space: h5py.h5s.SpaceID, shards: Sequence[FeatureCache]) -> h5py.h5p.PropDCID:
-    """Return the properties of a dataset that presents the features of ``shards``."""
+    """Return the properties of a virtual dataset over the features of ``shards``."""
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_obj_track_times(False)
     first = 0
     for shard in shards:
         shape = (len(shard), FEATURE_SIZE)
         space.select_hyperslab((first, 0), shape)
-        # By its bare name: HDF5 looks beside the file that has the virtual dataset.
+        # By its bare name: HDF5 looks beside the file that contains the virtual dataset.
         name, source = os.fsencode(shard.path.name), h5py.h5s.create_simple(shape)
         properties.set_virtual(space, name, b"features", source)
         first += len(shard)
@@ -300,7 +300,7 @@ def _virtual(space: h5py.h5s.SpaceID, shards: Sequence[FeatureCache]) -> h5py.h5
 def _take_over(
     writer: CacheWriter, source: FeatureCache, retry_failed: bool, with_features: bool
 ) -> None:
-    """Copy the good rows of ``source`` to the rows of the same names that are still pending."""
+    """Copy the good rows of ``source`` to the pending rows with the same names."""
     cache, damaged_rows = writer.cache, 0
     for old in source.chunks():
         damaged = source.damaged_rows(old)
@@ -321,7 +321,7 @@ def _take_over(
 
 
 def _reserve(path: Path, mode: str, size: int) -> None:
-    """Allocate a file's disk space now, so that a full disk shows before the work, not amid it."""
+    """Allocate a file's disk space up front, so that a full disk shows before the work begins."""
     with path.open(mode) as handle:
         try:
             os.posix_fallocate(handle.fileno(), 0, max(size, 1))

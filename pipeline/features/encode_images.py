@@ -1,4 +1,4 @@
-"""Many image files through an encoder: decoded and encoded by threads, shared by processes."""
+"""Encode many images: threads decode and encode, and processes share the work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.utils.distributed import SINGLE_PROCESS, World
 from pipeline.utils.errors import UserError
 from pipeline.utils.threads import prefetch
 
-# The largest float16, which caches hold. Damaged weights can give infinity or NaN.
+# The largest float16, the type that caches store. Damaged weights can give infinity or NaN.
 LARGEST_FEATURE = 65504.0
 
 
@@ -29,7 +29,7 @@ class EncodedBatch:
     keys: list[int]  # which images were read, in order
     features: numpy.ndarray  # float32 (len(keys), 2048)
     failures: dict[int, str]  # key of each image that could not be read, and why
-    cells: numpy.ndarray  # float32 (len(keys), 64, 2048), what was pooled; or (0,), not asked for
+    cells: numpy.ndarray  # float32 (len(keys), 64, 2048), before pooling; or (0,), not requested
 
 
 def encode_batches(
@@ -38,11 +38,11 @@ def encode_batches(
     workers: int,
     with_cells: bool = False,
 ) -> Iterator[EncodedBatch]:
-    """Decode and encode files, given in batches of (key, path); batches come in their order.
+    """Decode and encode files, given in batches of (key, path); yield the batches in order.
 
-    Each of ``workers`` threads takes a batch and does all of it: on a CPU with its share of the
-    cores to itself, so that none waits for another in the middle of the network; on a GPU one
-    encodes while the others decode. Memory holds a few batches per worker.
+    Each of ``workers`` threads processes whole batches: on a CPU with its own share of the cores,
+    so that none waits for another in the middle of the network; on a GPU one encodes while the
+    others decode. Memory holds a few batches per worker.
 
     Raises:
         UserError: the encoder's output is not finite.
@@ -94,13 +94,13 @@ def encode_distributed(
     dtype: torch.dtype = torch.float32,
     watch: Callable[[int], object] = lambda done: None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """Encode files, each process of ``world`` a share of them; every process gets all features.
+    """Encode files, split among the processes of ``world``; every process gets all features.
 
     ``watch`` is called with the number of files that this process has done since the last call.
 
     Returns:
-        Features (N, 2048) in the order of the files, 0 for those that cannot be read; and the
-        indices of these, with reasons.
+        Features (N, 2048) in the order of the files, 0 for those that cannot be read; and
+        index -> reason for those.
     """
     features = torch.zeros(len(images), FEATURE_SIZE, dtype=dtype)
     encoded: list[int] = []

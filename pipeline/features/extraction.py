@@ -1,4 +1,4 @@
-"""Stage 1: every image through the encoder once, into one feature cache."""
+"""Stage 1: encode every image once into a feature cache."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ class ExtractionResult:
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is to be extracted, and how."""
+    """What to extract, and how."""
 
     source: ImageSource
-    names: Sequence[str]  # in the byte order of their names; all are ``source.names``
+    names: Sequence[str]  # in byte order; ``source.names`` are all of them
     output: Path  # the HDF5 file; its name ends in ``.partial`` until it is complete
-    encoder: Encoder  # BatchNorm is folded into its weights in the work
+    encoder: Encoder  # extraction folds BatchNorm into its weights
     batch_size: int  # images per forward pass
     workers: int  # threads that decode and encode
     engine: str = "torch"  # or ``openvino``
     on_error: str = "skip"  # record unreadable images as failed; ``fail``: stop at the first
-    force: bool = False  # begin anew whatever is there
-    retry_failed: bool = False  # try images again that an earlier run recorded as failed
+    force: bool = False  # start over, whatever is there
+    retry_failed: bool = False  # retry images that an earlier run recorded as failed
 
 
 def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult:
     """Encode images into a cache, keeping the work of any earlier run.
 
-    Every process of ``world`` calls this. Of several, each makes a shard, and when all are complete
-    rank 0 makes one cache of them: see ``sharded_cache``. The result is the same for all
-    processes, its counts summed over them.
+    Every process of ``world`` calls this. If there are several, each makes a shard, and rank 0
+    combines the complete shards into one cache: see ``sharded_cache``. The result is the same for
+    all processes, its counts summed over them.
 
     Raises:
         UserError: a cache of another encoder or folder at ``output``; another program is at work
@@ -99,7 +99,7 @@ def extract(task: Extraction, world: World = SINGLE_PROCESS) -> ExtractionResult
         if mine:
             retry = task.retry_failed
             writer = open_writer(path, names, identity, origin, stamps, earlier, retry)
-        # No one's shard may go away before all have taken over what they need of it.
+        # No shard may go away before every process has copied what it needs from it.
         world.barrier()
         encoded, kept = _encode_pending(task, writer, world.rank > 0) if writer else (0, 0)
         encoded, kept = world.total(encoded), world.total(kept)
@@ -130,7 +130,7 @@ def _check_origin(
     if task.source.origin != cache.data:
         rows = cache.rows(names)
         known = stamps[rows >= 0]
-        # In a folder that was moved, images have the sizes and times of before.
+        # Images in a moved folder keep their sizes and times.
         if not known.any() or (cache.column("stamps")[rows[rows >= 0]] != known).any():
             raise UserError(
                 f"{cache.path} is of the images in {cache.data}, not of those in "
@@ -168,7 +168,7 @@ def _echo_changes(
 
 
 def _encode_pending(task: Extraction, writer: CacheWriter, quiet: bool) -> tuple[int, int]:
-    """Encode what a cache lacks; return how many images were, and how many were there."""
+    """Encode a cache's pending images; return how many were encoded, and how many were done."""
     task.encoder.for_inference(task.engine)
     cache, encoded = writer.cache, 0
     finished = int((cache.status != PENDING).sum())

@@ -62,7 +62,7 @@ class FeatureSet:
 def feature_statistics(features: FeatureSet, sample: int = 20_000) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of features, float32 (2048,) each.
 
-    Of more than ``sample`` images an evenly spaced sample is taken.
+    With more than ``sample`` images, an evenly spaced sample is used.
     """
     chosen = torch.arange(0, len(features), max(1, len(features) // sample))
     total = torch.zeros(FEATURE_SIZE, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""A feature cache made by several processes: a shard each, and one file that presents them.
+"""A feature cache made by several processes: one shard each, and one file over them all.
 
 Process r of W makes ``NAME.h5.shard-r-of-W``, itself a resumable feature cache of a part of the
 images. When all are complete, ``NAME.h5`` is written: all columns of all rows, with ``features`` as
 an HDF5 virtual dataset over the shards, which stay beside it. Every process encodes whole batches
-of the single-process run, so that each row is the same to the bit.
+of the single-process run, so that each row is bit-identical.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def shard_files(path: Path) -> list[Path]:
 def earlier_work(path: Path, output: Path) -> list[FeatureCache]:
     """Open the caches with rows for ``path``, which is ``output`` or one of its shards.
 
-    Those are the file itself, partial or else complete, and what other processes made or began.
+    These are the file itself, partial or else complete, and those that other processes began.
     """
     own = (partial_path(path), path)
     files = [file for file in own if file.is_file()][:1]
-    if path != output or not output.is_file():  # else the file was made of all that there was
+    if path != output or not output.is_file():  # else it was made from all there was
         others = (partial_path(output), output, *shard_files(output))
         files += [file for file in others if file.is_file() and file not in own]
     return [FeatureCache(file) for file in files]
@@ -56,7 +56,7 @@ def resume_identity(path: Path) -> EncoderIdentity | None:
 def shares(images: int, batch_size: int, processes: int) -> list[range]:
     """Divide rows among processes: one range of whole batches each, of nearly equal sizes.
 
-    There are fewer ranges than processes where there are fewer batches.
+    There are fewer ranges than processes if there are fewer batches.
     """
     batches = -(-images // batch_size)
     count = min(processes, batches)

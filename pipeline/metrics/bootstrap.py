@@ -1,7 +1,7 @@
-"""How sure a score is: bootstrap intervals, and a paired test of two sets of predictions.
+"""Uncertainty of scores: bootstrap intervals, and a paired test of two sets of predictions.
 
-Both resample images, the unit that is drawn when a test set is made. CIDEr-D's document
-frequencies stay those of all images, as they are part of the measure, not of the sample.
+Both resample images, the sampling unit of a test set. CIDEr-D's document frequencies remain those
+of all images, as they are part of the metric, not of the sample.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Difference:
     Attributes:
         first, second: the scores, in percent.
         interval: of ``second - first`` over resampled images.
-        p_value: how often exchanging the two captions of random images gives a difference at
+        p_value: how often swapping the two captions of random images gives a difference at
             least as large: approximate randomization, two-sided (Riezler and Maxwell 2005).
     """
 
@@ -46,10 +46,10 @@ class Difference:
 
 
 class PerImage:
-    """What the scores of one set of predictions are made of, image by image.
+    """The per-image components of the scores of one set of predictions.
 
     Attributes:
-        bleu: int64 (N, 10), see ``metrics.bleu_of_counts``.
+        bleu: int64 (N, 10), see ``coco.bleu_of_counts``.
         cider: float64 (N,), in percent.
     """
 
@@ -59,7 +59,7 @@ class PerImage:
         self.cider = numpy.array([*scorer.per_image_cider(predictions).values()])
 
     def scores(self, weights: numpy.ndarray) -> Scores:
-        """Score sets in which image i comes ``weights[:, i]`` times: (R, N) gives (R,) each."""
+        """Score sets in which image i occurs ``weights[:, i]`` times: (R, N) to (R,) per score."""
         return _scores(weights @ self.bleu, weights @ self.cider / weights.sum(1))
 
 
@@ -77,7 +77,7 @@ def bootstrap(parts: PerImage, seed: int = 0, resamples: int = RESAMPLES) -> dic
 def compare(
     first: PerImage, second: PerImage, seed: int = 0, resamples: int = RESAMPLES
 ) -> dict[str, Difference]:
-    """Test whether two sets of predictions for the same images differ, by BLEU-4 and CIDEr-D."""
+    """Test whether two sets of predictions for the same images differ in BLEU-4 and CIDEr-D."""
     before, after = _resampled([first, second], seed, resamples)
     everything = numpy.ones((1, len(first.cider)), dtype=numpy.int64)
     scores = [parts.scores(everything) for parts in (first, second)]
@@ -85,7 +85,7 @@ def compare(
     differences = {}
     for name in before:
         found = [float(score[name][0]) for score in scores]
-        # A hair below, so that the same set of captions counts in spite of rounding.
+        # Slightly below, so that the same set of captions counts despite rounding.
         as_large = numpy.abs(exchanged[name]) >= abs(found[1] - found[0]) - 1e-9
         differences[name] = Difference(
             found[0],
@@ -120,7 +120,7 @@ def _resampled(sets: list[PerImage], seed: int, resamples: int) -> list[Scores]:
 
 
 def _exchanged(first: PerImage, second: PerImage, seed: int, resamples: int) -> Scores:
-    """Return the differences of scores when the captions of random images change sides."""
+    """Return the score differences after swapping the captions of random images."""
     random = numpy.random.default_rng(seed)
     found = []
     for count in _chunks(resamples):

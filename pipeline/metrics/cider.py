@@ -1,7 +1,7 @@
 """CIDEr-D of one caption against others (Vedantam et al. 2015), as the COCO code computes it.
 
-The cosine of TF-IDF vectors over n-grams of 1 to 4 tokens, clipped, with a penalty on a
-difference in length. Tokens may be words or ids.
+The clipped cosine similarity of TF-IDF vectors over n-grams of 1 to 4 tokens, with a penalty on
+length differences. Tokens may be words or ids.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LONGEST_NGRAM = 4
-SIGMA = 6.0  # in words, of the penalty on a difference in length
+SIGMA = 6.0  # of the penalty on length differences, in words
 
 Ngram = tuple[Hashable, ...]
 
@@ -34,7 +34,7 @@ class TfIdf:
     Attributes:
         weights: TF-IDF weight of each n-gram.
         norms: the vector's norm for n = 1 to 4.
-        bigrams: their number, by which the COCO code measures length; it differs from
+        bigrams: number of bigrams, the COCO code's measure of length; it differs from
             words - 1 only for a caption without words.
     """
 
@@ -46,7 +46,7 @@ class TfIdf:
 class Idf:
     """Inverse document frequency of n-grams; a document is the captions of one image.
 
-    ``images`` has for every image the n-grams that are in at least one of its captions.
+    ``images`` holds, for each image, the n-grams that occur in at least one of its captions.
     """
 
     def __init__(self, images: Iterable[Iterable[Ngram]]) -> None:
@@ -55,7 +55,7 @@ class Idf:
         for found in images:
             frequencies.update(found)
             count += 1
-        # An unseen n-gram has the IDF of one that is in one image.
+        # An unseen n-gram has the IDF of one that occurs in a single image.
         self._max_idf = math.log(count) if count else 0.0
         self._idf = {
             ngram: self._max_idf - math.log(frequency) for ngram, frequency in frequencies.items()

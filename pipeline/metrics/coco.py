@@ -1,4 +1,4 @@
-"""Scores of captions in Python: BLEU, ROUGE-L and CIDEr-D (METEOR, SPICE: ``java``).
+"""Caption metrics in Python: BLEU, ROUGE-L and CIDEr-D (METEOR, SPICE: ``java``).
 
 >>> scorer = Scorer({"a.jpg": [["a", "dog", "runs"]], "b.jpg": [["a", "red", "car"]]})
 >>> scores = scorer.score({"a.jpg": ["a", "dog", "runs"], "b.jpg": ["a", "blue", "car"]})
@@ -24,7 +24,7 @@ from pipeline.utils.errors import UserError
 References = Mapping[str, Sequence[Sequence[str]]]  # image name -> tokens of each reference
 Predictions = Mapping[str, Sequence[str]]  # image name -> tokens
 
-ROUGE_BETA = 1.2  # weight of recall against precision
+ROUGE_BETA = 1.2  # weight of recall relative to precision
 
 
 class Scorer:
@@ -93,7 +93,7 @@ class Scorer:
         rows = {}
         for name, found in counts.items():
             length = len(predictions[name])
-            # The closest to the prediction's, the shorter of two equally close.
+            # The length closest to the prediction's; the shorter of two equally close.
             reference_length = min(
                 (abs(caption.length - length), caption.length) for caption in self._references[name]
             )[1]
@@ -139,15 +139,15 @@ class _Reference:
     def __init__(self, tokens: Sequence[str]) -> None:
         self.length = len(tokens)
         self.counts = ngrams(tokens)
-        self._positions: dict[str, int] = {}  # token -> bits of the places where it stands
+        self._positions: dict[str, int] = {}  # token -> bitmask of its positions
         for place, token in enumerate(tokens):
             self._positions[token] = self._positions.get(token, 0) | 1 << place
 
     def longest_common_subsequence(self, tokens: Sequence[str]) -> int:
         """Return the length of the longest common subsequence with ``tokens``.
 
-        Bit-parallel (Hyyrö 2004): a row of the usual table is one integer, in which a
-        zero marks each place where the length grows by one.
+        Bit-parallel (Hyyrö 2004): a row of the usual DP table is one integer, in which a
+        zero marks each position where the length grows by one.
         """
         full = (1 << self.length) - 1
         row = full
@@ -158,10 +158,10 @@ class _Reference:
 
 
 def bleu_of_counts(totals: Sequence[float]) -> list[float]:
-    """Return corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), in percent, of pooled counts.
+    """Return corpus BLEU-1 to BLEU-4 (Papineni et al. 2002) of pooled counts, in percent.
 
-    ``totals`` are the n-grams matched (n = 1 to 4), the n-grams proposed (n = 1 to 4), the words
-    of the predictions and those of the references.
+    ``totals`` holds the numbers of matched n-grams (n = 1 to 4), proposed n-grams (n = 1 to 4),
+    words in the predictions and words in the references.
     """
     matched, proposed = totals[:LONGEST_NGRAM], totals[LONGEST_NGRAM : 2 * LONGEST_NGRAM]
     predicted_length, reference_length = totals[2 * LONGEST_NGRAM :]
@@ -210,7 +210,7 @@ def _images(names: Sequence[str]) -> str:
 
 
 def _check_tokens(name: str, tokens: Sequence[str], forbidden: set[str]) -> None:
-    """Raise ValueError for a special token, and for text that is not tokenised."""
+    """Raise ValueError for a special token or untokenised text."""
     if isinstance(tokens, str):
         raise ValueError(f"{name}: a caption to score is a list of tokens, not a string")
     found = forbidden.intersection(tokens)
@@ -221,10 +221,10 @@ def _check_tokens(name: str, tokens: Sequence[str], forbidden: set[str]) -> None
 def diversity(
     predictions: Predictions, train_captions: Iterable[Sequence[str]]
 ) -> dict[str, float | int]:
-    """Return how varied the predictions are, and how many of them are captions of training.
+    """Return how varied the predictions are, and how many of them are training captions.
 
-    A known caption is no fault in itself (Vinyals et al. 2015 found 80 percent), but few different
-    ones are.
+    A training caption is no fault in itself (Vinyals et al. 2015 found 80 percent), but a lack of
+    variety is.
     """
     captions = [tuple(tokens) for tokens in predictions.values()]
     known = {tuple(tokens) for tokens in train_captions}

@@ -1,4 +1,4 @@
-"""Comparison of two predictions files for the same images, and what evaluation shares with it."""
+"""Comparison of two predictions files for the same images; helpers shared with evaluation."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def compare_predictions(
     """Test whether two prediction files for the same images differ.
 
     Args:
-        first, second: in the COCO results format. Images have their ids in the data, or paths,
-            which are matched as those of a captions file are.
+        first, second: in the COCO results format. Images are identified by their ids in the
+            data, or by paths, which are matched like those in a captions file.
         data, captions, encoding: where the references are, see ``read_captions``.
-        split: of which the images are.
-        tokenizer: by default that of the scores beside the files, else ``english``.
+        split: the split that the images belong to.
+        tokenizer: by default that of the scores files beside the predictions, else ``english``.
 
     Raises:
-        UserError: a file cannot be read, or they are not of the same images of that split.
+        UserError: a file cannot be read, or they do not cover the same images of that split.
     """
     if tokenizer is None:
         found = {name for path in (first, second) if (name := _tokenizer_beside(path))}
@@ -106,7 +106,7 @@ def _tokenizer_beside(path: Path) -> str | None:
 
 
 def _read_predictions(path: Path, tokenizer: str) -> dict[str, list[str]]:
-    """Return the tokens of each image's first caption, by what the file calls the image."""
+    """Return the tokens of each image's first caption, by the file's id for the image."""
     tokenize = tokenizer_of(tokenizer).tokenize
     tokens: dict[str, list[str]] = {}
     try:

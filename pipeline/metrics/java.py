@@ -1,4 +1,4 @@
-"""METEOR and SPICE: Java programs that come with pycocoevalcap, run where it is installed."""
+"""METEOR and SPICE: Java programs shipped with pycocoevalcap, run if it is installed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def java_metrics(
 
 
 class _LeftOutError(Exception):
-    """A score that cannot be computed here; the text is the reason."""
+    """A score that cannot be computed here; the message is the reason."""
 
 
 _Captions = Mapping[str, tuple[str, list[str]]]  # image name -> prediction, references
@@ -56,7 +56,7 @@ def _meteor(captions: _Captions) -> float:
     """Return METEOR of the corpus in percent."""
     folder = _pycocoevalcap("meteor")
     command = ["-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    # Two runs: a dialogue with one process could hang on a pipe.
+    # Two runs: an exchange with a single process could deadlock on a pipe.
     questions = [
         " ||| ".join(("SCORE", *references, prediction))
         for prediction, references in captions.values()

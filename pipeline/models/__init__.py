@@ -1,5 +1,5 @@
 """The networks (InceptionV3 encoder, LSTM decoder, ensemble, image-text matcher) and the checkpoint
-file that keeps them.
+file that stores them.
 
 May import ``utils``, ``datasets`` and ``metrics``. Start with ``decoder`` and ``checkpoint``.
 """

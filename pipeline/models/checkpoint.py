@@ -1,4 +1,4 @@
-"""A checkpoint: one file that captions by itself. docs/file-formats.md describes its content.
+"""A checkpoint: one self-contained captioner file. docs/file-formats.md describes its content.
 
 A run folder has ``best.safetensors`` and ``last.safetensors``.
 """
@@ -28,7 +28,7 @@ from pipeline.utils.errors import UserError
 from pipeline.utils.terminal import echo
 
 SCHEMA_VERSION = 3
-# A network is built only after its sizes are known to be possible.
+# Sizes are checked against this limit before a network is built.
 LARGEST_SIZE = 1 << 20
 
 Sizes = TypeVar("Sizes", DecoderConfig, MatcherConfig)
@@ -43,13 +43,13 @@ class Checkpoint:
         encoder: which encoder's features the decoder reads.
         encoder_weights: after stage 3 the encoder itself, as a torchvision state dict of
             the trunk; None before.
-        predictor: of the n-grams of an image's captions, for consensus reranking, or None.
+        predictor: predicts the n-grams of an image's captions for consensus reranking, or None.
         matcher: the image-text matcher, in eval mode, or None.
         epoch: number of epochs trained.
         scores: validation scores of these weights.
         settings: the options of the run, as plain values.
-        is_own: it comes with the program or lies in its run folder. Any other file may be a
-            stranger's, and no path that it names is opened.
+        is_own: True if it ships with the program or is in its run folder. Any other file may
+            come from a stranger, and no path that it names is opened.
     """
 
     decoder_config: DecoderConfig
@@ -71,7 +71,7 @@ class Checkpoint:
         return decoder.eval()
 
     def refuse_other_features(self) -> None:
-        """Raise UserError unless the decoder reads as many features as InceptionV3 has."""
+        """Raise UserError unless the decoder's feature size is that of InceptionV3."""
         if self.decoder_config.feature_size != FEATURE_SIZE:
             raise UserError(
                 f"the model reads {self.decoder_config.feature_size:,} features per image, the "
@@ -115,7 +115,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, compress: bool = False) 
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint to the CPU.
+    """Read a checkpoint onto the CPU.
 
     Args:
         path: the file; a run folder, whose best checkpoint is read; or ``pretrained``, for the
@@ -141,7 +141,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Checkpoint:
-    """Build a checkpoint of a file's content; raise many kinds of errors if it does not fit."""
+    """Build a checkpoint from a file's content; invalid content raises many kinds of errors."""
     config = _sizes(DecoderConfig, document["decoder_config"])
     vocabulary = Vocabulary(document["vocabulary"], document["tokenizer"])
     if len(vocabulary) != config.vocabulary_size:
@@ -177,7 +177,7 @@ def _checkpoint(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> C
 
 
 def _sizes(kind: type[Sizes], given: Mapping[str, Any]) -> Sizes:
-    """Build a network's configuration from JSON, with sizes that a network can have."""
+    """Build a network's configuration from JSON; ValueError for impossible values."""
     config = kind(**given)
     for entry in fields(config):
         value = getattr(config, entry.name)
@@ -212,15 +212,15 @@ def _matcher(
 def load_ensemble(paths: Sequence[Path]) -> Checkpoint:
     """Read one checkpoint, or several as the checkpoint of an ensemble.
 
-    An ensemble has the epoch, scores, settings and matcher of the first, and all ``seeds`` among
-    its settings.
+    An ensemble takes the epoch, scores and settings of the first model, adds all ``seeds`` to the
+    settings, and takes the first matcher that any model has.
 
     Args:
         paths: see ``load_checkpoint``; at least one.
 
     Raises:
-        UserError: see ``load_checkpoint``; or the models are not of one encoder, vocabulary and
-            recipe, as ``ensemble`` needs them.
+        UserError: see ``load_checkpoint``; or the models differ in encoder, tokenizer, vocabulary
+            or decoder sizes.
     """
     first, *others = checkpoints = [load_checkpoint(path) for path in paths]
     if not others:
@@ -263,7 +263,7 @@ def encoder_of(checkpoint: Checkpoint, weights: str | None, precision: str) -> E
     """Build the encoder that a checkpoint's decoder was trained on.
 
     Raises:
-        UserError: its weights are not available or differ from those of the training; or the
+        UserError: its weights are not available or differ from those used in training; or the
             decoder reads features of another width.
     """
     checkpoint.refuse_other_features()

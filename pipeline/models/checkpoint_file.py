@@ -1,4 +1,4 @@
-"""The file of a checkpoint: safetensors, which holds tensors and JSON and cannot carry code.
+"""The checkpoint file: safetensors, which holds tensors and JSON and cannot contain code.
 
 PyTorch files (torchvision state dicts) are read with ``weights_only=True``, which runs no code
 either.
@@ -20,7 +20,7 @@ from pipeline.models.pretrained import DOCUMENT
 from pipeline.utils.errors import UserError
 from pipeline.utils.files import atomic_write
 
-# Names of types in safetensors' header.
+# Type names in the safetensors header.
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -50,7 +50,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
         else:
             aliases[name] = first
     text = json.dumps({**document, "aliases": aliases}, ensure_ascii=False)
-    # The library's writer copies all tensors in memory, or replaces the file by itself.
+    # The library's own writer copies all tensors in memory, or replaces the file itself.
     header: dict[str, Any] = {"__metadata__": {DOCUMENT: text}}
     end = 0
     stored = dict(sorted(stored.items(), key=lambda item: -item[1].itemsize))  # aligned
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], document: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_tensors`` wrote, to the CPU; raise UserError for any other file."""
+    """Read a file written by ``write_tensors`` onto the CPU; UserError for any other file."""
     try:
         with safe_open(path, "pt") as file:
             document = json.loads((file.metadata() or {})[DOCUMENT])
@@ -75,7 +75,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         for name, first in document.pop("aliases").items():
             tensors[name] = tensors[first]
-    except Exception as error:  # damaged files raise many kinds
+    except Exception as error:  # damaged files raise many kinds of errors
         raise UserError(
             f"{path}: not a checkpoint of this program, or damaged ({error})"
         ) from error
@@ -83,17 +83,17 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """True if a file's content begins as safetensors does: a length of 8 bytes, then JSON."""
+    """True if a file begins like safetensors: an 8-byte length, then JSON."""
     with path.open("rb") as file:
         return file.read(9)[8:] == b"{"
 
 
 def read_torch_file(path: Path) -> Any:
-    """Read a PyTorch file to the CPU without running code from it; raise UserError for others."""
+    """Read a PyTorch file onto the CPU without running code from it; UserError for other files."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # The text of UnpicklingError advises to trust the file.
+        # UnpicklingError's message suggests trusting the file.
         known = not isinstance(error, pickle.UnpicklingError)
         reason = f" ({(str(error) or type(error).__name__).splitlines()[0]})" if known else ""
         raise UserError(f"{path}: not a PyTorch file of tensors, or damaged{reason}") from error

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from pipeline.datasets.vocabulary import PAD_ID
 from pipeline.models.encoder_identity import FEATURE_SIZE
 
-# The projection runs over a multiple of this many tokens: oneDNN keeps kernels for every number of
-# rows, which otherwise take 7 MB more per step.
+# The projection's number of tokens is padded to a multiple of this: oneDNN caches kernels for every
+# row count, which would otherwise take 7 MB more per step.
 TOKENS_ROUNDED_TO = 64
 
 # Hidden and cell state of the LSTM, each (B, H).
@@ -37,7 +37,7 @@ class DecoderConfig:
     """Sizes of a decoder.
 
     Attributes:
-        vocabulary_size: number of tokens V, the special ones included.
+        vocabulary_size: number of tokens V, including the special ones.
         embed_size: width E of the image and word embeddings.
         hidden_size: width H of the LSTM.
         dropout: probability, on the LSTM's inputs and outputs.
@@ -61,8 +61,8 @@ class DecoderConfig:
 def dropout(values: Tensor, probability: float, training: bool = True) -> Tensor:
     """In training, zero values at random and scale up the others, as ``F.dropout`` does.
 
-    That draws one random number per value, a tenth of a training step on a CPU. Here 64 random
-    bits serve eight values, and the probability is rounded to a multiple of 1/256.
+    On a CPU, ``F.dropout`` draws one random number per value: a tenth of a training step. Here 64
+    random bits serve eight values, and the probability is rounded to a multiple of 1/256.
     """
     if not probability or not training:
         return values
@@ -108,12 +108,12 @@ class Decoder(nn.Module):
         nn.init.zeros_(self.projection.bias)
         with torch.no_grad():
             self.word_embedding.weight[PAD_ID].zero_()
-            # An open forget gate at the start (Jozefowicz et al., 2015): order i, f, g, o.
+            # The forget gate starts open (Jozefowicz et al., 2015); gate order i, f, g, o.
             forget = slice(config.hidden_size, 2 * config.hidden_size)
             self.lstm.get_parameter("bias_ih_l0")[forget] = 1.0
 
     def set_feature_statistics(self, mean: Tensor, deviation: Tensor) -> None:
-        """Store the mean and deviation (2048,) of the training features, to standardize with.
+        """Store the training features' mean and standard deviation (2048,), for standardization.
 
         The deviation has a floor, so that nearly constant dimensions are not amplified.
         """
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
         Args:
             features: float (B, 2048).
-            tokens: int64 (B, T), each row from <start> on.
+            tokens: int64 (B, T), each row beginning with <start>.
 
         Returns:
             Outputs of the LSTM after every token, dropout applied: (B, T, H).
@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         )
 
     def next_logits(self, features: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
-        """Return logits (B, V) of what follows the token at a place (B,) of each row.
+        """Return the logits (B, V) of the token after position ``places`` (B,) of each row.
 
         ``features`` and ``tokens`` are those of ``forward``.
         """
@@ -171,13 +171,13 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
         weights: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Sum the cross-entropy over all tokens but padding.
+        """Sum the cross-entropy over all tokens except padding.
 
         Args:
             features: float (B, 2048).
             captions: int64 (B, T), <start> words <end> and then padding.
             label_smoothing: share of the target spread evenly over the vocabulary.
-            weights: float (B,), of each caption's loss; by default 1.
+            weights: float (B,), the weight of each caption's loss; by default 1.
 
         Returns:
             The summed loss in nats, and the number of tokens that it runs over.
@@ -214,7 +214,7 @@ class Decoder(nn.Module):
         """Feed one token per sequence, int64 (B,).
 
         The LSTM's equations, (4) to (9), are written out: for a single step ``nn.LSTM`` spends more
-        time on rearranging its weights than on multiplying.
+        time rearranging its weights than multiplying.
 
         Returns:
             Logits of the next token, float32 (B, V), and the new state.
@@ -237,7 +237,7 @@ class Decoder(nn.Module):
     def _word_gates(self) -> Tensor:
         """Return every word's contribution to the four gates, (V, 4H).
 
-        It is kept until the weights are loaded, moved or trained.
+        Cached until the weights are loaded, moved or trained.
         """
         sources = [
             self.word_embedding.weight,

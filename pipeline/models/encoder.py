@@ -41,7 +41,7 @@ from pipeline.utils.files import atomic_write
 from pipeline.utils.progress import progress_bar
 from pipeline.utils.terminal import echo
 
-# The layers of torchvision's Inception3 up to its pooling, in their order, which is sequential.
+# The layers of torchvision's Inception3 up to its pooling, which run one after another.
 TRUNK_LAYERS = (
     "Conv2d_1a_3x3",
     "Conv2d_2a_3x3",
@@ -64,18 +64,18 @@ TRUNK_LAYERS = (
     "avgpool",
 )
 
-# BatchNorm's counters of batches; they belong to a training that is over.
+# BatchNorm's batch counters, which only training uses.
 COUNTER = "num_batches_tracked"
 
-# Of the last layer before the pooling, on each side.
+# Side length of the last feature map before the pooling.
 CELLS = 8
 
-# Names of weights; everything else is a file.
+# Named weights; anything else is a file.
 NAMED_WEIGHTS = ("imagenet", PRETRAINED, "random")
 
-DOWNLOAD_TIMEOUT = 30.0  # seconds without an answer
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a response
 
-# One forward pass at a time on a GPU: activations of only one batch in memory.
+# One forward pass at a time on a GPU, so that memory holds one batch's activations only.
 GPU_LOCK = threading.Lock()
 
 
@@ -119,7 +119,7 @@ class Encoder(nn.Module):
         )
 
     def forget_identity(self) -> None:
-        """Forget the hash of the weights; call this after they changed."""
+        """Forget the hash of the weights; call this after they change."""
         self._weights_sha256 = None
 
     def trunk_weights(self) -> dict[str, Tensor]:
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
         This is torchvision's normalization followed by its network's ``transform_input``.
         """
-        # Permuting (B, H, W, C) is a channels-last tensor, without a copy.
+        # Permuting (B, H, W, C) gives a channels-last tensor without a copy.
         return pixels.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1.0)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -141,9 +141,9 @@ class Encoder(nn.Module):
             return self.trunk(self.normalize(pixels)).flatten(1).float()
 
     def for_inference(self, engine: str = "torch") -> Encoder:
-        """Fold every BatchNorm into its convolution; afterwards the encoder only encodes.
+        """Fold every BatchNorm into its convolution; afterwards the encoder can only encode.
 
-        The identity stays that of the weights before.
+        The identity remains that of the original weights.
         """
         self._weights_sha256 = self.identity.weights_sha256
         self.engine = engine
@@ -172,9 +172,9 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def encode_cells(self, images: Sequence[numpy.ndarray]) -> numpy.ndarray:
-        """Encode squares, see ``encode``, to the 8 x 8 cells whose mean is an image's features.
+        """Encode squares (see ``encode``) to the 8 x 8 cells whose mean is an image's features.
 
-        PyTorch does it, whatever the engine. Float32 (len(images), 64, 2048), row by row.
+        Runs in PyTorch, whatever the engine. Returns float32 (len(images), 64, 2048), row-major.
         """
         pixels = torch.from_numpy(numpy.stack(images)).to(next(self.parameters()).device)
         with autocast(pixels.device, self.precision):
@@ -183,9 +183,9 @@ class Encoder(nn.Module):
 
 
 def fold_for_inference(layers: nn.Module, precision: str) -> None:
-    """Fold BatchNorm into convolutions, round weights to ``precision``, order channels last.
+    """Fold BatchNorm into convolutions, round weights to ``precision``, use channels-last order.
 
-    Autocast would round in every batch.
+    Autocast would round the weights again for every batch.
     """
     for module in layers.modules():
         if isinstance(module, BasicConv2d) and isinstance(module.bn, nn.BatchNorm2d):
@@ -204,7 +204,7 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
             pretrained model), ``auto`` (the first of these that is available), ``random`` (seeded
             and untrained, for tests), or a file: a torchvision ``inception_v3`` state dict, full
             or trunk only, or a checkpoint with an encoder.
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``int8``, for OpenVINO alone.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``int8`` (OpenVINO only).
 
     Raises:
         UserError: the weights are not available or do not fit.
@@ -231,8 +231,8 @@ def load_encoder(weights: str, precision: str = "fp32") -> Encoder:
 def load_trunk(encoder: Encoder, state: Mapping[str, Any], source: str) -> None:
     """Load a torchvision ``inception_v3`` state dict into ``encoder``, in float32.
 
-    The classifier, the auxiliary head and counters are ignored, and so are the prefixes of
-    DataParallel and of ``Encoder``.
+    The classifier, the auxiliary head and counters are ignored, as are name prefixes added by
+    DataParallel and ``Encoder``.
 
     Raises:
         UserError: a tensor is missing, unknown, of another shape or not of finite floats.
@@ -268,7 +268,7 @@ def _imagenet_state() -> dict[str, Tensor]:
 
 
 def _download(url: str, target: Path) -> None:
-    """Download a file of torchvision, as ``torch.hub`` does, but give up on a silent server."""
+    """Download a torchvision file, as ``torch.hub`` does, but give up on a silent server."""
     digest = hashlib.sha256()
     with (
         urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response,

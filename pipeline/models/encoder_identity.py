@@ -1,4 +1,4 @@
-"""Which encoder made features; without torch."""
+"""Identity of the encoder that made some features. No torch import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """Which encoder made features; its fields are stored in caches and checkpoints.
+    """The encoder that made some features; its fields are stored in caches and checkpoints.
 
     Attributes:
         encoder: the network's name.
@@ -28,7 +28,7 @@ class EncoderIdentity:
     engine: str = "torch"
 
     def mismatch(self, other: EncoderIdentity) -> str | None:
-        """Return how two encoders differ in what determines features beyond rounding, or None."""
+        """Return how two encoders differ, rounding of the features aside, or None."""
         for field in ("encoder", "weights_sha256", "transform"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:

@@ -1,6 +1,6 @@
 """An ensemble of decoders (Vinyals et al., arXiv 1609.06647, section 5).
 
-At every word the members' logits are averaged: the normalized geometric mean of their
+At every word the members' logits are averaged, which gives the normalized geometric mean of their
 probabilities. All members read the same features. An ensemble has the interface of a ``Decoder``;
 its image embedding and state are those of its members, concatenated.
 """

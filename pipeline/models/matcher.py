@@ -1,7 +1,7 @@
 """Image-text matching: how well a caption fits an image, for reranking the decoder's candidates.
 
-Images and captions are embedded in one space, in which a caption is nearer to its own image than
-to others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv 2103.00020).
+Images and captions are embedded in one space, where a caption is nearer to its own image than to
+others (Kiros et al., arXiv 1411.2539; with the loss of CLIP, Radford et al., arXiv 2103.00020).
 A caption is the weighted mean of its word vectors: word order is left to the decoder. The matcher
 rewards what distinguishes this image from others; the decoder prefers captions that fit many.
 """
@@ -53,13 +53,13 @@ class Matcher(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(FIRST_TEMPERATURE)))
 
     def embed_images(self, features: Tensor) -> Tensor:
-        """Map features (B, 2048) to the shared space: (B, D), of length 1."""
+        """Map features (B, 2048) to the shared space: (B, D), of unit norm."""
         standard = (features - self.feature_mean) * self.feature_scale
         standard = dropout(standard, FEATURE_DROPOUT, self.training)
         return F.normalize(self.image_embedding(standard), dim=1)
 
     def embed_captions(self, captions: Tensor) -> Tensor:
-        """Map captions, int64 (C, T), padded, to the shared space: (C, D), of length 1."""
+        """Map padded captions, int64 (C, T), to the shared space: (C, D), of unit norm."""
         counts = (captions != PAD_ID) & (captions != START_ID) & (captions != END_ID)
         if self.training:
             counts = counts & (torch.rand(captions.shape, device=counts.device) >= WORD_DROPOUT)
@@ -68,12 +68,12 @@ class Matcher(nn.Module):
         return F.normalize(means, dim=1, eps=1e-6)
 
     def loss(self, features: Tensor, captions: Tensor, images: Tensor) -> Tensor:
-        """Mean cross-entropy of finding the caption of an image, and the image of a caption.
+        """Return the mean cross-entropy of image-to-caption plus caption-to-image retrieval.
 
         Args:
             features: float (B, 2048), one row for each caption.
             captions: int64 (B, T), padded.
-            images: int64 (B,): the image of each caption; several may be of one image.
+            images: int64 (B,): the image of each caption; several may share one.
         """
         cosines = self.embed_images(features) @ self.embed_captions(captions).t()
         logits = self.log_scale.exp() * cosines  # (B, B)
@@ -84,7 +84,7 @@ class Matcher(nn.Module):
 
     @torch.inference_mode()
     def fit(self, features: Tensor, candidates: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
-        """Return, per image, the cosines (C,), -1 to 1, of its captions with it: float32, CPU.
+        """Return, per image, its captions' cosines (C,) with it, -1 to 1: float32, on the CPU.
 
         Args:
             features: float (B, 2048).

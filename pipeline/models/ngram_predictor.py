@@ -1,9 +1,9 @@
-"""Which n-grams the captions of an image have: predicted from the image, for consensus reranking.
+"""Predict the n-grams of an image's captions from the image, for consensus reranking.
 
 A caption that agrees with the captions of similar training images is more often right (Devlin et
-al., arXiv 1505.04467). To compare with them, a model would have to hold the training captions. A
-ridge regression, from the decoder's image embedding to the n-gram vectors of captions as CIDEr-D
-(arXiv 1411.5726) has them, holds none, is smaller, and chooses better captions.
+al., arXiv 1505.04467), but to compare with them, a model would have to store the training captions.
+A ridge regression from the decoder's image embedding to CIDEr-D's n-gram vectors of captions (arXiv
+1411.5726) stores none, is smaller, and chooses better captions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.datasets.encoded_captions import EncodedCaptions
 from pipeline.metrics.cider import LONGEST_NGRAM
 from pipeline.models.ensemble import CaptionDecoder
 
-# Of more training images, an evenly spaced sample is used.
+# With more training images, an evenly spaced sample is used.
 MOST_IMAGES = 10_000
-# Only n-grams of at least so many images are predicted (of fewer, where there are few images):
-# rarer ones cannot be learned, and would show single captions.
+# Only n-grams found in at least this many images are predicted (fewer if there are few images):
+# rarer ones cannot be learned, and would reveal single captions.
 FEWEST_IMAGES, MOST_NGRAMS = 10, 5_000
-# The ridge. On Flickr8k's val 0.03 to 1 score alike.
+# The ridge penalty. On Flickr8k's val split, 0.03 to 1 score alike.
 RIDGE = 0.3
 # For hashing n-grams into 64 bits: odd, with well-mixed bits.
 MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)
@@ -33,12 +33,12 @@ MULTIPLIER = numpy.uint64(0x9E3779B97F4A7C15)
 
 @dataclass
 class NgramPredictor:
-    """A linear map from the image embeddings of a decoder, or of M of them, to n-grams.
+    """A linear map from the image embeddings of M decoders (1 or an ensemble) to n-grams.
 
     Attributes:
         keys: int64 (K,): the n-grams, hashed by ``count_ngrams``; ascending as unsigned numbers.
-        idf: float32 (K + 1,): inverse document frequency of each, and last that of all others.
-        mean: float32 (M, E): the mean image embeddings of training.
+        idf: float32 (K + 1,): inverse document frequency of each; the last is for all others.
+        mean: float32 (M, E): the mean image embeddings of the training images.
         weights: float32 (M * E, K), for the embeddings' directions from the mean.
         intercept: float32 (K,).
     """
@@ -54,12 +54,12 @@ class NgramPredictor:
         return (_directions(images, self.mean) @ self.weights + self.intercept).clamp(min=0)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Return all as tensors, for ``from_tensors``; the weights as float16."""
+        """Return all fields as tensors for ``from_tensors``; the weights as float16."""
         return vars(self) | {"weights": self.weights.half()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> NgramPredictor:
-        """Rebuild a predictor; raise KeyError or ValueError if the tensors are not those of one."""
+        """Rebuild a predictor; raise KeyError or ValueError if the tensors do not form one."""
         keys, rest = tensors["keys"], [tensors[n].float() for n in ("idf", "mean", "weights")]
         idf, mean, weights = rest
         unsigned = keys.numpy().view(numpy.uint64)
@@ -83,9 +83,9 @@ class NgramTargets:
     """What a predictor learns; see ``ngram_targets``.
 
     Attributes:
-        keys, idf: those of the predictor.
+        keys, idf: as in ``NgramPredictor``.
         vectors: sparse float32 (K, N): for each n-gram and image the mean, over the image's
-            captions, of the n-gram's value in the caption's vector of length 1.
+            captions, of the n-gram's value in the caption's vector of unit norm.
     """
 
     keys: Tensor
@@ -103,7 +103,7 @@ def ngram_targets(captions: EncodedCaptions) -> NgramTargets:
     inside[offsets[:-1]] = False
     found, owners, counts = count_ngrams(captions.tokens.numpy()[inside], lengths)
     keys, numbers = numpy.unique(found, return_inverse=True)
-    # Document frequency counts an image once, in however many captions it has the n-gram.
+    # Document frequency counts an image once, however many of its captions have the n-gram.
     pairs = numpy.sort(numbers * images + of_caption[owners])
     once = pairs[numpy.append(True, pairs[1:] != pairs[:-1])]
     frequencies = numpy.bincount(once // images, minlength=len(keys))
@@ -142,7 +142,7 @@ def sampled_images(count: int) -> Tensor:
 def fit_predictor(
     decoder: CaptionDecoder, features: Iterable[Tensor], targets: NgramTargets
 ) -> NgramPredictor | None:
-    """Fit the n-grams of images by their embeddings in ``decoder``, in eval mode.
+    """Fit a predictor of images' n-grams from their embeddings in ``decoder``, in eval mode.
 
     ``features`` are those of the targets' images, in batches (B, 2048).
 
@@ -191,8 +191,8 @@ def count_ngrams(
     """Count the n-grams, n = 1 to 4, of concatenated captions: tokens (T,), their lengths (C,).
 
     Returns:
-        For every distinct n-gram of every caption its key, uint64, whose lowest two bits are
-        n - 1; its caption, in order; and its count.
+        For every distinct n-gram of every caption: its key, uint64, whose lowest two bits are
+        n - 1; its caption, ascending; and its count.
     """
     owner = numpy.repeat(numpy.arange(len(lengths)), lengths)
     keys, owners = [], []
@@ -229,12 +229,12 @@ def vector_norms(
 
 
 def _mix(values: numpy.ndarray) -> numpy.ndarray:
-    """Hash numbers over 64 bits, one to one."""
+    """Hash 64-bit numbers, one to one."""
     values = values * MULTIPLIER  # wraps around
     return values ^ (values >> numpy.uint64(29))
 
 
 def _directions(images: Tensor, mean: Tensor) -> Tensor:
-    """Return each member's embeddings (B, M * E) less their mean (M, E), of length 1."""
+    """Return embeddings (B, M * E) minus their mean (M, E), of unit norm for each member."""
     centred = images.float().cpu().unflatten(1, mean.shape) - mean
     return F.normalize(centred, dim=2).flatten(1)

@@ -18,15 +18,15 @@ from pipeline.datasets.images import read_square
 from pipeline.utils.devices import default_workers
 from pipeline.utils.errors import UserError
 
-# The arithmetic of what is not quantized.
+# Arithmetic of the operations that are not quantized.
 PRECISION_HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 # For fewer images than this, PyTorch finishes before OpenVINO has compiled.
 WORTH_COMPILING = 200
-# The photographs that give int8 its ranges. As they come with the program, the features depend on
-# weights and image alone, as in any precision; other photographs would change them a little.
+# The calibration photographs for int8. As they ship with the program, the features depend only on
+# weights and image, as in any precision; other photographs would change them slightly.
 CALIBRATION = Path(__file__).parents[1] / "templates" / "examples"
-# How much further other images may reach; in the last blocks, a few reach 12 times as far. With 1.3
-# there too, the lowest cosine to fp32 was 0.93 among 1,000 photographs; with 2 everywhere, fine
+# Headroom above the calibrated maxima; in the last blocks, a few images reach 12 times as far. With
+# 1.3 there too, the lowest cosine to fp32 was 0.93 among 1,000 photographs; with 2 everywhere, fine
 # differences between images were lost.
 HEADROOM, HEADROOM_AT_THE_END = 1.3, 8.0
 
@@ -37,8 +37,8 @@ def choose_engine(
     """Resolve ``auto`` to ``openvino`` where it is installed and faster, else to ``torch``.
 
     Raises:
-        UserError: ``openvino`` is requested, or needed for int8, but not installed or not for this
-            device; int8 is requested of ``torch``.
+        UserError: ``openvino`` is requested, or needed for int8, but not installed or not available
+            for this device; or int8 is requested with ``torch``.
     """
     if precision == "int8" and name == "torch":
         raise UserError(
@@ -117,18 +117,18 @@ def compile_trunk(
 
 @functools.cache
 def _core() -> Any:
-    # One in each process: OpenVINO has crashed where several were made.
+    # One per process: OpenVINO has crashed with several.
     import openvino
 
     return openvino.Core()
 
 
 def _quantize(model: Any, pixels: numpy.ndarray) -> None:
-    """Put FakeQuantize before every convolution but the first; OpenVINO makes int8 kernels of it.
+    """Insert FakeQuantize, which OpenVINO turns into int8, before all convolutions but the first.
 
-    Inputs, which follow a ReLU, get 256 levels from 0 to their highest value for ``pixels``, uint8
-    (B, 299, 299, 3), with some headroom. Weights get 255 levels in each output channel. All that
-    reads an input of a convolution, pooling too, reads it quantized, so that int8 passes through.
+    Inputs, which follow a ReLU, get 256 levels from 0 to their maximum over ``pixels``, uint8
+    (B, 299, 299, 3), plus headroom. Weights get 255 levels per output channel. Every consumer of a
+    convolution's input, pooling included, reads it quantized, so that int8 passes through.
     """
     import openvino
     from openvino import opset13
@@ -138,7 +138,7 @@ def _quantize(model: Any, pixels: numpy.ndarray) -> None:
 
     convolutions = [op for op in model.get_ordered_ops() if op.get_type_name() == "Convolution"][1:]
     sources = [convolution.input_value(0) for convolution in convolutions]
-    # Once each: the branches of a block begin at the same one.
+    # Each source once: the branches of a block share one.
     sources = list({source.get_node().get_name(): source for source in sources}.values())
     readers = [source.get_target_inputs() for source in sources]
     peaks = [opset13.reduce_max(source, [0, 1, 2, 3]) for source in sources]

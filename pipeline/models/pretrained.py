@@ -1,4 +1,4 @@
-"""Where the pretrained model is: the checkpoint that comes with the program (without torch)."""
+"""Find the pretrained model, the checkpoint that ships with the program. No torch import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in fewer bits, in files only: computation uses float32 again.
+"""Weights in fewer bits, for storage only: computation uses float32.
 
 Symmetric, one scale per filter (Krishnamoorthi, arXiv 1806.08342, section 3.1).
 """
@@ -17,7 +17,7 @@ def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
     """Round the filters of a state dict, its tensors (O, I, H, W), to 8 bits.
 
     Returns:
-        The state dict with int8 filters, and the scales of each filter, float32 (O,), by name.
+        The state dict with int8 filters, and the scales of the filters, float32 (O,), by name.
     """
     rounded, scales = dict(weights), {}
     for name, tensor in weights.items():
@@ -30,7 +30,7 @@ def quantize(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def dequantize(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the result of ``quantize`` back; LookupError or RuntimeError if they do not fit."""
+    """Undo ``quantize``; LookupError or RuntimeError if weights and scales do not fit."""
     whole = dict(weights)
     for name, scale in scales.items():
         whole[name] = weights[name].float().mul_(scale[:, None, None, None])
@@ -38,7 +38,7 @@ def dequantize(weights: Mapping[str, Tensor], scales: Mapping[str, Tensor]) -> d
 
 
 def cast(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert all to one type; a matrix with two names, as of tied embeddings, stays one."""
+    """Convert all weights to ``dtype``; a matrix with two names (tied embeddings) stays shared."""
     places = {name: (tensor.data_ptr(), tensor.shape) for name, tensor in weights.items()}
     converted = {places[name]: tensor.to(dtype) for name, tensor in weights.items()}
     return {name: converted[place] for name, place in places.items()}
