@@ -27,14 +27,14 @@ JOINT = "--epochs 2 --unfreeze-from Mixed_7a --grad-accum-steps 1 --min-crop 0.9
 SHOWN = 8
 PHOTOS = "data/examples/photos"
 PHOTOGRAPHS = (
-    *("camera.png", "motorcycle_left.png", "brick.png", "astronaut.png", "grass.png"),
+    *("camera.png", "motorcycle_left.png", "astronaut.png", "brick.png", "grass.png"),
     *("chelsea.png", "coffee.png", "rocket.jpg", "coins.png", "moon.png"),
 )
 LEARNT = """\
 The model was trained on 6,000 photographs of people, dogs, sports and streets (Flickr8k).
-It recognises, but invents details:      a man (camera), a motorcycle, a wall of bricks
-It is wrong, as Flickr8k has hardly any: an astronaut, blades of grass, a cat (chelsea), a cup of
-                                         coffee, a rocket, coins, the moon"""
+It recognises, but invents details:      a man (camera), a motorcycle
+It is wrong, as Flickr8k has hardly any: an astronaut, bare bricks, blades of grass, a cat
+                                         (chelsea), a cup of coffee, a rocket, coins, the moon"""
 
 
 @click.command()
